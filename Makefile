@@ -1,0 +1,33 @@
+# Every target works on a fresh clone: the first one called makes .venv and installs the project into it.
+# Parameters of a run notebook:  make pretrain P="-p depth 6 -p num_iterations 200"
+PY    ?= python3
+V     := .venv/bin
+P     ?=
+STAMP := $(shell date +%Y%m%d-%H%M%S)
+# the gpu extra brings the Hopper kernels; it is chosen where a driver answers
+EXTRA := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo dev,gpu || echo dev)
+RUN    = mkdir -p runs/out && $(V)/papermill --log-output --progress-bar --cwd .
+
+.PHONY: pretrain tokenizer test install docs clean-notebooks
+
+pretrain: .venv/.ready     ## train a model (default: depth 4 on the shipped sample) and write the executed notebook
+	$(RUN) runs/pretrain.ipynb runs/out/pretrain-$(STAMP).ipynb $(P)
+
+tokenizer: .venv/.ready    ## train a tokenizer and compare its compression
+	$(RUN) runs/tokenizer.ipynb runs/out/tokenizer-$(STAMP).ipynb $(P)
+
+test: .venv/.ready         ## every chapter and every test
+	$(V)/python -m pytest $(P)
+
+docs: .venv/.ready         ## the chapters as HTML pages in _docs/
+	$(V)/jupyter nbconvert --to html nbs/*.ipynb --output-dir _docs
+
+clean-notebooks: .venv/.ready
+	$(V)/nbdev_export && $(V)/nbdev_clean && $(V)/nbdev_clean --fname runs
+
+install: .venv/.ready
+
+.venv/.ready: pyproject.toml
+	$(PY) -m venv .venv
+	$(V)/python -m pip install -q -e '.[$(EXTRA)]'
+	@touch $@

@@ -1,0 +1,66 @@
+"What holds the repository together: package equals notebooks, notebooks are clean, parameters tagged, imports light, the wheel complete."
+import json, os, re, subprocess, sys, zipfile
+from pathlib import Path
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+CHAPTERS, RUNS = sorted(ROOT.glob('nbs/[0-9]*.ipynb')), sorted(ROOT.glob('runs/*.ipynb'))
+cells = lambda nb: json.loads(nb.read_text())['cells']
+src = lambda c: ''.join(c['source'])
+code_lines = lambda t: [l for l in t.splitlines() if not l.startswith(('# %%', '# AUTOGEN'))]
+
+def test_package_equals_notebooks(tmp_path):
+    from nbdev.export import nb_export
+    lib = tmp_path/'nano_dh'; lib.mkdir()
+    for nb in CHAPTERS: nb_export(nb, lib_path=lib)
+    made = sorted(p for p in lib.glob('*.py') if p.name[0] != '_')
+    assert len(made) == len(CHAPTERS)
+    for p in made:
+        assert code_lines(p.read_text()) == code_lines((ROOT/'nano_dh'/p.name).read_text()), f'{p.name}: run nbdev_export'
+    extra = {p.name for p in (ROOT/'nano_dh').glob('*.py')} - {p.name for p in made} - {'__init__.py', '_modidx.py'}
+    assert not extra, f'no chapter exports {extra}'
+
+def test_imports_go_one_way():
+    order = [re.search(r'default_exp (\w+)', nb.read_text()).group(1) for nb in CHAPTERS]
+    for nb, name in zip(CHAPTERS, order):
+        used = set(re.findall(r'^\s*from \.(\w+) import', (ROOT/'nano_dh'/f'{name}.py').read_text(), re.M))
+        late = {u for u in used if order.index(u) >= order.index(name)}
+        assert not late, f'{nb.name} imports from later chapters: {late}'
+
+@pytest.mark.parametrize('nb', CHAPTERS + RUNS, ids=lambda p: p.name)
+def test_notebook_is_clean(nb):
+    d = json.loads(nb.read_text())
+    assert set(d['metadata']) == {'kernelspec'} and d['metadata']['kernelspec']['name'] == 'python3'
+    ids = [c['id'] for c in d['cells']]
+    assert len(ids) == len(set(ids))
+    for c in d['cells']:
+        assert set(c['metadata']) <= {'tags'}
+        assert not any(o['output_type'] == 'error' for o in c.get('outputs', []))
+
+@pytest.mark.parametrize('nb', RUNS, ids=lambda p: p.name)
+def test_run_notebook_has_parameters(nb):
+    tagged = [c for c in cells(nb) if 'parameters' in c['metadata'].get('tags', [])]
+    assert len(tagged) == 1
+    for line in src(tagged[0]).splitlines():
+        if line.strip() and not line.startswith('#'): assert re.match(r'\w+: [\w|. ]+ = .+  # \S', line), line
+
+def test_import_is_light():
+    heavy = ['fla', 'flash_qla', 'tilelang', 'wandb', 'datasets', 'fastapi', 'transformers', 'triton']
+    mods = [p.stem for p in (ROOT/'nano_dh').glob('*.py') if p.stem[0] != '_']
+    code = f'import sys, nano_dh\n' + '\n'.join(f'import nano_dh.{m}' for m in mods) + f'\nprint([m for m in {heavy} if m in sys.modules])'
+    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT)
+    assert out.returncode == 0, out.stderr
+    assert out.stdout.strip() == '[]', f'imported at package import: {out.stdout}'
+
+@pytest.mark.slow
+def test_wheel_works_outside_the_checkout(tmp_path):
+    r = subprocess.run([sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps', '-w', tmp_path, ROOT], capture_output=True, text=True)
+    assert r.returncode == 0, r.stderr
+    whl = next(tmp_path.glob('*.whl'))
+    names = zipfile.ZipFile(whl).namelist()
+    assert any(n.startswith('nano_dh/data/') and n.endswith('.parquet') for n in names), names
+    site = tmp_path/'site'; zipfile.ZipFile(whl).extractall(site)
+    code = "import nano_dh; from nano_dh.dataset import open_data; m = open_data(); print(nano_dh.__file__, m.sources[0].n_docs('train'))"
+    env = {**os.environ, 'PYTHONPATH': str(site), 'NANO_DH_BASE_DIR': str(tmp_path/'base')}; env.pop('NANO_DH_DATA', None)
+    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert out.returncode == 0 and str(site) in out.stdout and int(out.stdout.split()[-1]) > 0, out.stdout + out.stderr
