@@ -32,24 +32,27 @@ def runs_dir() -> Path: # exists on return
     return p
 
 # %% ../nbs/12_checkpoint.ipynb #shard
-class _Slice:
+class _Slice(torch.Tensor):
     "A `LocalShard` as torch.distributed.checkpoint wants to see it: one chunk of a larger tensor"
-    def __init__(self, shard): self.s = shard
-    @property
-    def chunk(self): return ChunkStorageMetadata(torch.Size(self.s.offset), self.s.tensor.size())
-    def size(self): return torch.Size(self.s.global_shape)
+    @classmethod
+    def of(cls, shard): # a view of the shard's tensor, so that loading fills it
+        t = shard.tensor.detach().as_subclass(cls); t.shard = shard
+        return t
+    def size(self): return torch.Size(self.shard.global_shape)
+    def __create_chunk_list__(self):
+        return [ChunkStorageMetadata(torch.Size(self.shard.offset), self.shard.tensor.size())]
     def __create_write_items__(self, fqn, obj):
-        return [WriteItem(MetadataIndex(fqn, self.chunk.offsets), WriteItemType.SHARD, tensor_data=TensorWriteData(
-            self.chunk, TensorProperties.create_from_tensor(self.s.tensor), self.size()))]
-    def __create_chunk_list__(self): return [self.chunk]
-    def __get_tensor_shard__(self, index): return self.s.tensor
+        c, = self.__create_chunk_list__()
+        return [WriteItem(MetadataIndex(fqn, c.offsets), WriteItemType.SHARD, tensor_data=TensorWriteData(
+            c, TensorProperties.create_from_tensor(self.shard.tensor), self.size()))]
+    def __get_tensor_shard__(self, index): return self.shard.tensor
 
 # %% ../nbs/12_checkpoint.ipynb #names
 def _plain(k): return k.replace('_orig_mod.', '').removeprefix('module.')   # torch.compile's and DDP's prefixes
 
 def _model_state(model): return {'model.' + _plain(k): v for k, v in model.state_dict().items()}
 
-def _optim_state(shards): return {'optim.' + k: _Slice(s) for k, s in shards.items()}
+def _optim_state(shards): return {'optim.' + k: _Slice.of(s) for k, s in shards.items()}
 
 # %% ../nbs/12_checkpoint.ipynb #ranks
 def _rank(): d = dist_info(); return (d.rank, d.world_size) if dist.is_available() and dist.is_initialized() else (0, 1)
