@@ -51,7 +51,8 @@ class Mixture:
     name: str
     sources: list
     weights: list
-    def n_bytes(self, split='train'): return sum(s.n_bytes(split) for s in self.sources)
+    @property
+    def n_bytes(self): return sum(s.n_bytes('train') for s in self.sources) # of training text
     def n_docs(self, split='train'): return sum(s.n_docs(split) for s in self.sources)
 
 # %% ../nbs/08_dataset.ipynb #open
