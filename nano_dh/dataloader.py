@@ -34,13 +34,14 @@ def best_fit(waiting:list,          # pieces, the longest waiting first; those u
              size:int,              # tokens of a row, T + 1: inputs and targets are shifted by one
              bos:int,
              long_docs:str='split', # the rest of a cut piece: 'split' puts it back, 'crop' drops it
-             max_docs:int|None=None # most documents in a row
+             max_docs:int|None=None,# most documents in a row
+             first:int=0            # the piece that opens the row
             ) -> tuple[np.ndarray, list[Piece], list[int]]: # (size,) int32 row, pieces in it, where they start
     "Fill one row; what cannot be filled stays BOS"
     row, placed, starts, at = np.full(size, bos, np.int32), [], [], 0
     while size - at > 1 and waiting and len(placed) != max_docs:
         gap, n = size - at, [len(p) for p in waiting]
-        if not placed: k = 0
+        if not placed: k = first
         elif len(placed) + 1 == max_docs: k = n.index(max(n))
         else: k = max((i for i, l in enumerate(n) if l <= gap), key=n.__getitem__, default=n.index(min(n)))
         p = waiting.pop(k); a = min(len(p), gap) - 1; rest = len(p) - 1 - a
@@ -148,48 +149,60 @@ def shard(self:DocTokens, g:int # row group
 # %% ../nbs/09_dataloader.ipynb #streamcls
 class Stream:
     "One logical stream: its place in every source, its mixture, its waiting pieces"
-    def __init__(self, s, docs, weights, bos, long_docs='split', max_docs=None, once=False):
-        self.docs, self.weights, self.bos, self.long_docs, self.max_docs = docs, weights, bos, long_docs, max_docs
-        self.s, self.once, self.rows, self.waiting, self.cursor = s, once, 0, [], [s]*len(docs)
+    def __init__(self, s, docs, weights, bos, size, long_docs='split', max_docs=None, once=False):
+        self.docs, self.weights, self.bos, self.size, self.long_docs = docs, weights, bos, size, long_docs
+        self.s, self.once, self.max_docs, self.rows, self.waiting, self.cursor = s, once, max_docs, 0, [], [s]*len(docs)
         lead = [shuffled(N_STREAMS, d.seed, i)[s]/N_STREAMS for i, d in enumerate(docs)]
-        self.drawn = [int(4096*w*u) for w, u in zip(weights, lead)]      # tokens by source
+        self.placed = [int(4*size*w*u) for w, u in zip(weights, lead)]      # tokens by source, after a head start
+
+    def lagging(self, n, of): # the source among `of` whose n is furthest behind its weight
+        return max(of, key=lambda i: self.weights[i]*sum(n) - n[i])
 
 # %% ../nbs/09_dataloader.ipynb #draw
 @patch
-def draw(self:Stream) -> bool: # False: nothing left (only with once)
-    "Let one more document wait, of the source that lags most behind its share"
-    total = sum(self.drawn)
-    left = [i for i, d in enumerate(self.docs) if not self.once or self.cursor[i] < d.n]
-    for i in sorted(left, key=lambda i: self.drawn[i] - self.weights[i]*total)[:1]:
-        d = self.docs[i]
-        for _ in range(d.n):               # step over empty documents
-            p = self.cursor[i]; self.cursor[i] += d.n_streams; ids = d.take(p)
-            if len(ids): self.waiting.append(Piece(i, p, 0, len(ids), ids)); break
-            if self.once and self.cursor[i] >= d.n: break
-        else: raise ValueError(f'source {d.source.name!r} holds only empty documents')
-        self.drawn[i] += len(ids)
-    return bool(left)
+def draw(self:Stream, i:int) -> bool: # False: the source has ended (only with once)
+    "Let one more document of source i wait"
+    d = self.docs[i]
+    for _ in range(d.n):                   # step over empty documents
+        if self.once and self.cursor[i] >= d.n: return False
+        p = self.cursor[i]; self.cursor[i] += d.n_streams; ids = d.take(p)
+        if len(ids): self.waiting.append(Piece(i, p, 0, len(ids), ids)); return True
+    raise ValueError(f'source {d.source.name!r} holds only empty documents')
 
 @patch
-def next_row(self:Stream, size:int) -> tuple|None: # (row, pieces, starts); None at the end
-    "Keep 8 rows' worth of tokens waiting (4 to 64 pieces), then fill one row"
-    w = self.waiting
-    while (len(w) < 4 or len(w) < 64 and sum(map(len, w)) < 8*size) and self.draw(): pass
+def refill(self:Stream):
+    "Keep a piece of every source waiting, and 8 rows' worth of tokens in 4 to 64 pieces"
+    w, open_ = self.waiting, [i for i, x in enumerate(self.weights) if x > 0]
+    have = [sum(len(p) for p in w if p.src == i) for i in range(len(self.docs))]
+    while open_ and (not all(have[i] for i in open_) or len(w) < 4 or len(w) < 64 and sum(have) < 8*self.size):
+        empty = [i for i in open_ if not have[i]]
+        i = empty[0] if empty else self.lagging([a + b for a, b in zip(self.placed, have)], open_)
+        if self.draw(i): have[i] += len(w[-1])
+        else: open_.remove(i)
+
+# %% ../nbs/09_dataloader.ipynb #nextrow
+@patch
+def next_row(self:Stream) -> tuple|None: # (row, pieces, starts); None at the end
+    "One row, opened by the piece that has waited longest of the source that lags most"
+    self.refill(); w = self.waiting
     if not w: return None
+    i = self.lagging(self.placed, {p.src for p in w})
+    row = best_fit(w, self.size, self.bos, self.long_docs, self.max_docs, [p.src for p in w].index(i))
+    for p in row[1]: self.placed[p.src] += len(p) - 1
     self.rows += 1
-    return best_fit(w, size, self.bos, self.long_docs, self.max_docs)
+    return row
 
 # %% ../nbs/09_dataloader.ipynb #state
 @patch
 def state(self:Stream) -> list: # nested lists of integers
     "All that decides the rest of the stream"
-    return [self.rows, [*self.cursor], [*self.drawn], [[p.src, p.pos, p.start, p.stop] for p in self.waiting]]
+    return [self.rows, [*self.cursor], [*self.placed], [[p.src, p.pos, p.start, p.stop] for p in self.waiting]]
 
 @patch
 def restore(self:Stream, state:list):
     "Continue from `state`"
-    self.rows, cursor, drawn, refs = state
-    self.cursor, self.drawn = [*cursor], [*drawn]
+    self.rows, cursor, placed, refs = state
+    self.cursor, self.placed = [*cursor], [*placed]
     for d, c in zip(self.docs, cursor): d.next[self.s] = c
     ids = {i: self.docs[i].encode(sorted({p for j, p, *_ in refs if j == i})) for i in {r[0] for r in refs}}
     self.waiting = [Piece(i, p, a, b, ids[i][p][a:b]) for i, p, a, b in refs]
@@ -244,8 +257,8 @@ class Packer:
         own, n = (range(rank, N_STREAMS, world_size), N_STREAMS) if train else ([0], 1)
         self.weights, self.names = (w/w.sum()).tolist(), [s.name for s in mixture.sources]
         self.docs = [DocTokens(s, tokenizer, split, seed, i, own, n, max_docs, threads, cache) for i, s in enumerate(mixture.sources)]
-        self.streams = {s: Stream(s, self.docs, self.weights, bos, long_docs, self.row_docs) for s in own} if train else {
-            i: Stream(0, [d], [1.], bos, 'split', self.row_docs, once=True) for i, d in enumerate(self.docs)}
+        self.streams = {s: Stream(s, self.docs, self.weights, bos, self.size, long_docs, self.row_docs) for s in own} if train else {
+            i: Stream(0, [d], [1.], bos, self.size, 'split', self.row_docs, once=True) for i, d in enumerate(self.docs)}
         self.bos, self.rows_of = bos, [0]*len(self.docs)
         self.identity = dict(data=mixture.name, shards=[d.fingerprint for d in self.docs], weights=self.weights, tokenizer=str(tokenizer.hash),
                              split=split, seq_len=seq_len, seed=seed, long_docs=long_docs, streams=n)
@@ -266,7 +279,7 @@ def _packed(self, got, source=None, state=()): # used: tokens that count; a last
 def next_batch(self:Packer) -> Packed:
     "The rows j of the next global batch with j mod world_size = rank"
     turn = [j % N_STREAMS for j in range(self.row, self.row + self.batch_rows) if j % self.world == self.rank]
-    got = [self.streams[s].next_row(self.size) for s in turn]
+    got = [self.streams[s].next_row() for s in turn]
     return _packed(self, got, None, {s: self.streams[s].state() for s in set(turn)})
 
 # %% ../nbs/09_dataloader.ipynb #evalpacker
@@ -278,7 +291,7 @@ class EvalPacker(Packer):
             row, i = None, 0
             while row is None and self.streams:
                 i = min(self.streams, key=lambda i: self.rows_of[i]/max(self.weights[i], 1e-9))
-                if (row := self.streams[i].next_row(self.size)) is None: del self.streams[i]
+                if (row := self.streams[i].next_row()) is None: del self.streams[i]
                 else: self.rows_of[i] += 1; n += 1
             if j % self.world == self.rank:
                 got.append(row or (np.full(self.size, self.bos, np.int32), [], [])); names.append(self.names[i])
