@@ -6,7 +6,7 @@
 __all__ = ['n_gpus', 'n_cores', 'join_group', 'RankError', 'run_ranks', 'run_env', 'LiveFigure', 'LiveCurve']
 
 # %% ../nbs/13_launch.ipynb #imp
-import atexit, base64, ctypes, io, os, shutil, signal, sys, tempfile, threading, time, traceback
+import atexit, base64, ctypes, io, math, os, shutil, signal, sys, tempfile, threading, time, traceback
 from datetime import timedelta
 from multiprocessing import connection
 from pathlib import Path
@@ -19,14 +19,14 @@ def n_gpus() -> int:
     return torch.cuda.device_count()
 
 def n_cores() -> int:
-    "CPU cores this process may use"
+    "CPU cores that this process may use"
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 def _cuda(device): return device in ('', 'cuda') and n_gpus() > 0
 
 # %% ../nbs/13_launch.ipynb #join
 def join_group(device:str='',        # 'cuda', 'cpu', '' for the best there is
-               store=None,           # rendezvous; None reads MASTER_ADDR and MASTER_PORT, as torchrun sets them
+               store=None,           # meeting point; None reads MASTER_ADDR and MASTER_PORT, as torchrun sets them
                timeout:float=1800    # seconds until a collective that hangs is an error
               ) -> DistInfo:
     "Make this process the rank its environment names: its GPU or its share of the cores, and the process group"
@@ -35,34 +35,36 @@ def join_group(device:str='',        # 'cuda', 'cpu', '' for the best there is
     elif 'OMP_NUM_THREADS' not in os.environ:
         torch.set_num_threads(max(1, n_cores()//int(os.environ.get('LOCAL_WORLD_SIZE', me.world_size))))
     if me.world_size > 1 and not dist.is_initialized():
-        where = dict(store=store, rank=me.rank, world_size=me.world_size) if store is not None else {}
-        if cuda: where['device_id'] = torch.device('cuda', me.local_rank)
-        dist.init_process_group('cpu:gloo,cuda:nccl' if cuda else 'gloo', timeout=timedelta(seconds=timeout), **where)
+        kw = dict(store=store, rank=me.rank, world_size=me.world_size) if store is not None else {}
+        if cuda: kw['device_id'] = torch.device('cuda', me.local_rank)
+        dist.init_process_group('cpu:gloo,cuda:nccl' if cuda else 'gloo', timeout=timedelta(seconds=timeout), **kw)
     return me
 
 # %% ../nbs/13_launch.ipynb #die
 def _die_with(parent):
-    "Have this process killed when its parent ends, however that ends"
+    "Have this process killed when its parent ends"
     if sys.platform == 'linux': ctypes.CDLL(None).prctl(1, signal.SIGKILL)    # 1 is PR_SET_PDEATHSIG
     def watch():
         while os.getppid() == parent: time.sleep(1)
         os.kill(os.getpid(), signal.SIGKILL)
     threading.Thread(target=watch, daemon=True).start()
 
+# %% ../nbs/13_launch.ipynb #sender
 def _sender(conn):
+    "emit for rank 0"
     def emit(rec):
         bad = [k for k, v in rec.items() if isinstance(v, torch.Tensor)] if isinstance(rec, dict) else []
         if bad: raise TypeError(f'emit takes plain numbers, {bad[0]!r} is a tensor; write .item()')
         conn.send(rec)
     return emit
 
-def _silent(rec): return None
+def _silent(rec): return None     # emit for the others
 
 # %% ../nbs/13_launch.ipynb #rank
 def _rank(rank, world, fn, cfg, device, home, parent, out, rec):
     "What a spawned process runs"
     _die_with(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)       # an interrupt reaches the whole group; the parent decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     for fd in (1, 2): os.dup2(out.fileno(), fd)
     for s in (sys.stdout, sys.stderr): s.reconfigure(line_buffering=True)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
@@ -71,39 +73,38 @@ def _rank(rank, world, fn, cfg, device, home, parent, out, rec):
         join_group(device, dist.FileStore(f'{home}/store', world) if world > 1 else None)
         fn(cfg, _sender(rec) if rank == 0 else _silent)
         if dist.is_initialized(): dist.destroy_process_group()
+        code = 0
     except BaseException:
-        Path(home, f'error{rank}').write_text(f'{time.time_ns()}\n{traceback.format_exc()}')
-        sys.stdout.flush(); os._exit(1)                # no clean-up: destroying a group may wait for a peer forever
+        Path(home, f'error{rank}').write_text(f'{time.time_ns()}\n{traceback.format_exc()}'); code = 1
+    sys.stdout.flush(); sys.stderr.flush(); os._exit(code)
 
-# %% ../nbs/13_launch.ipynb #err
+# %% ../nbs/13_launch.ipynb #why
 class RankError(RuntimeError):
     "A rank failed; the message is that rank's own traceback"
+    def _render_traceback_(self): return [f'RankError: {self}']
 
 def _why(procs, home):
     "The first cause: a rank that was killed, else the earliest exception, else an exit code"
-    world, errs = len(procs), sorted((f.read_text() for f in Path(home).glob('error*')), key=lambda s: int(s.split('\n')[0]))
-    who = {f.read_text(): f.name[5:] for f in Path(home).glob('error*')}
+    files = [(int((s := f.read_text()).split('\n')[0]), int(f.name[5:]), s.split('\n', 1)[1].rstrip()) for f in Path(home).glob('error*')]
     for r, p in enumerate(procs):
-        if p.exitcode in (-9, -11, -7) or (p.exitcode or 0) < 0 and not errs:
-            name = signal.Signals(-p.exitcode).name
-            return RankError(f'rank {r} of {world} was killed by {name}' + ('; out of memory is the usual cause' if name == 'SIGKILL' else ''))
-    if errs: return RankError(f'rank {who[errs[0]]} of {world} failed:\n' + errs[0].split('\n', 1)[1].rstrip())
-    bad = next(((r, p.exitcode) for r, p in enumerate(procs) if p.exitcode), None)
-    return RankError(f'rank {bad[0]} of {world} left with exit code {bad[1]} and no message') if bad else None
+        code, of = p.exitcode or 0, f'rank {r} of {len(procs)}'
+        if code in (-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS) or code and not files:
+            how = f'was killed by {signal.Signals(-code).name}' if code < 0 else f'left with exit code {code}'
+            return RankError(f'{of} {how}' + ('; the usual cause is want of memory' if code == -signal.SIGKILL else ''))
+    return RankError(f'rank {files[0][1]} of {len(procs)} failed:\n{files[0][2]}') if files and files.sort() is None else None
 
 # %% ../nbs/13_launch.ipynb #prn
 class _Lines:
     "Print what ranks write, whole lines at a time, through this process's own stdout"
-    skip = ('[Gloo] Rank',)
     def __init__(self, world): self.world, self.tail = world, {}
     def add(self, rank, data):
-        *lines, self.tail[rank] = (self.tail.get(rank, '') + data.decode(errors='replace')).split('\n')
+        *lines, self.tail[rank] = (self.tail.get(rank, b'') + data).split(b'\n')
         for l in lines:
-            if not l.startswith(self.skip): print(f'[rank {rank}] {l}' if self.world > 1 else l, flush=True)
+            if not l.startswith(b'[Gloo] Rank'): print(f'[rank {rank}] '*(self.world > 1) + l.decode(errors='replace'), flush=True)
     def end(self):
-        for r, t in list(self.tail.items()):
-            if t: self.add(r, b'\n')
+        for r in [r for r, t in self.tail.items() if t]: self.add(r, b'\n')
 
+# %% ../nbs/13_launch.ipynb #watch
 def _watch(procs, outs, rec):
     "Yield records and print lines until every rank has left or one has failed"
     lines, conns = _Lines(len(procs)), {rec: None, **{o: r for r, o in enumerate(outs)}}
@@ -112,14 +113,13 @@ def _watch(procs, outs, rec):
         ready = connection.wait([*conns, *live], timeout=1 if live else 0)
         for c in [c for c in ready if c in conns]:
             try: data = c.recv() if c is rec else os.read(c.fileno(), 1 << 16)
-            except EOFError: data = b''
-            if c is rec and data != b'': yield data
+            except EOFError: del conns[c]; continue
+            if c is rec: yield data
             elif data: lines.add(conns[c], data)
             else: del conns[c]
         if not any(c in conns for c in ready) and (not live or any(p.exitcode for p in procs)): break
     lines.end()
 
-# %% ../nbs/13_launch.ipynb #stop
 def _stop(procs, grace=3.):
     "End ranks: ask, wait, kill"
     for p in procs:
@@ -128,81 +128,87 @@ def _stop(procs, grace=3.):
         p.join(grace)
         if p.is_alive(): p.kill(); p.join()
 
+# %% ../nbs/13_launch.ipynb #world
 def _world(nproc, device):
+    "Ranks to start; an error if they cannot be served"
     if not _cuda(device): return nproc or 1
-    if torch.cuda.is_initialized(): raise RuntimeError('this process has used CUDA, so its memory would stay on GPU 0; '
-                                                       'restart the kernel and leave tensors on the CPU here')
+    if torch.cuda.is_initialized():
+        raise RuntimeError('this process has used CUDA and holds memory on GPU 0; restart the kernel and keep tensors on the CPU in it')
     if (nproc or 0) > n_gpus(): raise ValueError(f'nproc {nproc}, but this machine has {n_gpus()} GPUs; take at most that, or device cpu')
     return nproc or n_gpus()
 
 # %% ../nbs/13_launch.ipynb #run
-def run_ranks(fn,               # fn(cfg, emit), importable from a module
-              cfg,              # given to every rank; picklable
-              nproc:int|None=None, # ranks; None takes every GPU, or 1 without any; 0 runs in this process
-              device:str=''     # 'cuda', 'cpu', '' for the best there is
+def run_ranks(fn,                  # fn(cfg, emit), importable from a module
+              cfg,                 # given to every rank; must pickle
+              nproc:int|None=None, # ranks; None: one a GPU, or 1 without; 0: inside this process
+              device:str=''        # 'cuda', 'cpu', '' for the best there is
              ): # generator of what rank 0 emits
-    "Run `fn` on `nproc` ranks of this machine; yield rank 0's records as they come, print what ranks print, raise what a rank raised"
+    "Run `fn` on ranks of this machine: yield rank 0's records, print what ranks print, raise what a rank raised"
     if nproc == 0: recs = []; fn(cfg, recs.append); yield from recs; return
-    if fn.__module__ == '__main__': raise ValueError(f'{fn.__name__} lives in this notebook; ranks import it by name, so move it to a module')
-    world, ctx = _world(nproc, device), mp.get_context('spawn')
-    home, rec, procs = tempfile.mkdtemp(prefix='nano_dh-'), ctx.Pipe(duplex=False), []
-    outs = [ctx.Pipe(duplex=False) for _ in range(world)]
-    stop = lambda: _stop(procs); atexit.register(stop)
+    if fn.__module__ == '__main__': raise ValueError(f'{fn.__name__} is defined in this notebook; ranks import it by name, so put it in a module')
+    world, ctx, home, procs = _world(nproc, device), mp.get_context('spawn'), tempfile.mkdtemp(prefix='nano_dh-'), []
+    rec, outs = ctx.Pipe(duplex=False), [ctx.Pipe(duplex=False) for _ in range(world)]
+    stop = lambda: _stop(procs)
+    atexit.register(stop)
     try:
         for r in range(world):
-            procs.append(ctx.Process(target=_rank, args=(r, world, fn, cfg, device, home, os.getpid(), outs[r][1], rec[1] if r == 0 else None)))
-            procs[-1].start()
+            args = (r, world, fn, cfg, device, home, os.getpid(), outs[r][1], rec[1] if r == 0 else None)
+            procs.append(ctx.Process(target=_rank, args=args)); procs[-1].start()
         for _, w in [rec, *outs]: w.close()
         yield from _watch(procs, [o for o, _ in outs], rec[0])
         if any(p.exitcode for p in procs): raise _why(procs, home)
-    finally:
-        stop(); atexit.unregister(stop); shutil.rmtree(home, ignore_errors=True)
+    finally: stop(); atexit.unregister(stop); shutil.rmtree(home, ignore_errors=True)
 
 # %% ../nbs/13_launch.ipynb #env
-def run_env(fn, cfg, emit=print, device:str=''):
-    "Run `fn(cfg, emit)` as the rank that torchrun made of this process (or alone)"
+def run_env(fn,            # fn(cfg, emit)
+            cfg,
+            emit=print,    # takes rank 0's records
+            device:str=''  # 'cuda', 'cpu', '' for the best there is
+           ):
+    "Run `fn` as the rank that torchrun made of this process, or alone"
     me = join_group(device)
     try: fn(cfg, emit if me.rank == 0 else _silent)
     except BaseException:
-        traceback.print_exc(); sys.stdout.flush(); sys.stderr.flush(); os._exit(1)
+        traceback.print_exc(); sys.stdout.flush(); sys.stderr.flush(); os._exit(1)     # as above: no clean-up
     if dist.is_initialized(): dist.destroy_process_group()
 
 # %% ../nbs/13_launch.ipynb #live
 def _in_notebook():
     ip = sys.modules.get('IPython')
-    shell = ip.get_ipython() if ip else None
-    return shell is not None and type(shell).__name__ != 'TerminalInteractiveShell'
+    return bool(ip and ip.get_ipython() and hasattr(ip.get_ipython(), 'kernel'))
 
 class LiveFigure:
-    "A figure that is redrawn in place while a cell runs; outside a notebook it only keeps the last picture"
-    def __init__(self, draw,           # draw(fig) on a fresh matplotlib Figure
-                 every:float=2.,       # least seconds between two pictures
-                 figsize:tuple=(7, 2.6), dpi:int=80):
-        self.draw, self.every, self.figsize, self.dpi, self.last, self.handle, self.png = draw, every, figsize, dpi, 0., None, b''
+    "A figure that is redrawn in place while a cell runs"
+    def __init__(self, draw,         # draw(fig) fills an empty matplotlib Figure
+                 every:float=2.,     # least seconds between two pictures
+                 figsize:tuple=(8, 2.8),
+                 dpi:int=80):
+        self.draw, self.every, self.figsize, self.dpi, self.last, self.handle, self.png = draw, every, figsize, dpi, -math.inf, None, b''
     def update(self, force:bool=False # draw even if the last picture is fresh
               ):
-        if not force and time.time() - self.last < self.every: return
+        "Draw, if it is time"
+        if not force and time.monotonic() - self.last < self.every: return
         from matplotlib.figure import Figure
         fig, buf = Figure(figsize=self.figsize, dpi=self.dpi, layout='constrained'), io.BytesIO()
-        self.draw(fig); fig.savefig(buf, format='png'); self.png = buf.getvalue(); self.last = time.time()
+        self.draw(fig); fig.savefig(buf, format='png'); self.png, self.last = buf.getvalue(), time.monotonic()
         if not _in_notebook(): return
         from IPython.display import display
-        data = {'image/png': base64.b64encode(self.png).decode(), 'text/plain': '<live figure>'}
+        data = {'image/png': base64.b64encode(self.png).decode(), 'text/plain': '<figure>'}
         if self.handle is None: self.handle = display(data, raw=True, display_id=True)
         else: self.handle.update(data, raw=True)
 
 # %% ../nbs/13_launch.ipynb #curve
 class LiveCurve(LiveFigure):
-    "Live curves of numbers against the step, one panel a name"
+    "Numbers against the step, one panel a name, growing with each record"
     def __init__(self, panels:tuple=('loss', 'val_bpb'), # keys of the records
                  x:str='step', **kw):
-        super().__init__(self._draw, **kw); self.panels, self.x, self.pts = panels, x, {p: ([], []) for p in panels}
-    def add(self, rec:dict # any record; keys that are not panels are ignored
+        super().__init__(self._draw, **kw); self.x, self.pts = x, {p: ([], []) for p in panels}
+    def add(self, rec:dict # any record; other keys are ignored
            ):
-        for p in self.panels:
-            if rec.get(p) is not None and self.x in rec: self.pts[p][0].append(rec[self.x]); self.pts[p][1].append(rec[p])
+        "Take a record's points"
+        for p, (xs, ys) in self.pts.items():
+            if rec.get(p) is not None and self.x in rec: xs.append(rec[self.x]); ys.append(rec[p])
         self.update()
     def _draw(self, fig):
-        for ax, p in zip(fig.subplots(1, len(self.panels), squeeze=False)[0], self.panels):
-            xs, ys = self.pts[p]; ax.plot(xs, ys, marker='o' if len(xs) < 20 else None, ms=3)
-            ax.set_xlabel(self.x); ax.set_title(p, fontsize=10)
+        for ax, (p, (xs, ys)) in zip(fig.subplots(1, len(self.pts), squeeze=False)[0], self.pts.items()):
+            ax.plot(xs, ys, marker='o' if len(xs) < 20 else None, ms=3); ax.set_xlabel(self.x); ax.set_title(p, fontsize=10)
