@@ -7,7 +7,7 @@ __all__ = ['N_STREAMS', 'Piece', 'best_fit', 'shuffled', 'DocTokens', 'Stream', 
            'Loader', 'merge_states', 'gather_state']
 
 # %% ../nbs/09_dataloader.ipynb #imp
-import hashlib, io, os, queue, threading, weakref
+import hashlib, io, os, queue, threading, time, weakref
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +22,7 @@ from .dataset import Mixture
 @dataclass
 class Piece:
     "A part of a document that waits for its place"
-    src: int         # which source of the mixture
-    pos: int         # which document of it
+    pos: int         # which document
     start: int       # tokens start .. stop of the document
     stop: int
     ids: np.ndarray  # those tokens, int32
@@ -34,20 +33,19 @@ def best_fit(waiting:list,          # pieces, the longest waiting first; those u
              size:int,              # tokens of a row, T + 1: inputs and targets are shifted by one
              bos:int,
              long_docs:str='split', # the rest of a cut piece: 'split' puts it back, 'crop' drops it
-             max_docs:int|None=None,# most documents in a row
-             first:int=0            # the piece that opens the row
+             max_docs:int|None=None # most documents in a row
             ) -> tuple[np.ndarray, list[Piece], list[int]]: # (size,) int32 row, pieces in it, where they start
     "Fill one row; what cannot be filled stays BOS"
     row, placed, starts, at = np.full(size, bos, np.int32), [], [], 0
     while size - at > 1 and waiting and len(placed) != max_docs:
         gap, n = size - at, [len(p) for p in waiting]
-        if not placed: k = first
+        if not placed: k = 0
         elif len(placed) + 1 == max_docs: k = n.index(max(n))
         else: k = max((i for i, l in enumerate(n) if l <= gap), key=n.__getitem__, default=n.index(min(n)))
         p = waiting.pop(k); a = min(len(p), gap) - 1; rest = len(p) - 1 - a
-        if rest and long_docs == 'split': waiting.insert(k, Piece(p.src, p.pos, p.start + a, p.stop, p.ids[a:]))
+        if rest and long_docs == 'split': waiting.insert(k, Piece(p.pos, p.start + a, p.stop, p.ids[a:]))
         row[at+1:at+1+a] = p.ids[:a]
-        placed.append(Piece(p.src, p.pos, p.start, p.start + a, p.ids[:a])); starts.append(at); at += a + 1
+        placed.append(Piece(p.pos, p.start, p.start + a, p.ids[:a])); starts.append(at); at += a + 1
     return row, placed, starts
 
 # %% ../nbs/09_dataloader.ipynb #shuffled
@@ -148,15 +146,14 @@ def shard(self:DocTokens, g:int # row group
 
 # %% ../nbs/09_dataloader.ipynb #streamcls
 class Stream:
-    "One logical stream: its place in every source, its mixture, its waiting pieces"
+    "One logical stream: its place in every source, what waits there, and how much each has given"
     def __init__(self, s, docs, weights, bos, size, long_docs='split', max_docs=None, once=False):
-        self.docs, self.weights, self.bos, self.size, self.long_docs = docs, weights, bos, size, long_docs
-        self.s, self.once, self.max_docs, self.rows, self.waiting, self.cursor = s, once, max_docs, 0, [], [s]*len(docs)
+        self.s, self.docs, self.weights, self.bos, self.size = s, docs, weights, bos, size
+        self.long_docs, self.max_docs, self.once = long_docs, max_docs, once
+        self.rows, self.cursor, self.waiting = 0, [s]*len(docs), [[] for _ in docs]
+        self.live = [i for i, w in enumerate(weights) if w > 0]
         lead = [shuffled(N_STREAMS, d.seed, i)[s]/N_STREAMS for i, d in enumerate(docs)]
-        self.placed = [int(4*size*w*u) for w, u in zip(weights, lead)]      # tokens by source, after a head start
-
-    def lagging(self, n, of): # the source among `of` whose n is furthest behind its weight
-        return max(of, key=lambda i: self.weights[i]*sum(n) - n[i])
+        self.placed = [int(4*size*w*u) for w, u in zip(weights, lead)]      # tokens, after a head start
 
 # %% ../nbs/09_dataloader.ipynb #draw
 @patch
@@ -166,46 +163,38 @@ def draw(self:Stream, i:int) -> bool: # False: the source has ended (only with o
     for _ in range(d.n):                   # step over empty documents
         if self.once and self.cursor[i] >= d.n: return False
         p = self.cursor[i]; self.cursor[i] += d.n_streams; ids = d.take(p)
-        if len(ids): self.waiting.append(Piece(i, p, 0, len(ids), ids)); return True
+        if len(ids): self.waiting[i].append(Piece(p, 0, len(ids), ids)); return True
+    if self.once: return False
     raise ValueError(f'source {d.source.name!r} holds only empty documents')
 
 @patch
-def refill(self:Stream):
-    "Keep a piece of every source waiting, and 8 rows' worth of tokens in 4 to 64 pieces"
-    w, open_ = self.waiting, [i for i, x in enumerate(self.weights) if x > 0]
-    have = [sum(len(p) for p in w if p.src == i) for i in range(len(self.docs))]
-    while open_ and (not all(have[i] for i in open_) or len(w) < 4 or len(w) < 64 and sum(have) < 8*self.size):
-        empty = [i for i in open_ if not have[i]]
-        i = empty[0] if empty else self.lagging([a + b for a, b in zip(self.placed, have)], open_)
-        if self.draw(i): have[i] += len(w[-1])
-        else: open_.remove(i)
-
-# %% ../nbs/09_dataloader.ipynb #nextrow
-@patch
-def next_row(self:Stream) -> tuple|None: # (row, pieces, starts); None at the end
-    "One row, opened by the piece that has waited longest of the source that lags most"
-    self.refill(); w = self.waiting
-    if not w: return None
-    i = self.lagging(self.placed, {p.src for p in w})
-    row = best_fit(w, self.size, self.bos, self.long_docs, self.max_docs, [p.src for p in w].index(i))
-    for p in row[1]: self.placed[p.src] += len(p) - 1
-    self.rows += 1
-    return row
+def next_row(self:Stream) -> tuple|None: # (row, pieces, starts, source); None at the end
+    "Fill one row from the source that lags most behind its weight"
+    while self.live:
+        i = max(self.live, key=lambda i: self.weights[i]*sum(self.placed) - self.placed[i])
+        w, many = self.waiting[i], max(2, 8*self.weights[i])*self.size
+        while (len(w) < 2 or sum(map(len, w)) < (many if len(w) < 64 else 2*self.size)) and self.draw(i): pass
+        if w: break
+        self.live.remove(i)
+    else: return None
+    row, pieces, starts = best_fit(w, self.size, self.bos, self.long_docs, self.max_docs)
+    self.placed[i] += sum(len(p) - 1 for p in pieces); self.rows += 1
+    return row, pieces, starts, i
 
 # %% ../nbs/09_dataloader.ipynb #state
 @patch
 def state(self:Stream) -> list: # nested lists of integers
     "All that decides the rest of the stream"
-    return [self.rows, [*self.cursor], [*self.placed], [[p.src, p.pos, p.start, p.stop] for p in self.waiting]]
+    return [self.rows, [*self.cursor], [*self.placed], [[[p.pos, p.start, p.stop] for p in w] for w in self.waiting]]
 
 @patch
 def restore(self:Stream, state:list):
     "Continue from `state`"
-    self.rows, cursor, placed, refs = state
+    self.rows, cursor, placed, waiting = state
     self.cursor, self.placed = [*cursor], [*placed]
-    for d, c in zip(self.docs, cursor): d.next[self.s] = c
-    ids = {i: self.docs[i].encode(sorted({p for j, p, *_ in refs if j == i})) for i in {r[0] for r in refs}}
-    self.waiting = [Piece(i, p, a, b, ids[i][p][a:b]) for i, p, a, b in refs]
+    for i, (d, c, w) in enumerate(zip(self.docs, cursor, waiting)):
+        d.next[self.s] = c; ids = d.encode(sorted({p for p, *_ in w}))
+        self.waiting[i] = [Piece(p, a, b, ids[p][a:b]) for p, a, b in w]
 
 # %% ../nbs/09_dataloader.ipynb #batch
 @dataclass
@@ -215,7 +204,7 @@ class Batch:
     y: Tensor             # (B, T) int64 targets; -1 does not count
     starts: list          # of each row: where in x its documents start
     index: int = 0        # number of the batch in the run
-    source: list = None   # of each row: its source; validation only
+    source: list = None   # of each row: the name of its source
     max_docs: int = None  # documents a row can hold; None if borders were not asked for
     cu_seqlens: Tensor = None     # (B*max_docs + 1,) int32 document borders in flattened x
     cu_seqlens_cpu: Tensor = None # the same on the CPU
@@ -257,9 +246,9 @@ class Packer:
         own, n = (range(rank, N_STREAMS, world_size), N_STREAMS) if train else ([0], 1)
         self.weights, self.names = (w/w.sum()).tolist(), [s.name for s in mixture.sources]
         self.docs = [DocTokens(s, tokenizer, split, seed, i, own, n, max_docs, threads, cache) for i, s in enumerate(mixture.sources)]
-        self.streams = {s: Stream(s, self.docs, self.weights, bos, self.size, long_docs, self.row_docs) for s in own} if train else {
-            i: Stream(0, [d], [1.], bos, self.size, 'split', self.row_docs, once=True) for i, d in enumerate(self.docs)}
-        self.bos, self.rows_of = bos, [0]*len(self.docs)
+        self.streams = {s: Stream(s, self.docs, self.weights, bos, self.size, long_docs if train else 'split', self.row_docs,
+                                  once=not train) for s in own}
+        self.bos = bos
         self.identity = dict(data=mixture.name, shards=[d.fingerprint for d in self.docs], weights=self.weights, tokenizer=str(tokenizer.hash),
                              split=split, seq_len=seq_len, seed=seed, long_docs=long_docs, streams=n)
 
@@ -267,35 +256,29 @@ class Packer:
 @dataclass
 class Packed:
     "A batch before it becomes tensors, with the state after it"
-    rows: np.ndarray; used: list; starts: list; source: list|None; state: dict; row: int; index: int
+    rows: np.ndarray; used: list; starts: list; source: list; state: dict; row: int; index: int
 
-def _packed(self, got, source=None, state=()): # used: tokens that count; a last BOS after the last document does
-    used = [u + (u == self.size - 1) for u in (sum(map(len, ps)) for _, ps, _ in got)]
-    starts = [[a for a in st if a < self.size - 1] or [0] for *_, st in got]
+def _packed(self, got, state=()): # used: tokens that count; a last BOS after the last document does
+    used = [u + (u == self.size - 1) for u in (sum(map(len, ps)) for _, ps, *_ in got)]
+    starts = [[a for a in st if a < self.size - 1] or [0] for _, _, st, _ in got]
     self.row += self.batch_rows; self.index += 1
-    return Packed(np.stack([r for r, *_ in got]), used, starts, source, dict(state), self.row, self.index)
+    return Packed(np.stack([g[0] for g in got]), used, starts, [self.names[g[3]] for g in got], dict(state), self.row, self.index)
 
 @patch
 def next_batch(self:Packer) -> Packed:
     "The rows j of the next global batch with j mod world_size = rank"
     turn = [j % N_STREAMS for j in range(self.row, self.row + self.batch_rows) if j % self.world == self.rank]
     got = [self.streams[s].next_row() for s in turn]
-    return _packed(self, got, None, {s: self.streams[s].state() for s in set(turn)})
+    return _packed(self, got, {s: self.streams[s].state() for s in set(turn)})
 
 # %% ../nbs/09_dataloader.ipynb #evalpacker
 class EvalPacker(Packer):
     "One pass over the validation split; ends with None"
     def next_batch(self) -> Packed|None:
-        got, names, n = [], [], 0
-        for j in range(self.row, self.row + self.batch_rows):
-            row, i = None, 0
-            while row is None and self.streams:
-                i = min(self.streams, key=lambda i: self.rows_of[i]/max(self.weights[i], 1e-9))
-                if (row := self.streams[i].next_row()) is None: del self.streams[i]
-                else: self.rows_of[i] += 1; n += 1
-            if j % self.world == self.rank:
-                got.append(row or (np.full(self.size, self.bos, np.int32), [], [])); names.append(self.names[i])
-        return _packed(self, got, names) if n else None
+        empty = np.full(self.size, self.bos, np.int32), [], [], 0
+        got = [self.streams[0].next_row() for _ in range(self.batch_rows)]
+        if got[0] is None: return None
+        return _packed(self, [g or empty for j, g in enumerate(got) if (self.row + j) % self.world == self.rank])
 
 # %% ../nbs/09_dataloader.ipynb #loader
 class Loader:
@@ -357,7 +340,8 @@ def __iter__(self:Loader): return self
 @patch
 def __next__(self:Loader) -> Batch:
     if self._end is None:
-        p = self._queue.get() if self.prefetch else self.packer.next_batch()
+        t = time.perf_counter(); p = self._queue.get() if self.prefetch else self.packer.next_batch()
+        self.waited += time.perf_counter() - t
         if not isinstance(p, Packed): self._end = StopIteration() if p is None else p
     if self._end is not None: self._close(); raise self._end
     self.row, self.index = p.row, p.index; self._streams.update(p.state)
@@ -378,6 +362,7 @@ def load_state_dict(self:Loader, state:dict|None): # None: from the beginning
     "Continue after the batch at which `state` was taken; it must hold the streams of all ranks"
     getattr(self, '_close', lambda: None)()
     packer = self._make(); self._streams, self.row, self.index = {}, 0, 0
+    self.waited = 0.   # seconds spent waiting for batches
     if state: _restore(self, packer, state)
     self._run(packer)
 
