@@ -14,7 +14,7 @@ from pathlib import Path
 import filelock, numpy as np, torch, torch.distributed as dist
 from torch import Tensor
 from fastcore.basics import patch
-from .core import atomic_write, base_dir, file_lock
+from .core import atomic_write, base_dir, dist_info, file_lock
 from .tokenizer import Tokenizer
 from .dataset import Mixture
 
@@ -23,7 +23,7 @@ from .dataset import Mixture
 class Piece:
     "A part of a document that waits for its place"
     pos: int         # which document
-    start: int       # tokens start .. stop of the document
+    start: int       # its tokens start .. stop
     stop: int
     ids: np.ndarray  # those tokens, int32
     def __len__(self): return self.stop - self.start + 1     # with the BOS in front
@@ -34,18 +34,21 @@ def best_fit(waiting:list,          # pieces, the longest waiting first; those u
              bos:int,
              long_docs:str='split', # the rest of a cut piece: 'split' puts it back, 'crop' drops it
              max_docs:int|None=None # most documents in a row
-            ) -> tuple[np.ndarray, list[Piece], list[int]]: # (size,) int32 row, pieces in it, where they start
+            ) -> tuple: # (row (size,) int32, pieces in it, where they start)
     "Fill one row; what cannot be filled stays BOS"
     row, placed, starts, at = np.full(size, bos, np.int32), [], [], 0
     while size - at > 1 and waiting and len(placed) != max_docs:
         gap, n = size - at, [len(p) for p in waiting]
+        fits = [i for i, l in enumerate(n) if l <= gap]
         if not placed: k = 0
         elif len(placed) + 1 == max_docs: k = n.index(max(n))
-        else: k = max((i for i, l in enumerate(n) if l <= gap), key=n.__getitem__, default=n.index(min(n)))
-        p = waiting.pop(k); a = min(len(p), gap) - 1; rest = len(p) - 1 - a
-        if rest and long_docs == 'split': waiting.insert(k, Piece(p.pos, p.start + a, p.stop, p.ids[a:]))
+        else: k = max(fits, key=n.__getitem__) if fits else n.index(min(n))
+        p = waiting.pop(k); a = min(len(p), gap) - 1
         row[at+1:at+1+a] = p.ids[:a]
-        placed.append(Piece(p.pos, p.start, p.start + a, p.ids[:a])); starts.append(at); at += a + 1
+        placed.append(Piece(p.pos, p.start, p.start + a, p.ids[:a])); starts.append(at)
+        if p.start + a < p.stop and long_docs == 'split':
+            waiting.insert(k, Piece(p.pos, p.start + a, p.stop, p.ids[a:]))
+        at += a + 1
     return row, placed, starts
 
 # %% ../nbs/09_dataloader.ipynb #shuffled
@@ -54,12 +57,13 @@ def shuffled(n:int,     # how many things
             ) -> np.ndarray: # (n,) int64 permutation of 0 .. n-1
     "A permutation that depends on n and key alone, in every version of every library"
     u = lambda k: np.uint64(k & (2**64 - 1))
+    golden = u(0x9E3779B97F4A7C15)
     def mix(x):
         for m, s in ((0xBF58476D1CE4E5B9, 30), (0x94D049BB133111EB, 27)): x = (x ^ (x >> u(s)))*u(m)
         return x ^ (x >> u(31))
     h = np.full(1, n, np.uint64)
-    for k in key: h = mix(h + u(0x9E3779B97F4A7C15) ^ u(k))
-    return np.argsort(mix(np.arange(1, n + 1, dtype=np.uint64)*u(0x9E3779B97F4A7C15) + h), kind='stable')
+    for k in key: h = mix(h + golden ^ u(k))
+    return np.argsort(mix(np.arange(1, n + 1, dtype=np.uint64)*golden + h), kind='stable')
 
 # %% ../nbs/09_dataloader.ipynb #docscls
 N_STREAMS = 64     # logical streams; every number of ranks that divides it sees the same batches
@@ -71,16 +75,20 @@ class DocTokens:
                  streams=range(N_STREAMS), n_streams=N_STREAMS, # those of this process, and all
                  max_docs=None, threads=None, cache=None): # cache: folder for token shards
         self.source, self.tok, self.split, self.seed, self.key = source, tokenizer, split, seed, key
-        self.n_streams, self.next = n_streams, {s: s for s in streams}   # next position of each stream
-        self.threads, self.cache = threads or min(8, os.cpu_count() or 1), cache
+        self.n_streams, self.next = n_streams, {s: s for s in streams}   # each stream's position
+        self.threads, self.cache = threads or min(8, _cores()), cache
         self.groups = source.row_groups(split)                           # (file, group, rows)
         sizes = np.array([g[2] for g in self.groups], dtype=np.int64)
         if max_docs is not None: sizes = np.clip(max_docs - (sizes.cumsum() - sizes), 0, sizes)
         self.sizes, self.n = sizes, int(sizes.sum())
+        if not self.n: raise ValueError(f'{source.name!r} has no {split} documents; give it some')
         names = repr([(Path(f).name, g, n) for f, g, n in self.groups]) + str(max_docs)
         self.fingerprint = hashlib.sha256(names.encode()).hexdigest()[:12]
-        if not self.n: raise ValueError(f"source {source.name!r} has no {split} documents; name another folder or split")
-        self.ready, self.texts, self.shards, self.orders = {}, OrderedDict(), OrderedDict(), OrderedDict()
+        self.ready, self.texts, self.orders, self.shards = {}, *(OrderedDict() for _ in range(3))
+
+def _cores(): # of this rank
+    return max(1, len(os.sched_getaffinity(0) if hasattr(os, 'sched_getaffinity') else range(
+        os.cpu_count() or 1))//int(os.environ.get('LOCAL_WORLD_SIZE', dist_info().world_size)))
 
 # %% ../nbs/09_dataloader.ipynb #locate
 def _lru(d, k, make, keep): # d[k], made if missing; the least recently used go
@@ -94,55 +102,59 @@ def locate(self:DocTokens, p:int # position
           ) -> tuple[int, int]: # row group, row in it
     "Which document stands at p; validation keeps the order of the files"
     epoch, q = divmod(p, self.n); train, key = self.split == 'train', (self.seed, self.key, epoch)
-    def order():
+    def groups():
         o = shuffled(len(self.sizes), *key) if train else np.arange(len(self.sizes))
         return o, self.sizes[o].cumsum()
-    o, ends = _lru(self.orders, epoch, order, 3)
-    i = int(np.searchsorted(ends, q, 'right')); g = int(o[i]); r = q - int(ends[i] - self.sizes[g])
-    if train: r = int(_lru(self.orders, (epoch, g), lambda: shuffled(int(self.sizes[g]), *key, g), 16)[r])
+    order, ends = _lru(self.orders, epoch, groups, 3)
+    i = int(np.searchsorted(ends, q, 'right')); g = int(order[i]); n = int(self.sizes[g])
+    r = q - int(ends[i]) + n
+    if train: r = int(_lru(self.orders, (epoch, g), lambda: shuffled(n, *key, g), 16)[r])
     return g, r
 
 # %% ../nbs/09_dataloader.ipynb #encode
 @patch
-def encode(self:DocTokens, positions:list[int]) -> dict[int, np.ndarray]: # position -> tokens without BOS
+def encode(self:DocTokens, positions:list[int]) -> dict: # position -> (n,) int32, without BOS
     "Read and tokenize these documents in one call"
-    at = [self.locate(p) for p in positions]
-    shards = {g: self.shard(g) for g in {g for g, _ in at}} if self.cache else {}
-    out = {p: shards[g][r].astype(np.int32) for p, (g, r) in zip(positions, at) if shards.get(g)}
-    todo = [(p, g, r) for p, (g, r) in zip(positions, at) if p not in out]
-    texts = [_lru(self.texts, g, lambda: self.source.read_group(self.split, g), 4)[r] for _, g, r in todo]
+    at = {p: self.locate(p) for p in positions}
+    shards = {g: self.shard(g) for g in {g for g, _ in at.values()}} if self.cache else {}
+    out = {p: shards[g][r].astype(np.int32) for p, (g, r) in at.items() if shards.get(g)}
+    todo = [p for p in at if p not in out]
+    text = lambda g, r: _lru(self.texts, g, lambda: self.source.read_group(self.split, g), 4)[r]
+    texts = [text(*at[p]) for p in todo]
     ids = self.tok.encode_batch(texts, threads=self.threads) if texts else []
-    return out | {p: np.asarray(i, dtype=np.int32) for (p, *_), i in zip(todo, ids)}
+    return out | {p: np.asarray(i, dtype=np.int32) for p, i in zip(todo, ids)}
 
 @patch
 def take(self:DocTokens, p:int) -> np.ndarray: # tokens without BOS
     "Tokens of the document at p, which its stream is about to use up"
     if p not in self.ready:
-        b = p//self.block*self.block
-        self.ready.update(self.encode([q for q in range(b, b + self.block) if q not in self.ready
-                                       and self.next.get(q % self.n_streams, q + 1) <= q]))
+        b = p//self.block*self.block; mine = lambda q: self.next.get(q % self.n_streams, q + 1) <= q
+        self.ready |= self.encode([q for q in range(b, b + self.block)
+                                   if q not in self.ready and mine(q)])
     self.next[p % self.n_streams] = p + self.n_streams
     return self.ready.pop(p)
 
 # %% ../nbs/09_dataloader.ipynb #cache
 @patch
 def shard(self:DocTokens, g:int # row group
-         ) -> list|None: # token arrays of its documents, memory-mapped; None while another rank writes it
+         ) -> list|None: # its documents' tokens, memory-mapped; None while another rank writes them
     "The tokens of a row group from the disk; whoever comes first puts them there"
     f, i, n = self.groups[g]; st = Path(f).stat()
-    key = hashlib.sha256(f'{Path(f).absolute()} {st.st_size} {st.st_mtime_ns} {i}'.encode()).hexdigest()[:24]
-    path, lens = Path(self.cache)/f'{key}.npy', Path(self.cache)/f'{key}.lens.npy'
+    key = f'{Path(f).absolute()} {st.st_size} {st.st_mtime_ns} {i}'
+    path = Path(self.cache)/(hashlib.sha256(key.encode()).hexdigest()[:24] + '.npy')
+    lens = path.with_suffix('.lens.npy')
     def write():
         ids = self.tok.encode_batch(self.source.read_group(self.split, g), threads=self.threads)
-        dtype = np.uint16 if self.tok.vocab_size <= 2**16 else np.uint32
-        for p, a in ((lens, np.array([len(x) for x in ids])), (path, np.concatenate([np.array(x, dtype) for x in ids]))):
+        flat = np.concatenate([np.asarray(x, dtype=np.int32) for x in ids])
+        for p, a in ((lens, np.array([len(x) for x in ids])),   # tokens last: they are the sign
+                     (path, flat.astype(np.uint16 if self.tok.vocab_size <= 2**16 else np.uint32))):
             buf = io.BytesIO(); np.save(buf, a); atomic_write(p, buf.getvalue())
     try:
         if not path.exists():
             with file_lock(path, timeout=0): path.exists() or write()
     except filelock.Timeout: return None
-    load = lambda: np.split(np.load(path, mmap_mode='r').view(np.ndarray), np.load(lens).cumsum()[:-1])
-    return _lru(self.shards, g, load, 64)
+    tokens = lambda: np.load(path, mmap_mode='r').view(np.ndarray)
+    return _lru(self.shards, g, lambda: np.split(tokens(), np.load(lens).cumsum()[:-1]), 64)
 
 # %% ../nbs/09_dataloader.ipynb #streamcls
 class Stream:
@@ -153,7 +165,7 @@ class Stream:
         self.rows, self.cursor, self.waiting = 0, [s]*len(docs), [[] for _ in docs]
         self.live = [i for i, w in enumerate(weights) if w > 0]
         lead = [shuffled(N_STREAMS, d.seed, i)[s]/N_STREAMS for i, d in enumerate(docs)]
-        self.placed = [int(4*size*w*u) for w, u in zip(weights, lead)]      # tokens, after a head start
+        self.placed = [int(4*size*w*u) for w, u in zip(weights, lead)]   # tokens, with a head start
 
 # %% ../nbs/09_dataloader.ipynb #draw
 @patch
@@ -167,32 +179,38 @@ def draw(self:Stream, i:int) -> bool: # False: the source has ended (only with o
     if self.once: return False
     raise ValueError(f'source {d.source.name!r} holds only empty documents')
 
+# %% ../nbs/09_dataloader.ipynb #refill
+@patch
+def refill(self:Stream, i:int):
+    "Let documents of source i wait, by its weight; two rows' worth suffice if that is many pieces"
+    w, many = self.waiting[i], max(2, 8*self.weights[i])*self.size
+    need = lambda: len(w) < 2 or sum(map(len, w)) < (many if len(w) < 64 else 2*self.size)
+    while need() and self.draw(i): pass
+
 @patch
 def next_row(self:Stream) -> tuple|None: # (row, pieces, starts, source); None at the end
     "Fill one row from the source that lags most behind its weight"
     while self.live:
         i = max(self.live, key=lambda i: self.weights[i]*sum(self.placed) - self.placed[i])
-        w, many = self.waiting[i], max(2, 8*self.weights[i])*self.size
-        while (len(w) < 2 or sum(map(len, w)) < (many if len(w) < 64 else 2*self.size)) and self.draw(i): pass
-        if w: break
-        self.live.remove(i)
-    else: return None
-    row, pieces, starts = best_fit(w, self.size, self.bos, self.long_docs, self.max_docs)
-    self.placed[i] += sum(len(p) - 1 for p in pieces); self.rows += 1
-    return row, pieces, starts, i
+        self.refill(i); w = self.waiting[i]
+        if not w: self.live.remove(i); continue
+        row, pieces, starts = best_fit(w, self.size, self.bos, self.long_docs, self.max_docs)
+        self.placed[i] += sum(len(p) - 1 for p in pieces); self.rows += 1
+        return row, pieces, starts, i
 
 # %% ../nbs/09_dataloader.ipynb #state
 @patch
 def state(self:Stream) -> list: # nested lists of integers
     "All that decides the rest of the stream"
-    return [self.rows, [*self.cursor], [*self.placed], [[[p.pos, p.start, p.stop] for p in w] for w in self.waiting]]
+    refs = [[[p.pos, p.start, p.stop] for p in w] for w in self.waiting]
+    return [self.rows, [*self.cursor], [*self.placed], refs]
 
 @patch
 def restore(self:Stream, state:list):
     "Continue from `state`"
-    self.rows, cursor, placed, waiting = state
+    self.rows, cursor, placed, refs = state
     self.cursor, self.placed = [*cursor], [*placed]
-    for i, (d, c, w) in enumerate(zip(self.docs, cursor, waiting)):
+    for i, (d, c, w) in enumerate(zip(self.docs, cursor, refs)):
         d.next[self.s] = c; ids = d.encode(sorted({p for p, *_ in w}))
         self.waiting[i] = [Piece(p, a, b, ids[p][a:b]) for p, a, b in w]
 
@@ -209,48 +227,64 @@ class Batch:
     cu_seqlens: Tensor = None     # (B*max_docs + 1,) int32 document borders in flattened x
     cu_seqlens_cpu: Tensor = None # the same on the CPU
 
+# %% ../nbs/09_dataloader.ipynb #borderscode
 def _to(t, device): # non-blocking on CUDA
     return t.pin_memory().to(device, non_blocking=True) if device.type == 'cuda' else t.to(device)
 
 @patch
 def with_borders(self:Batch) -> Batch:
-    "Fill cu_seqlens: fresh tensors of a length that depends on B alone, empty documents at the tail"
+    "Fill cu_seqlens: fresh tensors, their length depends on B alone, empty documents at the tail"
     if self.max_docs:
         B, T = self.x.shape
-        flat = [i*T + a for i, st in enumerate(self.starts) for a in st]
-        self.cu_seqlens_cpu = torch.tensor(flat + [B*T]*(B*self.max_docs + 1 - len(flat)), dtype=torch.int32)
+        cu = [i*T + a for i, st in enumerate(self.starts) for a in st]
+        cu += [B*T]*(B*self.max_docs + 1 - len(cu))
+        self.cu_seqlens_cpu = torch.tensor(cu, dtype=torch.int32)
         self.cu_seqlens = _to(self.cu_seqlens_cpu.clone(), self.x.device)
     return self
 
 @patch
 def micro(self:Batch, rows:int): # -> yields Batch
     "The batch in pieces of `rows` rows, each with its own borders"
-    n = len(self.x)
-    if n % rows:
-        raise ValueError(f'{n} rows do not split into pieces of {rows}; use one of {[d for d in range(1, n+1) if n % d == 0]}')
-    for a in range(0, n, rows):
-        b = slice(a, a + rows)
-        yield Batch(self.x[b], self.y[b], self.starts[b], self.index, self.source and self.source[b], self.max_docs).with_borders()
+    if n := len(self.x) % rows:
+        ok = [d for d in range(1, len(self.x) + 1) if len(self.x) % d == 0]
+        raise ValueError(f'{len(self.x)} rows do not split into pieces of {rows}; use one of {ok}')
+    for a in range(0, len(self.x), rows):
+        s = slice(a, a + rows)
+        yield Batch(self.x[s], self.y[s], self.starts[s], self.index,
+                    self.source and self.source[s], self.max_docs).with_borders()
 
 # %% ../nbs/09_dataloader.ipynb #packer
 class Packer:
     "One rank's share of the training batches, computed when asked"
+    n_streams, once = N_STREAMS, False
     def __init__(self, mixture, tokenizer, split, batch_rows, seq_len, seed=0, rank=0, world_size=1,
                  long_docs='split', max_docs=None, threads=None, cache=None):
-        if N_STREAMS % world_size: raise ValueError(f'{world_size} ranks do not divide {N_STREAMS} streams; use 1, 2, 4, ... {N_STREAMS}')
-        if batch_rows % world_size: raise ValueError(f'batch_rows {batch_rows} does not divide over {world_size} ranks')
-        if long_docs not in ('split', 'crop'): raise ValueError(f"long_docs {long_docs!r}; use 'split' or 'crop'")
-        self.batch_rows, self.size, self.rank, self.world = batch_rows, seq_len + 1, rank, world_size
-        self.row = self.index = 0; self.row_docs = max(16, seq_len//16)
-        train, bos, w = split == 'train', tokenizer.bos_id, np.array(mixture.weights, dtype=np.float64)
-        own, n = (range(rank, N_STREAMS, world_size), N_STREAMS) if train else ([0], 1)
-        self.weights, self.names = (w/w.sum()).tolist(), [s.name for s in mixture.sources]
-        self.docs = [DocTokens(s, tokenizer, split, seed, i, own, n, max_docs, threads, cache) for i, s in enumerate(mixture.sources)]
-        self.streams = {s: Stream(s, self.docs, self.weights, bos, self.size, long_docs if train else 'split', self.row_docs,
-                                  once=not train) for s in own}
-        self.bos = bos
-        self.identity = dict(data=mixture.name, shards=[d.fingerprint for d in self.docs], weights=self.weights, tokenizer=str(tokenizer.hash),
-                             split=split, seq_len=seq_len, seed=seed, long_docs=long_docs, streams=n)
+        _check(batch_rows, world_size, long_docs)
+        self.rank, self.world, self.batch_rows = rank, world_size, batch_rows
+        self.size = seq_len + 1
+        self.row = self.index = 0; self.row_docs = max(16, seq_len//16); self.bos = tokenizer.bos_id
+        if self.once: long_docs = 'split'
+        own = [0] if self.once else range(rank, N_STREAMS, world_size)
+        self.weights = [w/sum(mixture.weights) for w in mixture.weights]
+        self.names = [s.name for s in mixture.sources]
+        docs = [DocTokens(s, tokenizer, split, seed, i, own, self.n_streams, max_docs, threads,
+                          cache) for i, s in enumerate(mixture.sources)]
+        self.streams = {s: Stream(s, docs, self.weights, self.bos, self.size, long_docs,
+                                  self.row_docs, self.once) for s in own}
+        self.identity = dict(data=mixture.name, shards=[d.fingerprint for d in docs], seed=seed,
+                             weights=self.weights, tokenizer=str(tokenizer.hash), seq_len=seq_len,
+                             split=split, long_docs=long_docs)
+
+# %% ../nbs/09_dataloader.ipynb #check
+def _check(batch_rows, world_size, long_docs):
+    if N_STREAMS % world_size:
+        raise ValueError(f'{world_size} ranks do not divide {N_STREAMS} streams; use 1, 2, 4 ... 64')
+    if batch_rows < 1 or batch_rows % world_size:
+        near = max(1, round(batch_rows/world_size))*world_size
+        raise ValueError(f'batch_rows {batch_rows} does not divide over {world_size} ranks; '
+                         f'nearest: {near}')
+    if long_docs not in ('split', 'crop'):
+        raise ValueError(f"long_docs {long_docs!r}: use 'split' or 'crop'")
 
 # %% ../nbs/09_dataloader.ipynb #nextbatch
 @dataclass
@@ -262,23 +296,27 @@ def _packed(self, got, state=()): # used: tokens that count; a last BOS after th
     used = [u + (u == self.size - 1) for u in (sum(map(len, ps)) for _, ps, *_ in got)]
     starts = [[a for a in st if a < self.size - 1] or [0] for _, _, st, _ in got]
     self.row += self.batch_rows; self.index += 1
-    return Packed(np.stack([g[0] for g in got]), used, starts, [self.names[g[3]] for g in got], dict(state), self.row, self.index)
+    return Packed(np.stack([g[0] for g in got]), used, starts, [self.names[g[3]] for g in got],
+                  dict(state), self.row, self.index)
 
 @patch
 def next_batch(self:Packer) -> Packed:
     "The rows j of the next global batch with j mod world_size = rank"
-    turn = [j % N_STREAMS for j in range(self.row, self.row + self.batch_rows) if j % self.world == self.rank]
+    rows = range(self.row, self.row + self.batch_rows)
+    turn = [j % N_STREAMS for j in rows if j % self.world == self.rank]
     got = [self.streams[s].next_row() for s in turn]
     return _packed(self, got, {s: self.streams[s].state() for s in set(turn)})
 
 # %% ../nbs/09_dataloader.ipynb #evalpacker
 class EvalPacker(Packer):
     "One pass over the validation split; ends with None"
+    n_streams, once = 1, True
     def next_batch(self) -> Packed|None:
         empty = np.full(self.size, self.bos, np.int32), [], [], 0
-        got = [self.streams[0].next_row() for _ in range(self.batch_rows)]
-        if got[0] is None: return None
-        return _packed(self, [g or empty for j, g in enumerate(got) if (self.row + j) % self.world == self.rank])
+        got = [self.streams[0].next_row() or empty for _ in range(self.batch_rows)]
+        if got[0] is empty: return None
+        return _packed(self, [g for j, g in enumerate(got)
+                              if (self.row + j) % self.world == self.rank])
 
 # %% ../nbs/09_dataloader.ipynb #loader
 class Loader:
@@ -293,17 +331,17 @@ class Loader:
                  rank:int=0, world_size:int=1, # world_size divides 64 and batch_rows
                  device='cpu',           # where x and y are wanted
                  documents:bool=False,   # also give the borders, cu_seqlens
-                 long_docs:str='split',  # 'split' loses nothing, 'crop' drops what a cut leaves over
-                 state:dict|None=None,   # continue from a `state_dict`, of any number of ranks
+                 long_docs:str='split',  # 'split' loses nothing, 'crop' drops the rest of a cut
+                 state:dict|None=None,   # continue from a `state_dict` of any number of ranks
                  prefetch:int=2,         # batches ahead; 0: no thread
                  max_docs:int|None=None, # use only the first documents of every source
-                 threads:int|None=None,  # of the tokenizer; up to 8
-                 token_cache:bool|str=False): # keep tokens on disk: a folder, or True for base_dir()/tokens
+                 threads:int|None=None,  # of the tokenizer; None: this rank's cores, up to 8
+                 token_cache:bool|str=False): # tokens on disk: a folder; True: base_dir()/tokens
         self.device, self.documents, self.prefetch = torch.device(device), documents, prefetch
-        cache = token_cache and (base_dir()/'tokens' if token_cache is True else Path(token_cache))/tokenizer.hash
-        kind = Packer if split == 'train' else EvalPacker
-        self._make = lambda: kind(mixture, tokenizer, split, batch_rows, seq_len, seed, rank, world_size, long_docs,
-                                  max_docs, threads, cache)
+        root = base_dir()/'tokens' if token_cache is True else token_cache
+        self._make = lambda: (Packer if split == 'train' else EvalPacker)(
+            mixture, tokenizer, split, batch_rows, seq_len, seed, rank, world_size, long_docs,
+            max_docs, threads, root and Path(root)/tokenizer.hash)
         self.load_state_dict(state)
 
 # %% ../nbs/09_dataloader.ipynb #thread
@@ -324,9 +362,9 @@ def _halt(stop, thread): # at close, at garbage collection, at exit
 def _run(self:Loader, packer):
     self.packer, self._end, self._close = packer, None, lambda: None
     if not self.prefetch: return
-    q, stop = queue.Queue(self.prefetch), threading.Event()
-    t = threading.Thread(target=_work, args=(packer, q, stop), daemon=True, name='nano_dh loader'); t.start()
-    self._queue, self._close = q, weakref.finalize(self, _halt, stop, t)
+    self._queue, stop = queue.Queue(self.prefetch), threading.Event()
+    t = threading.Thread(target=_work, args=(packer, self._queue, stop), daemon=True); t.start()
+    self._close = weakref.finalize(self, _halt, stop, t)
 
 @patch
 def close(self:Loader):
@@ -340,15 +378,17 @@ def __iter__(self:Loader): return self
 @patch
 def __next__(self:Loader) -> Batch:
     if self._end is None:
-        t = time.perf_counter(); p = self._queue.get() if self.prefetch else self.packer.next_batch()
+        t = time.perf_counter()
+        p = self._queue.get() if self.prefetch else self.packer.next_batch()
         self.waited += time.perf_counter() - t
         if not isinstance(p, Packed): self._end = StopIteration() if p is None else p
     if self._end is not None: self._close(); raise self._end
     self.row, self.index = p.row, p.index; self._streams.update(p.state)
     ids = torch.from_numpy(p.rows).long(); y = ids[:, 1:].clone()
     y[torch.arange(1, ids.shape[1]) >= torch.tensor(p.used)[:, None]] = -1
-    return Batch(_to(ids[:, :-1].contiguous(), self.device), _to(y, self.device), p.starts, p.index - 1, p.source,
-                 self.packer.row_docs if self.documents else None).with_borders()
+    x, y = _to(ids[:, :-1].contiguous(), self.device), _to(y, self.device)
+    docs = self.packer.row_docs if self.documents else None
+    return Batch(x, y, p.starts, p.index - 1, p.source, docs).with_borders()
 
 # %% ../nbs/09_dataloader.ipynb #lstate
 @patch
@@ -367,14 +407,15 @@ def load_state_dict(self:Loader, state:dict|None): # None: from the beginning
     self._run(packer)
 
 def _restore(self, packer, state):
-    if isinstance(packer, EvalPacker): raise ValueError('validation always starts anew; give no state with split val')
-    was = state['identity']; bad = [f'{k} is {v}, was {was.get(k)}' for k, v in packer.identity.items() if v != was.get(k)]
+    if packer.once: raise ValueError('validation always starts anew; give no state with it')
+    was, now = state['identity'], packer.identity
+    bad = [f'{k} is {now[k]}, was {was.get(k)}' for k in now if now[k] != was.get(k)]
     if bad: raise ValueError('this loader state belongs to other batches: ' + '; '.join(bad))
     self.row, self.index = packer.row, packer.index = state['row'], state['index']
     for s, stream in packer.streams.items():
         want, st = len(range(s, self.row, N_STREAMS)), state['streams'].get(str(s))
         if want != (st[0] if st else 0):
-            raise ValueError(f'loader state lacks stream {s}: merge the states of all ranks with gather_state before saving')
+            raise ValueError(f'loader state lacks stream {s}; gather_state merges all ranks')
         if st: stream.restore(st); self._streams[s] = st
 
 # %% ../nbs/09_dataloader.ipynb #gather
@@ -383,7 +424,8 @@ def merge_states(states:list[dict] # `Loader.state_dict()` of every rank, after 
     "Put the streams of all ranks together"
     a = states[0]
     if any((s['row'], s['identity']) != (a['row'], a['identity']) for s in states):
-        raise ValueError(f"states of different moments: batches {sorted(s['index'] for s in states)}; take them after the same step")
+        at = sorted(s['index'] for s in states)
+        raise ValueError(f'states of different moments (batches {at}); take them at one step')
     streams = {k: v for s in states for k, v in s['streams'].items()}
     return dict(a, streams={k: streams[k] for k in sorted(streams, key=int)})
 
