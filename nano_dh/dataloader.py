@@ -278,7 +278,7 @@ class Packer:
 # %% ../nbs/09_dataloader.ipynb #check
 def _check(batch_rows, world_size, long_docs):
     if N_STREAMS % world_size:
-        raise ValueError(f'{world_size} ranks do not divide {N_STREAMS} streams; use 1, 2, 4 ... 64')
+        raise ValueError(f'{world_size} ranks do not divide {N_STREAMS} streams; use 1, 2, 4 ...')
     if batch_rows < 1 or batch_rows % world_size:
         near = max(1, round(batch_rows/world_size))*world_size
         raise ValueError(f'batch_rows {batch_rows} does not divide over {world_size} ranks; '
@@ -354,9 +354,9 @@ def _work(packer, q, stop): # the thread's whole life
             except queue.Full: continue
         if not isinstance(item, Packed): return
 
-def _halt(stop, thread): # at close, at garbage collection, at exit
+def _halt(stop, thread, me=threading.current_thread): # at close, garbage collection or exit
     stop.set()
-    if thread is not threading.current_thread(): thread.join()
+    if thread is not me(): thread.join()
 
 @patch
 def _run(self:Loader, packer):
