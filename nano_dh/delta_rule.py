@@ -11,7 +11,7 @@ from torch import Tensor
 
 # %% ../nbs/01_delta_rule.ipynb #l2norm
 def l2norm(x:Tensor,        # (..., D), any float dtype
-           eps:float=1e-6   # added to the squared length: a zero vector stays zero, its gradient finite
+           eps:float=1e-6   # added to the squared length: zero stays zero, with a finite gradient
           ) -> Tensor:      # (..., D), x.dtype, rows of length one
     "Scale the last dimension to length one; arithmetic in float32 (float64 for float64)"
     y = x if x.dtype == torch.float64 else x.float()
@@ -42,7 +42,7 @@ def recurrent_gated_delta_rule(q:Tensor,    # (B, T, H, K) queries of length one
                                g:Tensor,    # (B, T, HV) natural log of the decay, <= 0
                                beta:Tensor, # (B, T, HV) write strength in [0, 2)
                                state:Tensor|None=None, # (B, HV, K, V), or (N, ...) of N documents
-                               cu_seqlens:Tensor|None=None, # (N+1,) document borders, flattened B*T
+                               cu_seqlens:Tensor|None=None, # (N+1,) borders in the flattened B*T
                                scale:float|None=None # factor of the read; default K**-0.5
                               ) -> tuple[Tensor, Tensor]: # o (B, T, HV, V) in v.dtype, last state
     "The gated delta rule token by token: slow, plain, the reference for every other form"
@@ -63,7 +63,7 @@ def check_borders(cu:list[int], # document borders, flattened
     if cu[0] != 0 or cu[-1] != B*T or any(a > b for a, b in zip(cu, cu[1:])):
         raise ValueError(f'cu_seqlens must rise from 0 to B*T = {B*T}, got {cu[0]}..{cu[-1]}')
     if missing := set(range(0, B*T, T)) - set(cu):
-        raise ValueError(f'cu_seqlens lacks {min(missing)}, a row start: documents end with their row')
+        raise ValueError(f'cu_seqlens lacks {min(missing)}, a row start; documents end with rows')
     return cu
 
 # %% ../nbs/01_delta_rule.ipynb #each
