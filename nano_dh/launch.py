@@ -6,7 +6,7 @@
 __all__ = ['n_gpus', 'n_cores', 'join_group', 'RankError', 'run_ranks', 'run_env', 'LiveFigure', 'LiveCurve']
 
 # %% ../nbs/13_launch.ipynb #imp
-import atexit, base64, ctypes, io, math, os, shutil, signal, sys, tempfile, threading, time, traceback
+import atexit, base64, ctypes, io, math, os, shutil, signal, sys, tempfile, threading, time, traceback, warnings
 from datetime import timedelta
 from multiprocessing import connection
 from pathlib import Path
@@ -31,6 +31,7 @@ def join_group(device:str='',        # 'cuda', 'cpu', '' for the best there is
               ) -> DistInfo:
     "Make this process the rank its environment names: its GPU or its share of the cores, and the process group"
     me, cuda = dist_info(), _cuda(device)
+    warnings.filterwarnings('ignore', module=r'torch\.distributed')      # notices of renamed functions, once a rank
     if cuda: torch.cuda.set_device(me.local_rank)
     elif 'OMP_NUM_THREADS' not in os.environ:
         torch.set_num_threads(max(1, n_cores()//int(os.environ.get('LOCAL_WORLD_SIZE', me.world_size))))
@@ -180,7 +181,7 @@ def _in_notebook():
 class LiveFigure:
     "A figure that is redrawn in place while a cell runs"
     def __init__(self, draw,         # draw(fig) fills an empty matplotlib Figure
-                 every:float=2.,     # least seconds between two pictures
+                 every:float=2.,     # least seconds between two pictures; inf: only when asked
                  figsize:tuple=(8, 2.8),
                  dpi:int=80):
         self.draw, self.every, self.figsize, self.dpi, self.last, self.handle, self.png = draw, every, figsize, dpi, -math.inf, None, b''
@@ -188,14 +189,16 @@ class LiveFigure:
               ):
         "Draw, if it is time"
         if not force and time.monotonic() - self.last < self.every: return
+        data = {'image/png': base64.b64encode(self.draw_now()).decode(), 'text/plain': '<figure>'}
+        if not _in_notebook(): return
+        from IPython.display import display
+        if self.handle is None: self.handle = display(data, raw=True, display_id=True)
+        else: self.handle.update(data, raw=True)
+    def draw_now(self) -> bytes: # PNG
         from matplotlib.figure import Figure
         fig, buf = Figure(figsize=self.figsize, dpi=self.dpi, layout='constrained'), io.BytesIO()
         self.draw(fig); fig.savefig(buf, format='png'); self.png, self.last = buf.getvalue(), time.monotonic()
-        if not _in_notebook(): return
-        from IPython.display import display
-        data = {'image/png': base64.b64encode(self.png).decode(), 'text/plain': '<figure>'}
-        if self.handle is None: self.handle = display(data, raw=True, display_id=True)
-        else: self.handle.update(data, raw=True)
+        return self.png
 
 # %% ../nbs/13_launch.ipynb #curve
 class LiveCurve(LiveFigure):
@@ -208,7 +211,7 @@ class LiveCurve(LiveFigure):
         "Take a record's points"
         for p, (xs, ys) in self.pts.items():
             if rec.get(p) is not None and self.x in rec: xs.append(rec[self.x]); ys.append(rec[p])
-        self.update()
+        if self.every < math.inf: self.update()
     def _draw(self, fig):
         for ax, (p, (xs, ys)) in zip(fig.subplots(1, len(self.pts), squeeze=False)[0], self.pts.items()):
             ax.plot(xs, ys, marker='o' if len(xs) < 20 else None, ms=3); ax.set_xlabel(self.x); ax.set_title(p, fontsize=10)

@@ -24,7 +24,7 @@ from .dataloader import Loader
 from .optim import REF_BATCH, REF_TOKENS, build_optimizer, lr_multiplier, muon_momentum, weight_decay_at
 from .loss_eval import evaluate_bpb
 from .checkpoint import latest_step, load_checkpoint, runs_dir, save_checkpoint
-from .launch import join_group, n_cores, n_gpus, run_env
+from .launch import LiveCurve, n_cores, n_gpus, run_env
 
 # %% ../nbs/14_train.ipynb #config
 @dataclass
@@ -35,7 +35,7 @@ class PretrainConfig:
     depth: int = 4                  # number of blocks; sets width, horizon, batch and learning rates
     pattern: str = 'GGGL'           # mixers, tiled over depth: G gated delta rule, L attention, S sliding window
     preset: str = ''                # 'nanochat' or 'conversation'
-    model: str = ''                 # further fields of HybridConfig, as 'tie_embeddings=True pos=partial'
+    model: str = ''                 # further fields of HybridConfig, such as 'tie_embeddings:True pos:partial'
     data: str = ''                  # file, folder, ratio mix or hub name; '' is NANO_DH_DATA or the shipped sample
     tokenizer: str = ''             # path or name of a tokenizer; '' trains one on the data
     vocab_size: int = -1            # tokens; -1: 32768 on a GPU, 4096 on a CPU
@@ -84,11 +84,11 @@ def from_ns(cls:PretrainConfig,
 
 # %% ../nbs/14_train.ipynb #modelcfg
 def _overrides(text):
-    "'a=1 b=x' -> {'a': 1, 'b': 'x'}"
+    "'a:1 b:x' -> {'a': 1, 'b': 'x'}"
     known, out = [f.name for f in fields(HybridConfig)], {}
     for part in text.replace(',', ' ').split():
-        k, eq, v = part.partition('=')
-        if not eq or k not in known:
+        k, _, v = part.replace('=', ':').partition(':')
+        if not v or k not in known:
             raise NameError(f'model: {part!r} sets no field, did you mean {closest(k, known)!r}? known: {", ".join(known)}')
         try: out[k] = ast.literal_eval(v)
         except (ValueError, SyntaxError): out[k] = v
@@ -101,8 +101,11 @@ def model_config(self:PretrainConfig) -> HybridConfig:
     preset = {} if not self.preset or self.pattern != 'GGGL' else dict(pattern=None)      # a preset brings its own
     return HybridConfig.from_depth(self.depth, **(dict(pattern=self.pattern) | preset), preset=self.preset or None, **o)
 
-def _meta(cfg): # the model without memory, and its counts
-    with torch.device('meta'): m = HybridModel(cfg.model_config())
+def _meta(cfg): return _meta_of(json.dumps(cfg.model_config().to_dict()))
+
+@lru_cache(maxsize=16)
+def _meta_of(model): # the model without memory, and its counts
+    with torch.device('meta'): m = HybridModel(HybridConfig.from_dict(json.loads(model)))
     return m, m.param_counts()
 
 # %% ../nbs/14_train.ipynb #autobatch
@@ -252,9 +255,10 @@ def plan(cfg:PretrainConfig # may have fields left open
     if not c.resume and (c.run_dir/'config.json').exists():
         raise PlanError(f'Run {c.run} exists already, at step {latest_step(c.run_dir) or 0}. Continue it with resume True, or take another name.')
     if not (why := _too_much(p)): return p
-    fit = next((d for d in range(c.depth - 1, 0, -1) if not _too_much(estimate(replace(cfg, depth=d)))), None)
+    lo, hi = 0, c.depth                               # depth lo fits, hi does not
+    while hi - lo > 1: mid = (lo + hi)//2; lo, hi = (mid, hi) if not _too_much(estimate(replace(cfg, depth=mid))) else (lo, mid)
     raise PlanError(f"Depth {c.depth} on {p.machine['name']} {' and '.join(why)}: {human(p.params['total'])} parameters, {human(c.total_tokens)} tokens, "
-                    f"{p.flops:.1e} FLOPs. " + (f'Depth {fit} would fit. ' if fit else '') + "Take a smaller depth, a smaller device_batch_size, "
+                    f"{p.flops:.1e} FLOPs. " + (f'Depth {lo} would fit. ' if lo else '') + "Take a smaller depth, a smaller device_batch_size, "
                     f"fewer steps (num_iterations) or a smaller target_param_data_ratio; or a machine with (more) GPUs; or raise max_hours if you mean it.")
 
 # %% ../nbs/14_train.ipynb #planstr
@@ -312,7 +316,9 @@ def build_model(cfg, device) -> HybridModel:
     "The model with its initial weights, float32, computing in the device's format"
     with torch.device('meta'): model = HybridModel(cfg.model_config())
     model.to_empty(device=device); model.init_weights(cfg.seed)
-    if (dt := compute_dtype(device)) != torch.float32: model.compute_dtype = dt
+    dt = compute_dtype(device)
+    if dt == torch.float64: return model.double()         # NANO_DH_DTYPE=float64, to compare runs
+    if dt != torch.float32: model.compute_dtype = dt
     return model
 
 @patch
@@ -326,12 +332,12 @@ def make_loader(self:Trainer, split, rows):
 def train_step(self:Trainer, batch) -> torch.Tensor: # (2,) summed loss and counted targets of all ranks, on the device
     "One optimizer step on one global batch"
     c = self.cfg; per_rank = c.total_batch_size/self.world
-    total = torch.zeros(2, device=self.device)
+    total = torch.zeros(2, device=self.device, dtype=torch.float32 if self.device.type == 'mps' else torch.float64)
     for mb in batch.micro(c.device_batch_size):
         kw = dict(cu_seqlens=mb.cu_seqlens) if c.doc_mask else {}
         loss = self.fwd(mb.x, targets=mb.y, reduction='sum', **kw)
         (loss/per_rank).backward()
-        total += torch.stack([loss.detach().float(), (mb.y >= 0).sum().float()])
+        total += torch.stack([loss.detach(), (mb.y >= 0).sum()])
     if self.world > 1: dist.all_reduce(total)
     self.lrm = self.opt.schedule(self.step, c.num_iterations, c.warmup_steps, c.warmdown_ratio, c.final_lr_frac, c.schedule)
     self.opt.step(); self.opt.zero_grad(); self.step += 1
@@ -537,14 +543,10 @@ def interrupted(self:Report) -> str:
 @patch
 def figure(self:Report):
     "Loss and val bpb against the step"
-    from matplotlib.figure import Figure
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    fig = Figure(figsize=(8, 2.8), layout='constrained'); FigureCanvasAgg(fig)
-    for ax, k in zip(fig.subplots(1, 2), ('loss', 'val_bpb')):
-        xy = [(r['step'], r[k]) for r in self.records if k in r]
-        if xy: ax.plot(*zip(*xy), marker='o' if k == 'val_bpb' else None, ms=3)
-        ax.set_xlabel('step'); ax.set_title(k, fontsize=10)
-    return fig
+    from IPython.display import Image
+    live = LiveCurve(every=math.inf)
+    for r in self.records: live.add(r)
+    return Image(live.draw_now())
 
 @patch
 def samples(self:Report) -> str:
@@ -572,12 +574,10 @@ def next(self:Report) -> str:
     return f'to train it twice as long:\n{out} -p num_iterations {2*c.num_iterations}\nto use it:\nfrom nano_dh.checkpoint import load_model\nmodel, tokenizer, meta = load_model({c.run!r})'
 
 # %% ../nbs/14_train.ipynb #main
-def _args(argv): # ['--depth', '4', '--resume'] -> {'depth': 4, 'resume': True}
+def _args(argv): # ['--depth', '4', 'run=x', '--resume'] -> {'depth': 4, 'run': 'x', 'resume': True}
     out, texts = {}, {f.name for f in fields(PretrainConfig) if f.type in (str, 'str')}
     while argv:
-        k, *argv = argv
-        if not k.startswith('--'): raise NameError(f'{k!r} is no option; write --name value')
-        k, eq, v = k[2:].partition('=')
+        k, *argv = argv; k, eq, v = k.removeprefix('--').partition('=')
         if not eq: v, argv = (argv[0], argv[1:]) if argv and not argv[0].startswith('--') else ('True', argv)
         try: out[k] = v if k in texts else ast.literal_eval(v)
         except (ValueError, SyntaxError): out[k] = v
@@ -585,7 +585,7 @@ def _args(argv): # ['--depth', '4', '--resume'] -> {'depth': 4, 'resume': True}
 
 def main(argv:list|None=None # default: the command line
         ):
-    "python -m nano_dh.train --depth 4 ...; every field of PretrainConfig is an option"
+    "python -m nano_dh.train --depth 4 run=x ...; every field of PretrainConfig is an option"
     args = _args(sys.argv[1:] if argv is None else argv)
     if 'help' in args: print('\n'.join(f'--{f.name:24} {f.default!r}' for f in fields(PretrainConfig))); return
     cfg = checked(PretrainConfig, args)

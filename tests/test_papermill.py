@@ -1,0 +1,110 @@
+"The run notebook as papermill and Jupyter run it."
+import json, os, re, signal, subprocess, time
+import nbformat, pytest
+from tiny_run import PAPERMILL, PY, ROOT, TINY, environ, parameters, tiny_data
+
+NB = ROOT/'runs'/'pretrain.ipynb'
+SMALL = TINY | dict(num_iterations=6, warmup_steps=2, save_every=2, eval_every=3)
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory): return tiny_data(tmp_path_factory.mktemp('data')/'books')
+@pytest.fixture(scope='module')
+def base(tmp_path_factory): return tmp_path_factory.mktemp('base')
+
+def papermill(base, *args, **kw):
+    return subprocess.run([PAPERMILL, NB, *args], env=environ(base), capture_output=True, text=True, stdin=subprocess.DEVNULL, **kw)
+
+def outputs(nb): return {c['id']: c.get('outputs', []) for c in nb.cells if c.cell_type == 'code'}
+def text(outs): return ''.join(o.get('text') or str(o.get('data', {}).get('text/markdown', '')) for o in outs)
+
+def test_parameters_cell_is_the_dataclass():
+    from dataclasses import fields
+    from nano_dh.train import PretrainConfig
+    cell = next(c for c in nbformat.read(NB, 4).cells if 'parameters' in c.metadata.get('tags', []))
+    rows = [re.match(r'(\w+): (\w+) = (.*?)  # (.+)', l).groups() for l in cell.source.splitlines()]
+    assert [(n, t, eval(d)) for n, t, d, _ in rows] == [(f.name, f.type.__name__, f.default) for f in fields(PretrainConfig)]
+
+def test_help_lists_every_parameter():
+    from dataclasses import fields
+    from nano_dh.train import PretrainConfig
+    out = subprocess.run([PAPERMILL, '--help-notebook', NB], capture_output=True, text=True).stdout
+    for f in fields(PretrainConfig): assert re.search(rf'^  {f.name}: {f.type.__name__} \(default', out, re.M), f.name
+
+def test_a_tiny_run_and_its_report(base, data, tmp_path):
+    r = papermill(base, tmp_path/'o.ipynb', *parameters(**SMALL, data=data, run='tiny'))
+    assert r.returncode == 0, r.stderr
+    out = outputs(nbformat.read(tmp_path/'o.ipynb', 4))
+    assert 'parameters (' in text(out['plan']) and 'documents start at [0' in text(out['batch'])
+    assert text(out['run']).count('val bpb') == 2 and 'step     6/6' in text(out['run'])
+    assert sum('image/png' in o.get('data', {}) for o in out['run']) == 1          # the live curve, updated in place
+    assert any('image/png' in o.get('data', {}) for o in out['curves'])
+    assert '[The ]' in text(out['samples']) and '| val bpb |' in text(out['table']) and 'load_model(' in text(out['next'])
+    assert (base/'runs'/'tiny'/'000006'/'manifest.json').exists()
+    again = papermill(base, tmp_path/'o2.ipynb', *parameters(**SMALL, data=data, run='tiny'))
+    assert again.returncode == 1 and 'Run tiny exists already' in again.stderr
+
+def test_redirected_output_is_a_notebook_even_with_two_ranks(base, data, tmp_path):
+    with (tmp_path/'out.ipynb').open('w') as f:
+        r = subprocess.run([PAPERMILL, NB, *parameters(**SMALL, data=data, nproc=2)], env=environ(base), stdout=f, stderr=subprocess.PIPE,
+                           text=True, stdin=subprocess.DEVNULL)
+    assert r.returncode == 0, r.stderr
+    nb = nbformat.read(tmp_path/'out.ipynb', 4); nbformat.validate(nb)
+    assert '2 ranks x' in text(outputs(nb)['plan']) and 'val bpb' in text(outputs(nb)['run'])
+
+def test_misspelt_and_refused(base, tmp_path):
+    "Both at once: neither depends on the other"
+    t = time.time()
+    ps = [subprocess.Popen([PAPERMILL, NB, tmp_path/f'{k}.ipynb', '-p', k, v], env=environ(base), stderr=subprocess.PIPE, text=True)
+          for k, v in (('depht', '4'), ('depth', '20'))]
+    (_, a), (_, b) = [p.communicate() for p in ps]
+    assert [p.returncode for p in ps] == [1, 1] and time.time() - t < 40
+    assert "unknown parameter 'depht', did you mean 'depth'?" in a
+    assert re.search(r'PlanError: Depth 20 on \d+ CPU cores would take .*num_iterations.*\n', b)
+
+def wait_for(f, cond, seconds=60):
+    end = time.time() + seconds
+    while time.time() < end and not cond(f): time.sleep(.05)
+    assert cond(f), f.read_text() if f.exists() else f'{f} is missing'
+
+@pytest.mark.slow
+def test_killed_papermill_continues(base, data, tmp_path):
+    kw = SMALL | dict(num_iterations=300, save_every=20, eval_every=0)
+    p = subprocess.Popen([PAPERMILL, NB, tmp_path/'a.ipynb', *parameters(**kw, data=data, run='cut')], env=environ(base), stderr=subprocess.DEVNULL)
+    f = base/'runs'/'cut'/'metrics.jsonl'
+    wait_for(f, lambda f: f.exists() and f.read_text().count('"loss"') >= 50)
+    p.kill(); p.wait(); time.sleep(3)                                # the kernel notices, its rank goes with it
+    n = f.read_text().count('"loss"'); time.sleep(1)
+    assert n == f.read_text().count('"loss"') < 300
+    r = papermill(base, tmp_path/'b.ipynb', '-p', 'resume', 'True')   # the newest run
+    assert r.returncode == 0, r.stderr
+    assert [json.loads(l)['step'] for l in f.read_text().splitlines() if '"loss"' in l] == list(range(1, 301))
+    assert 'continues from' in text(outputs(nbformat.read(tmp_path/'b.ipynb', 4))['run'])
+
+@pytest.mark.slow
+def test_interrupted_in_jupyter(base, data):
+    "Cell by cell in a kernel; SIGINT while training; the cells after it still work"
+    from jupyter_client import KernelManager
+    km = KernelManager(kernel_name='python3'); km.start_kernel(cwd='/', env=environ(base))
+    kc = km.client(); kc.start_channels(); kc.wait_for_ready(60)
+    said = {}
+    def run(cid, src, interrupt=None):
+        said[cid] = ''; sent = False; kc.execute(src); end = time.time() + 90
+        while time.time() < end:
+            try: m = kc.get_iopub_msg(timeout=.2)
+            except Exception: m = None
+            if interrupt and not sent and interrupt(): km.interrupt_kernel(); sent = True
+            if m is None: continue
+            c = m['content']; said[cid] += c.get('text', '') + str(c.get('data', {}).get('text/markdown', '')) + ''.join(c.get('traceback', []))
+            if m['msg_type'] == 'status' and c['execution_state'] == 'idle' and m['parent_header']['msg_type'] == 'execute_request': return
+        raise TimeoutError(cid)
+    extra = '\n'.join(f'{k} = {v!r}' for k, v in (SMALL | dict(data=data, run='stopped', num_iterations=2000, save_every=10, eval_every=0)).items())
+    f = base/'runs'/'stopped'/'metrics.jsonl'
+    try:
+        for c in nbformat.read(NB, 4).cells:
+            if c.cell_type == 'code':
+                run(c.id, c.source, (lambda: f.exists() and f.read_text().count('"loss"') > 25) if c.id == 'run' else None)
+                if 'parameters' in c.metadata.get('tags', []): run('injected', extra)
+    finally: kc.stop_channels(); km.shutdown_kernel(now=True)
+    assert 'interrupted after step' in said['run'] and 'runs/stopped/0000' in said['run']
+    assert '| train loss |' in said['table'] and 'to finish it' in said['next'] and 'no samples yet' in said['samples']
+    assert not any('Traceback' in s for s in said.values()), said

@@ -1,0 +1,138 @@
+"Training as processes: killed and continued, one rank against two, started from a notebook or by torchrun, stopped when the loss is lost."
+import json, os, shutil, signal, subprocess, time
+from dataclasses import replace
+from pathlib import Path
+import pytest, torch
+from tiny_run import PY, TINY, environ, options, tiny_data
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory): return tiny_data(tmp_path_factory.mktemp('data')/'books')
+
+@pytest.fixture(scope='module')
+def base(tmp_path_factory):
+    "One base folder for the module, so that the tokenizer is trained once"
+    p, old = tmp_path_factory.mktemp('base'), {k: os.environ.get(k) for k in ('NANO_DH_BASE_DIR', 'OMP_NUM_THREADS')}
+    os.environ.update(NANO_DH_BASE_DIR=str(p), OMP_NUM_THREADS='1')
+    yield p
+    for k, v in old.items(): os.environ.pop(k) if v is None else os.environ.update({k: v})
+
+def losses(base, run):
+    from nano_dh.train import read_metrics
+    return {r['step']: r['loss'] for r in read_metrics(base/'runs'/run) if 'loss' in r}
+
+def train(base, **kw):
+    "A run in a fresh process, as the command line starts it"
+    r = subprocess.run([PY, '-m', 'nano_dh.train', *options(**TINY | kw)], env=environ(base), capture_output=True, text=True)
+    assert r.returncode == 0, r.stderr
+    return r.stdout
+
+def weights(base, run, step):
+    from nano_dh.checkpoint import load_model
+    return load_model(base/'runs'/run, step=step, device='cpu')[0].state_dict()
+
+def loader(base, run, step): return json.loads((base/'runs'/run/f'{step:06d}'/'loader.json').read_text())
+
+@pytest.fixture(scope='module')
+def straight(base, data):
+    train(base, data=data, run='straight', num_iterations=40, save_every=20, keep=0, eval_every=0)
+    return losses(base, 'straight')
+
+def test_killed_and_resumed_is_bitwise_the_same(base, data, straight):
+    cmd = [PY, '-m', 'nano_dh.train', *options(**TINY | dict(data=data, run='killed', num_iterations=40, save_every=20, keep=0, eval_every=0))]
+    p, end = subprocess.Popen(cmd, env=environ(base), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), time.time() + 60
+    while len(losses(base, 'killed')) < 24 and time.time() < end: time.sleep(.02)
+    p.kill(); p.wait()
+    assert 24 <= len(losses(base, 'killed')) < 40
+    with (base/'runs'/'killed'/'metrics.jsonl').open('a') as f: f.write('{"step": 99, "lo')        # a line cut short
+    train(base, run='killed', resume=True)
+    assert losses(base, 'killed') == straight and list(straight) == list(range(1, 41))
+    assert loader(base, 'killed', 40) == loader(base, 'straight', 40)
+    a, b = weights(base, 'killed', 40), weights(base, 'straight', 40)
+    assert all(torch.equal(a[k], b[k]) for k in b)
+
+def test_resumed_on_two_ranks(base, data, straight):
+    from nano_dh.launch import run_ranks
+    from nano_dh.train import PretrainConfig, pretrain
+    run = base/'runs'/'wider'; run.mkdir()
+    for f in ('config.json', '000020'): (shutil.copytree if f == '000020' else shutil.copy)(base/'runs'/'straight'/f, run/f)
+    c = json.loads((run/'config.json').read_text()); (run/'config.json').write_text(json.dumps(c | dict(run='wider')))
+    list(run_ranks(pretrain, PretrainConfig(run='wider', resume=True, nproc=2, device='cpu'), 2, 'cpu'))
+    two = losses(base, 'wider')
+    assert list(two) == list(range(21, 41))
+    assert max(abs(two[s] - straight[s]) for s in two) < 1e-5
+    assert loader(base, 'wider', 40) == loader(base, 'straight', 40)
+
+@pytest.mark.parametrize('dtype,d_loss,d_weights', [('float64', 1e-10, 1e-8), ('float32', 1e-5, 1e-3)])
+def test_two_ranks_equal_one(base, data, dtype, d_loss, d_weights):
+    "Launched as the notebook does and by torchrun: 20 steps, the same global batch, default warm-up"
+    from nano_dh.launch import run_ranks
+    from nano_dh.train import PretrainConfig, pretrain
+    kw = TINY | dict(data=data, num_iterations=20, save_every=0, eval_every=0, prompts='')
+    os.environ['NANO_DH_DTYPE'] = dtype
+    try:
+        for n in (1, 2): list(run_ranks(pretrain, PretrainConfig(run=f'{dtype}-{n}', nproc=n, **kw), n, 'cpu'))
+        tr = [PY, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', '-m', 'nano_dh.train',
+              *[o[2:] for o in options(**kw, run=f'{dtype}-t')]]
+        r = subprocess.run(tr, env=environ(base), capture_output=True, text=True)
+        assert r.returncode == 0, r.stderr
+    finally: del os.environ['NANO_DH_DTYPE']
+    one = losses(base, f'{dtype}-1'); w1 = weights_of(base, f'{dtype}-1', dtype)
+    for other in ('2', 't'):
+        two = losses(base, f'{dtype}-{other}'); assert list(two) == list(range(1, 21))
+        assert max(abs(one[s] - two[s]) for s in one) <= d_loss
+        w2 = weights_of(base, f'{dtype}-{other}', dtype)
+        worst = max(((w1[k] - w2[k]).norm()/(w1[k].norm() + 1e-12)).item() for k in w1)
+        assert worst <= d_weights, worst
+
+def weights_of(base, run, dtype):
+    "The weights in the format they were trained in"
+    from nano_dh.checkpoint import load_checkpoint
+    from nano_dh.hybrid_model import HybridConfig, HybridModel
+    d = base/'runs'/run/'000020'
+    m = HybridModel(HybridConfig.from_dict(json.loads((d/'meta.json').read_text())['model'])).to(getattr(torch, dtype))
+    load_checkpoint(d, m, rng=False)
+    return m.state_dict()
+
+def test_a_lost_loss_stops_every_rank_and_names_the_checkpoint(base, data):
+    from nano_dh.launch import RankError, run_ranks
+    from nano_dh.train import PretrainConfig, pretrain
+    kw = TINY | dict(data=data, run='lost', num_iterations=30, warmup_steps=1, save_every=1, eval_every=0, nproc=2, matrix_lr=1e12, embedding_lr=1e12)
+    with pytest.raises(RankError, match=r'Diverged: .*last good checkpoint is .*runs/lost/0000') as e:
+        list(run_ranks(pretrain, PretrainConfig(**kw), 2, 'cpu'))
+    from nano_dh.checkpoint import load_model
+    model, *_ = load_model('lost', device='cpu')
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+def metric(model, tokenizer, step): return dict(metric=float(step))
+def sampler(model, tokenizer, prompts): return [p[::-1] for p in prompts]
+
+def test_evaluations_by_name(base, data):
+    from nano_dh.train import PretrainConfig, pretrain
+    out = []
+    pretrain(PretrainConfig(**TINY | dict(data=data, run='named', num_iterations=4, core_metric='test_train:metric', core_metric_every=2,
+                                          sampler='test_train:sampler', prompts='ab|cd', save_every=0, eval_every=0)), out.append)
+    assert [r['metric'] for r in out if 'metric' in r] == [2., 4.]
+    assert [r['sample'] for r in out if 'sample' in r] == ['ba', 'dc']
+
+def test_documents_apart(base, data):
+    from nano_dh.train import PretrainConfig, pretrain
+    out = []
+    pretrain(PretrainConfig(**TINY | dict(data=data, run='apart', num_iterations=3, doc_mask=True, save_every=0, eval_every=0)), out.append)
+    assert len([r for r in out if 'loss' in r]) == 3
+
+def test_refusals(base, tmp_path, monkeypatch):
+    from nano_dh.train import PlanError, PretrainConfig, plan
+    with pytest.raises(PlanError, match=r'Depth 20 on .* CPU cores would take .* Depth \d+ would fit'): plan(PretrainConfig(depth=20, device='cpu'))
+    monkeypatch.setenv('NANO_DH_BASE_DIR', str(tmp_path))
+    with pytest.raises(FileNotFoundError, match='holds no run'): PretrainConfig(resume=True).resolved()
+
+@pytest.mark.slow
+def test_wandb_offline_resumes_the_same_run(base, data):
+    env = environ(base, WANDB_MODE='offline')
+    kw = TINY | dict(data=data, run='w b', wandb='proj', num_iterations=4, save_every=2, eval_every=0, prompts='')
+    for extra in ({}, dict(resume=True, num_iterations=8)):
+        args = kw | extra if not extra else dict(run='w b') | extra
+        r = subprocess.run([PY, '-m', 'nano_dh.train', *options(**args)], env=env, capture_output=True, text=True)
+        assert r.returncode == 0, r.stderr
+    runs = list((base/'runs'/'w b').glob('wandb/offline-run-*'))
+    assert len(runs) == 2 and {r.name.split('-', 3)[-1] for r in runs} == {'w-b'}
