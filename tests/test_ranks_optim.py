@@ -1,0 +1,109 @@
+"Two gloo ranks against one: same global batch, same losses, same parameters, half the optimizer state."
+import datetime, os, pytest, torch, torch.distributed as dist, torch.multiprocessing as mp
+
+STEPS, ROWS, T = 20, 4, 64
+
+def make(dtype, **kw):
+    from nano_dh.hybrid_model import HybridConfig, HybridModel
+    from nano_dh.optim import build_optimizer
+    cfg = HybridConfig.from_depth(4, d_model=128, head_dim=32, head_k_dim=32, head_v_dim=32, n_head=4, n_v_head=4,
+                                  n_qk_head=2, vocab_size=256, sequence_len=T)
+    model = HybridModel(cfg, seed=1).to(dtype)
+    return model, build_optimizer(model, total_batch_size=2**13, **kw)
+
+def batch(i):
+    g = torch.Generator().manual_seed(i)
+    x = (torch.arange(T + 1)*torch.randint(1, 9, (ROWS, 1), generator=g) + torch.randint(256, (ROWS, 1), generator=g)) % 256
+    return x[:, :-1], x[:, 1:]
+
+def train(rank, world, dtype, **kw):
+    "20 steps of the default schedule; -> losses, parameters, optimizer state bytes"
+    torch.set_num_threads(1)
+    model, opt = make(dtype, **kw); losses = []
+    for i in range(STEPS):
+        x, y = (t[rank::world] for t in batch(i))
+        loss = model(x, targets=y); loss.backward()
+        opt.schedule(i, STEPS); opt.step(); opt.zero_grad()
+        l = loss.detach().double().clone()
+        if world > 1: dist.all_reduce(l)
+        losses.append(l.item()/world)
+    return losses, {n: p.detach().clone() for n, p in model.named_parameters()}, opt.state_bytes(), opt.grad_norm.item()
+
+def one_step(rank, world):
+    "One step from given gradients: two ranks hold g + d and g - d, whose mean is exactly g (multiples of 1/1024)"
+    model, opt = make(torch.float32, clip=.5)
+    gen = torch.Generator().manual_seed(5)
+    for p in model.parameters():
+        g, d = ((torch.randn(p.shape, generator=gen)*1024).round()/1024 for _ in range(2))
+        p.grad = g if world == 1 else g + d if rank == 0 else g - d
+    opt.schedule(39, 100); opt.step()
+    return {n: p.detach().clone() for n, p in model.named_parameters()}, opt.grad_norm.item()
+
+def reshard(rank, world, path):
+    "Two ranks train and save their slices"
+    from nano_dh.optim import LocalShard
+    model, opt = make(torch.float32)
+    for i in range(2):
+        x, y = (t[rank::world] for t in batch(i))
+        model(x, targets=y).backward(); opt.schedule(i, STEPS); opt.step(); opt.zero_grad()
+    torch.save({k: (s.tensor.clone(), s.global_shape, s.offset) for k, s in opt.checkpoint_state().items()}, f'{path}/opt{rank}.pt')
+    if rank == 0: torch.save(model.state_dict(), f'{path}/model.pt')
+    return third(model, opt, rank, world)
+
+def third(model, opt, rank=0, world=1): # the step after the two of `reshard`
+    x, y = (t[rank::world] for t in batch(2))
+    model(x, targets=y).backward(); opt.schedule(2, STEPS); opt.step()
+    return {n: p.detach().clone() for n, p in model.named_parameters()}
+
+def worker(rank, world, path):
+    torch.set_num_threads(1)
+    dist.init_process_group('gloo', store=dist.FileStore(f'{path}/store', world), rank=rank, world_size=world,
+                            timeout=datetime.timedelta(seconds=120))
+    out = dict(f64=train(rank, world, torch.float64), f32=train(rank, world, torch.float32),
+               bf16=train(rank, world, torch.float32, reduce_dtype=torch.bfloat16),
+               one=one_step(rank, world), third=reshard(rank, world, path))
+    torch.save(out, f'{path}/out{rank}.pt')
+    dist.barrier(); dist.destroy_process_group()
+
+@pytest.fixture(scope='module')
+def two(tmp_path_factory):
+    path = tmp_path_factory.mktemp('ranks'); os.environ.setdefault('OMP_NUM_THREADS', '1')
+    mp.spawn(worker, (2, str(path)), nprocs=2)
+    return path, [torch.load(path/f'out{r}.pt') for r in range(2)]
+
+def off(a, b): return max(((a[n] - b[n]).norm()/(b[n].norm() + 1e-12)).item() for n in b)
+
+@pytest.mark.parametrize('dtype,key,tol_loss,tol_param', [(torch.float64, 'f64', 1e-10, 1e-8), (torch.float32, 'f32', 1e-5, 1e-3)])
+def test_same_run(two, dtype, key, tol_loss, tol_param):
+    losses, params, nbytes, norm = train(0, 1, dtype)
+    a, b = (r[key] for r in two[1])
+    dl, dp = max(abs(x - y) for x, y in zip(a[0], losses)), off(a[1], params)
+    print(f'\n{key}: losses differ by {dl:.1e}, parameters by {dp:.1e}; state bytes {nbytes:,} on one rank, {a[2]:,} and {b[2]:,} on two')
+    assert losses[-1] < losses[0] - .1
+    assert dl < tol_loss and dp < tol_param and off(a[1], b[1]) == 0 and a[0] == b[0]
+    assert abs(a[3]/norm - 1) < tol_param and a[3] == b[3]
+    assert .5 <= a[2]/nbytes < .56 and b[2]/nbytes < .56
+
+def test_equal_gradients(two):
+    params, norm = one_step(0, 1)
+    for p, n in (r['one'] for r in two[1]):
+        print(f'\none step: {off(p, params):.1e}')
+        assert off(p, params) < 1e-6 and abs(n/norm - 1) < 1e-6
+
+def test_bf16_reduction(two):
+    f32, bf16 = two[1][0]['f32'][0], two[1][0]['bf16'][0]
+    print(f'\nbf16 reduction: losses differ by {max(abs(a - b) for a, b in zip(f32, bf16)):.1e}')
+    assert max(abs(a - b) for a, b in zip(f32, bf16)) < .05 and f32 != bf16
+
+def test_two_ranks_to_one(two):
+    "Slices of two ranks, loaded on one, continue the run"
+    from nano_dh.optim import LocalShard
+    path, out = two; shards = {}
+    for r in range(2):
+        for k, s in torch.load(path/f'opt{r}.pt').items(): shards.setdefault(k, []).append(LocalShard(*s))
+    model, opt = make(torch.float32); model.load_state_dict(torch.load(path/'model.pt'))
+    assert set(shards) == set(opt.checkpoint_state())
+    for k, s in opt.checkpoint_state().items():       # every element on exactly one rank
+        assert sum(x.tensor.numel() for x in shards[k]) == s.tensor.numel(), k
+    opt.load_checkpoint_state(shards)
+    assert off(third(model, opt), out[0]['third']) < 1e-5
