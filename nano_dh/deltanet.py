@@ -164,16 +164,15 @@ def forward(self:GatedDeltaNet,
            ) -> Tensor:                 # (B, T, d)
     "Address, forget, write, read"
     H, HV, K, V = self.n_qk_head, self.n_v_head, self.head_k_dim, self.head_v_dim
-    w = torch.cat([p.weight for p in (self.q_proj, self.k_proj, self.v_proj, self.z_proj)])
-    qkv, z = F.linear(x, w.to(x.dtype)).split([2*H*K + HV*V, HV*V], -1)
-    q, k, v, conv = conv_split_norm(qkv, self.conv_weight, H, HV, K, V,
+    w = torch.cat([p.weight for p in (self.q_proj, self.k_proj, self.v_proj)]).to(x.dtype)
+    q, k, v, conv = conv_split_norm(F.linear(x, w), self.conv_weight, H, HV, K, V,
                                     None if state is None else state.conv, ctx.doc_ids, ctx.lengths)
     if ve is not None:
         gate = 3*torch.sigmoid(self.ve_gate(x[..., :self.ve_gate.in_features]))  # (B, T, HV)
         v = v + gate[..., None] * ve.view(v.shape)
     o = self.recur(q, k, v, *self.gates(x), ctx, state)                          # (B, T, HV, V)
     if state is not None: state.conv.copy_(conv.detach())
-    o = norm(o) * self.o_norm.to(o.dtype) * torch.sigmoid(z).view(o.shape)
+    o = norm(o) * self.o_norm.to(o.dtype) * torch.sigmoid(self.z_proj(x)).view(o.shape)
     return self.o_proj(o.flatten(-2))
 
 # %% ../nbs/04_deltanet.ipynb #recur
