@@ -32,23 +32,25 @@ class Tokenizer:
     kind = 'bpe'
     def __init__(self, tokens:list[bytes],        # bytes of each id, in the order of the merges
                  pattern:str=SPLIT,               # regular expression that cuts text into words
-                 special:dict[str,int]|None=None, # name -> id; those of SPECIALS that miss are appended
+                 special:dict[str,int]|None=None, # name -> id; missing SPECIALS are appended
                  name:str=''                      # for messages
                 ):
         self.tokens, self.pattern, self.name = list(tokens), pattern, name
         self.special = dict(special or {})
         self._number(len(self.tokens))
-        self.enc = tiktoken.Encoding(name or 'nano_dh', pat_str=pattern, special_tokens=self.special,
-                                     mergeable_ranks={t: i for i, t in enumerate(self.tokens)})
+        ranks = {t: i for i, t in enumerate(self.tokens)}
+        self.enc = tiktoken.Encoding(name or 'nano_dh', pat_str=pattern, mergeable_ranks=ranks,
+                                     special_tokens=self.special)
 
     def _number(self, end): # special tokens that miss get the ids from `end` on
         end = max([end - 1, *self.special.values()]) + 1
         for s in SPECIALS:
             if s not in self.special: self.special[s] = end; end += 1
         self.vocab_size, self.bos_id = end, self.special['<|bos|>']
-        self._bytes = dict(enumerate(self.tokens)) | {i: s.encode() for s, i in self.special.items()}
+        self._bytes = dict(enumerate(self.tokens))
+        self._bytes.update({i: s.encode() for s, i in self.special.items()})
 
-    def __repr__(self): return f'Tokenizer({self.name or self.kind}, {self.vocab_size:,} tokens, {self.hash})'
+    def __repr__(self): return f'Tokenizer({self.name}, {self.vocab_size:,} tokens, {self.hash})'
 
 # %% ../nbs/07_tokenizer.ipynb #train
 @patch(cls_method=True)
@@ -61,12 +63,14 @@ def train(cls:Tokenizer, texts,    # iterable of str
     "Learn byte-pair merges from texts (Sennrich et al., 2016, arXiv:1508.07909)"
     extra = len(SPECIALS); low = 256 + extra
     if vocab_size < low:
-        raise ValueError(f'vocab_size {vocab_size} is below {low}: 256 bytes and {extra} special tokens; take {low} or more')
+        raise ValueError(f'vocab_size {vocab_size} is below {low}, the 256 bytes and {extra} '
+                         f'special tokens; take {low} or more')
     bpe = rustbpe.Tokenizer()
     bpe.train_from_iterator((t[:doc_chars] for t in texts), vocab_size - extra, pattern=pattern)
     ranks = sorted(bpe.get_mergeable_ranks(), key=lambda r: r[1]); n = len(ranks) + extra
     if n < vocab_size:
-        raise ValueError(f'vocab_size {vocab_size} is more than this text supports: it gives {n} tokens; take {n} or less, or more text')
+        raise ValueError(f'vocab_size {vocab_size} is more than this text supports, {n} tokens; '
+                         f'take {n} or less, or more text')
     return cls([bytes(t) for t, _ in ranks], pattern, name=name)
 
 # %% ../nbs/07_tokenizer.ipynb #encode
@@ -97,7 +101,8 @@ def encode(self:Tokenizer, text:str, bos:bool=False) -> list[int]:
 def decode_bytes(self:Tokenizer, ids) -> bytes: # ids: iterable of integers, a tensor too
     "The bytes that token ids stand for; a special token gives its name"
     try: return b''.join([self._bytes[int(i)] for i in ids])
-    except KeyError as e: raise ValueError(f'token id {e} is not in this vocabulary of {self.vocab_size:,}') from None
+    except KeyError as e:
+        raise ValueError(f'token id {e} is not in this vocabulary of {self.vocab_size}') from None
 
 @patch
 def decode(self:Tokenizer, ids) -> str:
@@ -107,7 +112,8 @@ def decode(self:Tokenizer, ids) -> str:
 @patch
 def show(self:Tokenizer, text:str) -> str:
     "The text with a bar at every cut, for people"
-    return '|'.join(self.decode_bytes([i]).decode('utf-8', 'backslashreplace') for i in self.encode(text))
+    parts = [self.decode_bytes([i]) for i in self.encode(text)]
+    return '|'.join(p.decode('utf-8', 'backslashreplace') for p in parts)
 
 # %% ../nbs/07_tokenizer.ipynb #bytes
 @patch
@@ -126,7 +132,8 @@ def bytes_per_token(tok:Tokenizer, texts:list[str]) -> float:
 @patch(as_prop=True)
 def hash(self:Tokenizer) -> str: # 16 hex digits
     "Equal hashes give equal ids for every text"
-    h = hashlib.sha256(json.dumps([self.kind, self.pattern, sorted(self.special.items())]).encode())
+    rules = json.dumps([self.kind, self.pattern, sorted(self.special.items())])
+    h = hashlib.sha256(rules.encode())
     for t in self.tokens: h.update(len(t).to_bytes(4, 'little') + t)
     return h.hexdigest()[:16]
 
@@ -142,22 +149,27 @@ def _write(self:Tokenizer, path):
 def save(self:Tokenizer, path:str|Path) -> Path: # the folder
     "Write the tokenizer to a folder; meta.json comes last, so a folder with it is whole"
     path = Path(path); self._write(path)
-    meta = dict(format=1, kind=self.kind, name=self.name, hash=self.hash, vocab_size=self.vocab_size,
-                special=self.special, pattern=self.pattern)
+    meta = dict(format=1, kind=self.kind, name=self.name, hash=self.hash,
+                vocab_size=self.vocab_size, special=self.special, pattern=self.pattern)
     atomic_write(path/'meta.json', json.dumps(meta, indent=1))
     return path
 
+# %% ../nbs/07_tokenizer.ipynb #load
 @patch(cls_method=True)
 def _open(cls:Tokenizer, path, m):
-    return cls([_unline(l) for l in (path/'tokens.txt').read_text().split('\n')[:-1]], m['pattern'], m['special'], m['name'])
+    lines = (path/'tokens.txt').read_text().split('\n')[:-1]
+    return cls([_unline(l) for l in lines], m['pattern'], m['special'], m['name'])
 
 @patch(cls_method=True)
 def load(cls:Tokenizer, path:str|Path) -> Tokenizer:
     "Read a folder written by save"
     path = Path(path); m = json.loads((path/'meta.json').read_text())
-    if m['format'] != 1: raise ValueError(f"{path} has tokenizer format {m['format']}, this version reads 1; update nano_dh")
+    if m['format'] != 1:
+        raise ValueError(f"{path} has format {m['format']}, this version reads 1; update nano_dh")
     tok = next(c for c in (cls, *cls.__subclasses__()) if c.kind == m['kind'])._open(path, m)
-    if tok.hash != m['hash']: raise ValueError(f"{path}: hash {m['hash']} was saved, the files give {tok.hash}; restore them or train again")
+    if tok.hash != m['hash']:
+        raise ValueError(f"{path}: hash {m['hash']} was saved, the files give {tok.hash}; "
+                         'restore them or train again')
     return tok
 
 # %% ../nbs/07_tokenizer.ipynb #tik
@@ -179,8 +191,8 @@ def from_tiktoken(cls:Tokenizer, name:str,   # 'gpt2', 'cl100k_base', ...
     t = threading.Thread(target=get, daemon=True); t.start(); t.join(timeout)
     if 'enc' in got: return cls.from_encoding(got['enc'])
     why = type(got['err']).__name__ if 'err' in got else f'no answer in {timeout:g} s'
-    raise ConnectionError(f'tiktoken encoding {name!r} is not in its cache and cannot be downloaded ({why}); '
-                          'set TIKTOKEN_CACHE_DIR to a folder that has it, or train one (tokenizer="")')
+    raise ConnectionError(f'tiktoken encoding {name!r} is not cached and did not download ({why}); '
+                          'point TIKTOKEN_CACHE_DIR to a folder that has it, or train one')
 
 # %% ../nbs/07_tokenizer.ipynb #hf-bytes
 def _byte_of(): # character in a byte-level vocabulary -> byte
@@ -201,19 +213,22 @@ class HFTokenizer(Tokenizer):
         cfg = json.loads(text)
         cut = [p for p in _parts(cfg.get('pre_tokenizer')) if p.get('type') == 'ByteLevel']
         if not cut or any(p.get('add_prefix_space') for p in cut):
-            raise ValueError(f'{name}: its tokens are not the bytes of the text (no ByteLevel pre-tokenizer, or one that adds a space); '
-                             'take a byte-level tokenizer.json, such as that of GPT-2, Llama 3 or Qwen')
+            raise ValueError(f'{name}: its tokens are not the bytes of the text, it has no ByteLevel '
+                             'step or adds a space; take one like that of GPT-2, Llama 3 or Qwen')
         e = self.enc = Engine.from_str(text); e.no_truncation(); e.no_padding()
         e.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in SPECIALS])
         e.encode_special_tokens = True
         added = e.get_added_tokens_decoder()
-        self.name, self.pattern, self.special = name, '', {t.content: i for i, t in added.items() if t.special}
+        self.name, self.pattern = name, ''
+        self.special = {t.content: i for i, t in added.items() if t.special}
         self.tokens = [b'']*(max(e.get_vocab().values()) + 1)
         for t, i in e.get_vocab().items():
-            self.tokens[i] = t.encode() if i in added or not set(t) <= _BYTE.keys() else bytes(_BYTE[c] for c in t)
+            plain = i in added or not set(t) <= _BYTE.keys()
+            self.tokens[i] = t.encode() if plain else bytes(_BYTE[c] for c in t)
         self._number(len(self.tokens))
         self._text = e.to_str()
 
+# %% ../nbs/07_tokenizer.ipynb #hf-methods
 @patch
 def _ids(self:HFTokenizer, texts, threads):
     return [e.ids for e in self.enc.encode_batch_fast(texts, add_special_tokens=False)]
@@ -228,7 +243,8 @@ def hash(self:HFTokenizer) -> str: return hashlib.sha256(self._text.encode()).he
 def from_hf(cls:Tokenizer, path:str|Path) -> Tokenizer:
     "A tokenizer.json of Hugging Face, with our special tokens appended where they miss"
     p = Path(path); p = p/'tokenizer.json' if p.is_dir() else p
-    if not p.exists(): raise FileNotFoundError(f'{p} does not exist; give a tokenizer.json or the folder that holds it')
+    if not p.exists():
+        raise FileNotFoundError(f'{p} does not exist; give a tokenizer.json or the folder of one')
     return HFTokenizer(p.read_text(), str(path))
 
 # %% ../nbs/07_tokenizer.ipynb #open
@@ -237,12 +253,15 @@ def open_tokenizer(name:str|Path, timeout:float=60) -> Tokenizer: # timeout: sec
     home, tik = base_dir()/'tokenizers', tiktoken.list_encoding_names()
     for p in (Path(name).expanduser(), home/name):
         if (p/'meta.json').exists(): return Tokenizer.load(p)
-        if (p/'tokenizer.json').exists() or p.suffix == '.json' and p.exists(): return Tokenizer.from_hf(p)
+        hf = p.suffix == '.json' and p.exists() or (p/'tokenizer.json').exists()
+        if hf: return Tokenizer.from_hf(p)
     if name in tik: return Tokenizer.from_tiktoken(name, timeout)
-    known = sorted(p.parent.name for p in home.glob('*/meta.json')) + tik; near = closest(str(name), known)
-    raise FileNotFoundError(f'no tokenizer {str(name)!r}' + (f', did you mean {near!r}?' if near else ';')
-                            + f' give a folder, a tokenizer.json or one of {", ".join(known)}')
+    known = sorted(p.parent.name for p in home.glob('*/meta.json')) + tik
+    near = closest(str(name), known)
+    raise FileNotFoundError(f'no tokenizer {str(name)!r}' + f', did you mean {near!r}?'*bool(near)
+                            + f'; give a folder, a tokenizer.json or one of {", ".join(known)}')
 
+# %% ../nbs/07_tokenizer.ipynb #get
 def get_tokenizer(name_or_path:str='',           # '' trains one on the mixture, once
                   mixture=None,                  # what open_data gives; needed to train
                   vocab_size:int=32768,          # of the one that is trained
@@ -250,12 +269,15 @@ def get_tokenizer(name_or_path:str='',           # '' trains one on the mixture,
                  ) -> Tokenizer:
     "The tokenizer of a run"
     if name_or_path: return open_tokenizer(name_or_path)
-    if mixture is None: raise ValueError("no tokenizer is named and there is no data to train one on; give a name, or mixture=open_data()")
+    if mixture is None:
+        raise ValueError('no tokenizer is named and no data given; pass a name, or mixture=open_data()')
     key = json.dumps([mixture.fingerprint, vocab_size, train_bytes, SPLIT, SPECIALS])
-    path = base_dir()/'tokenizers'/f'{mixture.slug}-{vocab_size}-{hashlib.sha256(key.encode()).hexdigest()[:8]}'
+    key = hashlib.sha256(key.encode()).hexdigest()[:8]
+    path = base_dir()/'tokenizers'/f'{mixture.slug}-{vocab_size}-{key}'
     with file_lock(path):
         if not (path/'meta.json').exists():
-            Tokenizer.train(mixture.texts('train', train_bytes), vocab_size, name=path.name).save(path)
+            texts = mixture.texts('train', train_bytes)
+            Tokenizer.train(texts, vocab_size, name=path.name).save(path)
     return Tokenizer.load(path)
 
 # %% ../nbs/07_tokenizer.ipynb #cfg
@@ -266,7 +288,7 @@ class TokenizerConfig:
     vocab_size: int = 32768         # tokens in all, the nine special ones included
     train_bytes: int = 200_000_000  # text that is enough to train on
     eval_bytes: int = 500_000       # held-out text of each source to compare on
-    others: str = 'gpt2,cl100k_base' # tokenizers to compare with: names, folders, tokenizer.json files
+    others: str = 'gpt2,cl100k_base' # to compare with: names, folders, tokenizer.json files
     name: str = ''                  # keep the result under this name as well
     timeout: float = 10.            # seconds to wait for each download
 
