@@ -16,12 +16,11 @@ from .kernels import gated_delta_rule, gated_delta_rule_step
 # %% ../nbs/04_deltanet.ipynb #linear
 @torch.no_grad()
 def uniform_(p:Tensor,  # filled in place, on any device
-             std:float, # standard deviation; 0 fills with zeros
+             std:float, # standard deviation
              generator:torch.Generator|None=None # on the CPU
             ):
-    "Uniform numbers of a given spread, drawn on the CPU so that a seed means the same everywhere"
-    b = 3**.5 * std
-    p.copy_(torch.empty(p.shape).uniform_(-b, b, generator=generator) if std else torch.zeros(p.shape))
+    "Uniform numbers drawn on the CPU, so that a seed means the same on every device"
+    p.copy_(torch.empty(p.shape).uniform_(-1, 1, generator=generator) * (3**.5*std))
 
 class Linear(nn.Linear):
     "A matrix without bias that works in the number format of its input"
@@ -49,8 +48,9 @@ class _RMSNorm(torch.autograd.Function):
 def norm(x:Tensor   # (..., d)
         ) -> Tensor: # (..., d), root mean square 1
     "RMS norm without a weight (Zhang & Sennrich, 2019, arXiv:1910.07467)"
-    eager = x.device.type == 'cpu' and x.dtype.itemsize >= 4 and not torch.compiler.is_compiling()
-    return _RMSNorm.apply(x) if eager else F.rms_norm(x, (x.shape[-1],), eps=EPS)
+    if x.is_cpu and x.dtype.itemsize >= 4 and not torch.compiler.is_compiling():
+        return _RMSNorm.apply(x)
+    return F.rms_norm(x, (x.shape[-1],), eps=EPS)
 
 # %% ../nbs/04_deltanet.ipynb #context
 @dataclass
@@ -65,7 +65,7 @@ class Context:
     kv_len: int = 0                 # cache slots that any query may read, this piece included
     masks: dict = field(default_factory=dict) # built once by the first layer that needs them
     cu_seqlens_cpu: Tensor|None = None # the same borders on the CPU, for kernels that want them
-    exact: bool = False             # attention to a cache as plain products, row by row the same bits
+    exact: bool = False             # attention to a cache as plain products
 
     def valid(self) -> Tensor|None: # (B, T, 1) bool, None if no row is padded
         "Which tokens are not padding"
@@ -79,8 +79,8 @@ class Context:
 class GatedDeltaNet(nn.Module):
     "Gated DeltaNet (Yang et al., 2024, arXiv:2412.06464) with a sigmoid output gate"
     adamw = ('a_proj', 'b_proj', 've_gate') # too thin for an optimizer of matrices
-    def __init__(self, cfg, # d_model, n_qk_head, n_v_head, head_k_dim, head_v_dim, conv_size, neg_eigval
-                 layer_idx:int):
+    def __init__(self, cfg,      # a HybridConfig, or anything with its names
+                 layer_idx:int): # from 0
         super().__init__()
         d, H, K = cfg.d_model, cfg.n_qk_head, cfg.head_k_dim
         HV, V = cfg.n_v_head, cfg.head_v_dim
@@ -90,7 +90,7 @@ class GatedDeltaNet(nn.Module):
         self.v_proj, self.z_proj = Linear(d, HV*V), Linear(d, HV*V)
         self.a_proj, self.b_proj = Linear(d, HV), Linear(d, HV)
         self.conv_weight = nn.Parameter(torch.empty(2*H*K + HV*V, cfg.conv_size))
-        self.A_log, self.dt_bias = nn.Parameter(torch.empty(HV)), nn.Parameter(torch.empty(HV))
+        self.A_log, self.dt_bias = (nn.Parameter(torch.empty(HV)) for _ in range(2))
         self.o_norm, self.o_proj = nn.Parameter(torch.empty(V)), Linear(HV*V, d)
         ve = cfg.has_value_embed(layer_idx)
         self.ve_gate = Linear(cfg.ve_gate_channels, HV) if ve else None
@@ -126,7 +126,7 @@ def _apply(self:GatedDeltaNet, fn, recurse=True):
 @patch
 def gates(self:GatedDeltaNet,
           x:Tensor # (B, T, d)
-         ) -> tuple[Tensor, Tensor]: # g (B, T, HV) log decay <= 0, beta (B, T, HV) write strength
+         ) -> tuple[Tensor, Tensor]: # log decay g <= 0 and write strength beta, (B, T, HV)
     "How much each head forgets and how strongly it writes, in float32 (float64 for float64)"
     f = torch.promote_types(x.dtype, torch.float32)
     w = torch.cat([self.a_proj.weight, self.b_proj.weight])
@@ -150,8 +150,8 @@ def init_state(self:GatedDeltaNet,
               ) -> DeltaState:
     "An empty memory"
     f = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
-    S = torch.zeros(batch, self.n_v_head, self.head_k_dim, self.head_v_dim, device=device, dtype=f)
-    C, W = self.conv_weight.shape
+    (C, W), heads = self.conv_weight.shape, (self.n_v_head, self.head_k_dim, self.head_v_dim)
+    S = torch.zeros(batch, *heads, device=device, dtype=f)
     return DeltaState(S, torch.zeros(batch, C, W-1, device=device, dtype=dtype))
 
 # %% ../nbs/04_deltanet.ipynb #forward
@@ -165,13 +165,14 @@ def forward(self:GatedDeltaNet,
     "Address, forget, write, read"
     H, HV, K, V = self.n_qk_head, self.n_v_head, self.head_k_dim, self.head_v_dim
     w = torch.cat([p.weight for p in (self.q_proj, self.k_proj, self.v_proj)]).to(x.dtype)
-    q, k, v, conv = conv_split_norm(F.linear(x, w), self.conv_weight, H, HV, K, V,
-                                    None if state is None else state.conv, ctx.doc_ids, ctx.lengths)
+    before = None if state is None else state.conv
+    q, k, v, after = conv_split_norm(F.linear(x, w), self.conv_weight, H, HV, K, V,
+                                     before, ctx.doc_ids, ctx.lengths)
     if ve is not None:
-        gate = 3*torch.sigmoid(self.ve_gate(x[..., :self.ve_gate.in_features]))  # (B, T, HV)
+        gate = 3*torch.sigmoid(self.ve_gate(x[..., :self.ve_gate.in_features])) # (B, T, HV)
         v = v + gate[..., None] * ve.view(v.shape)
-    o = self.recur(q, k, v, *self.gates(x), ctx, state)                          # (B, T, HV, V)
-    if state is not None: state.conv.copy_(conv.detach())
+    o = self.recur(q, k, v, *self.gates(x), ctx, state) # (B, T, HV, V)
+    if state is not None: state.conv.copy_(after.detach())
     o = norm(o) * self.o_norm.to(o.dtype) * torch.sigmoid(self.z_proj(x)).view(o.shape)
     return self.o_proj(o.flatten(-2))
 
@@ -180,7 +181,7 @@ def forward(self:GatedDeltaNet,
 def recur(self:GatedDeltaNet, q, k, v, g, beta, ctx, state=None):
     "The delta rule over whole rows, or over a piece that continues from a state"
     if state is None:
-        return gated_delta_rule(q, k, v, g, beta, cu_seqlens=ctx.cu_seqlens, output_state=False,
+        return gated_delta_rule(q, k, v, g, beta, None, ctx.cu_seqlens, output_state=False,
                                 doc_ids=ctx.doc_ids, cu_seqlens_cpu=ctx.cu_seqlens_cpu)[0]
     if (ok := ctx.valid()) is not None: g, beta = g.where(ok, 0), beta.where(ok, 0)
     S = state.S.detach() # shares the memory, not the graph
