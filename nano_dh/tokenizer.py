@@ -78,6 +78,7 @@ _BLANKS = re.compile(r'(\s{100000})')
 
 @patch
 def _ids(self:Tokenizer, texts, threads): # list of str -> list of lists of ids
+    if len(texts) == 1: return [self.enc.encode_ordinary(texts[0])]
     return self.enc.encode_ordinary_batch(texts, num_threads=threads)
 
 @patch
@@ -191,7 +192,7 @@ def from_tiktoken(cls:Tokenizer, name:str,   # 'gpt2', 'cl100k_base', ...
     t = threading.Thread(target=get, daemon=True); t.start(); t.join(timeout)
     if 'enc' in got: return cls.from_encoding(got['enc'])
     why = type(got['err']).__name__ if 'err' in got else f'no answer in {timeout:g} s'
-    raise ConnectionError(f'tiktoken encoding {name!r} is not cached and did not download ({why}); '
+    raise ConnectionError(f'tiktoken encoding {name!r} is not cached, download failed ({why}); '
                           'point TIKTOKEN_CACHE_DIR to a folder that has it, or train one')
 
 # %% ../nbs/07_tokenizer.ipynb #hf-bytes
@@ -213,7 +214,7 @@ class HFTokenizer(Tokenizer):
         cfg = json.loads(text)
         cut = [p for p in _parts(cfg.get('pre_tokenizer')) if p.get('type') == 'ByteLevel']
         if not cut or any(p.get('add_prefix_space') for p in cut):
-            raise ValueError(f'{name}: its tokens are not the bytes of the text, it has no ByteLevel '
+            raise ValueError(f'{name}: tokens are not the bytes of the text, it has no ByteLevel '
                              'step or adds a space; take one like that of GPT-2, Llama 3 or Qwen')
         e = self.enc = Engine.from_str(text); e.no_truncation(); e.no_padding()
         e.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in SPECIALS])
@@ -270,7 +271,7 @@ def get_tokenizer(name_or_path:str='',           # '' trains one on the mixture,
     "The tokenizer of a run"
     if name_or_path: return open_tokenizer(name_or_path)
     if mixture is None:
-        raise ValueError('no tokenizer is named and no data given; pass a name, or mixture=open_data()')
+        raise ValueError('no tokenizer and no data given; pass a name or mixture=open_data()')
     key = json.dumps([mixture.fingerprint, vocab_size, train_bytes, SPLIT, SPECIALS])
     key = hashlib.sha256(key.encode()).hexdigest()[:8]
     path = base_dir()/'tokenizers'/f'{mixture.slug}-{vocab_size}-{key}'

@@ -1,0 +1,216 @@
+"Data on a bad day: servers that fail, processes that are killed, ranks that arrive together. Loopback only."
+import hashlib, http.server, json, os, random, re, signal, subprocess, sys, threading, time
+from pathlib import Path
+import pyarrow as pa, pyarrow.parquet as pq, pytest
+from nano_dh import dataset
+from nano_dh.core import package_data
+from nano_dh.dataset import download_hub, fetch, footer, open_data, repackage
+from nano_dh.tokenizer import Tokenizer, get_tokenizer
+
+ROOT = Path(__file__).parent.parent
+
+class Server(http.server.ThreadingHTTPServer):
+    "Serves `files`; `plan[path]` is a list of what goes wrong with each request in turn"
+    daemon_threads, block_on_close = True, False
+    def __init__(self):
+        super().__init__(('127.0.0.1', 0), Handler)
+        self.files, self.plan, self.tags, self.log, self.lock = {}, {}, {}, [], threading.Lock()
+        self.url = f'http://127.0.0.1:{self.server_port}'
+        threading.Thread(target=self.serve_forever, kwargs=dict(poll_interval=.02), daemon=True).start()
+    def handle_error(self, request, address): pass      # clients hang up on purpose
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *a): pass
+    def do_GET(self):
+        s = self.server
+        with s.lock:
+            todo = s.plan.get(self.path); mode = todo.pop(0) if todo else 'ok'
+        want = re.match(r'bytes=(\d+)-', self.headers.get('Range', ''))
+        a = int(want[1]) if want and mode != 'norange' else 0
+        s.log.append((self.path, mode, a))
+        if mode.isdigit(): return self.send_error(int(mode))
+        if mode == 'redirect':
+            self.send_response(302); self.send_header('X-Linked-ETag', f'"{s.tags[self.path]}"')
+            self.send_header('Location', '/cdn' + self.path); self.send_header('Content-Length', '0')
+            return self.end_headers()
+        if self.path not in s.files: return self.send_error(404)
+        data, tag = s.files[self.path], s.tags.get(self.path, 'v1')
+        if a >= len(data): return self.send_error(416)
+        at = a + 7 if mode == 'elsewhere' and a else a          # a server that begins in the wrong place
+        self.send_response(206 if a else 200)
+        if a: self.send_header('Content-Range', f'bytes {at}-{len(data)-1}/{len(data)}')
+        self.send_header('Content-Length', str(len(data) - at)); self.send_header('ETag', f'"{tag}"')
+        self.end_headers()
+        body = bytes(len(data) - at) if mode == 'garbage' else data[at:]
+        if mode in ('cut', 'hang'): body = body[:len(body)//2 + 1]
+        if mode == 'slow':
+            for i in range(0, len(body), 1 << 16): self.wfile.write(body[i:i + (1 << 16)]); time.sleep(.05)
+            return
+        self.wfile.write(body); self.wfile.flush()
+        if mode == 'hang': time.sleep(1)
+
+@pytest.fixture
+def server():
+    s = Server(); yield s
+    s.shutdown(); s.server_close()
+
+@pytest.fixture
+def base(tmp_path, monkeypatch):
+    monkeypatch.setenv('NANO_DH_BASE_DIR', str(tmp_path/'base')); monkeypatch.delenv('NANO_DH_DATA', raising=False)
+    return tmp_path
+
+@pytest.fixture(scope='module')
+def docs(): return pq.read_table(package_data('sample_val.parquet'))['text'].to_pylist()
+
+def shard(path, texts): pq.write_table(pa.table({'text': texts}), path, 16); return path.read_bytes()
+def run(code, *args, **env): # a fresh process
+    return subprocess.Popen([sys.executable, '-c', code, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, env=os.environ | {'PYTHONPATH': str(ROOT)} | env)
+
+# ---- one file
+
+@pytest.mark.parametrize('plan', [
+    ['500', '503', '429'], ['cut', 'cut'], ['hang', 'ok'], ['cut', 'norange'], ['cut', 'garbage'], ['garbage'],
+    ['cut', 'elsewhere'], ['cut', '500', 'hang', 'norange', 'garbage', 'cut']], ids='-'.join)
+def test_fetch_survives(server, tmp_path, docs, plan):
+    data = server.files['/f'] = shard(tmp_path/'src', docs); server.plan['/f'] = list(plan)
+    p = fetch(f'{server.url}/f', tmp_path/'out'/'f.parquet', tries=8, timeout=.3, pause=.005, check=footer)
+    assert p.read_bytes() == data and footer(p)
+    assert sorted(x.name for x in p.parent.iterdir()) in (['f.parquet'], ['f.parquet', 'f.parquet.lock'])
+
+def test_fetch_continues_where_it_stopped(server, tmp_path, docs):
+    data = server.files['/f'] = shard(tmp_path/'src', docs); server.plan['/f'] = ['cut', 'ok']
+    fetch(f'{server.url}/f', tmp_path/'f', pause=.005)
+    sent = [a for _, _, a in server.log]
+    assert len(sent) == 2 and 0 < sent[1] <= len(data)//2 + 1 and sent[1] > len(data)//2 - (1 << 17)
+
+def test_fetch_never_joins_two_versions(server, tmp_path, docs):
+    server.files['/f'] = shard(tmp_path/'a', docs); server.plan['/f'] = ['cut', '404']
+    with pytest.raises(ConnectionError): fetch(f'{server.url}/f', tmp_path/'f', pause=.005)
+    assert (tmp_path/'f.part').stat().st_size > 0
+    new = server.files['/f'] = shard(tmp_path/'b', docs[::-1]); server.tags['/f'] = 'v2'
+    assert fetch(f'{server.url}/f', tmp_path/'f', pause=.005, check=footer).read_bytes() == new
+
+def test_fetch_checks_the_sum_that_a_redirect_announces(server, tmp_path, docs):
+    data = server.files['/cdn/f'] = shard(tmp_path/'src', docs)
+    server.tags['/f'] = hashlib.sha256(data).hexdigest(); server.plan['/f'] = ['redirect']*9
+    server.plan['/cdn/f'] = ['garbage', 'cut', 'ok']
+    assert fetch(f'{server.url}/f', tmp_path/'f', pause=.005).read_bytes() == data
+    server.tags['/f'] = '0'*64
+    with pytest.raises(ConnectionError, match='SHA-256'): fetch(f'{server.url}/f', tmp_path/'g', pause=.005, tries=2)
+    assert not (tmp_path/'g').exists()
+
+def test_fetch_gives_up_in_one_line(server, tmp_path):
+    with pytest.raises(ConnectionError, match='status 404') as e: fetch(f'{server.url}/none', tmp_path/'f', pause=5)
+    assert len(server.log) == 1 and '\n' not in str(e.value)               # a 404 is not tried again
+    server.plan['/f'] = ['503']*9
+    with pytest.raises(ConnectionError, match=r'status 503 \(try 3\); run again'): fetch(f'{server.url}/f', tmp_path/'f', tries=3, pause=.005)
+    with pytest.raises(ConnectionError, match='run again') as e: fetch('http://127.0.0.1:9/f', tmp_path/'f', tries=2, pause=.005)
+    assert '\n' not in str(e.value) and not (tmp_path/'f').exists()
+
+# ---- a set of files
+
+def test_many_files_at_once(server, base, docs, monkeypatch):
+    rng, repo, last = random.Random(1), *dataset.HUBS['fineweb-edu']
+    monkeypatch.setenv('HF_ENDPOINT', server.url)
+    for i in (*range(20), last):
+        p = f'/datasets/{repo}/resolve/main/shard_{i:05d}.parquet'
+        server.files[p] = shard(base/'src', docs[i % 40:i % 40 + 30])
+        server.plan[p] = rng.choices(['500', 'cut', 'norange', 'garbage', 'ok'], k=3)
+    s = download_hub('fineweb-edu', 20, pause=.005, tries=9)
+    names = {Path(p).name: d for p, d in server.files.items()}
+    got = {p.name: p.read_bytes() for p in (base/'base'/'data'/'fineweb-edu').glob('*.parquet')}
+    assert got == names and s.n_docs() == 600 and s.n_docs('val') == 30
+    seen = len(server.log); m = open_data('fineweb-edu@3')                  # what is here is not asked for again
+    assert len(server.log) == seen and m.sources[0].read('train', 31) == docs[2]
+    server.files.pop(f'/datasets/{repo}/resolve/main/shard_{last:05d}.parquet')
+    with pytest.raises(ConnectionError, match=r'shard_\d+.parquet: status 404'): download_hub('fineweb-edu', 25, pause=.005)
+
+def test_unreachable_hub_is_one_line(base, monkeypatch):
+    monkeypatch.setenv('HF_ENDPOINT', 'http://127.0.0.1:9')
+    with pytest.raises(ConnectionError) as e: download_hub('climbmix', 2, pause=.005, tries=2)
+    assert '\n' not in str(e.value) and 'run again' in str(e.value)
+
+FETCH = 'import sys; from nano_dh.dataset import fetch, footer; print(fetch(sys.argv[1], sys.argv[2], check=footer, pause=.01))'
+
+def test_killed_download_and_ranks_together(server, tmp_path, docs):
+    data = server.files['/f'] = shard(tmp_path/'src', docs*6); server.plan['/f'] = ['slow']
+    part, p = tmp_path/'f.part', run(FETCH, f'{server.url}/f', tmp_path/'f')
+    end = time.time() + 30
+    while time.time() < end and not (part.exists() and part.stat().st_size > 1 << 17): time.sleep(.01)
+    p.send_signal(signal.SIGKILL); p.wait()
+    assert not (tmp_path/'f').exists() and part.exists()
+    server.log.clear(); ranks = [run(FETCH, f'{server.url}/f', tmp_path/'f') for _ in range(2)]
+    for r in ranks: assert r.wait(60) == 0, r.stderr.read()
+    assert (tmp_path/'f').read_bytes() == data
+    assert len(server.log) == 1 and server.log[0][2] >= 1 << 17             # one request in all, for the rest
+
+# ---- repackaging
+
+PACK = '''import sys, time; from nano_dh.dataset import repackage, read_file
+slow = (time.sleep(.002) or t for t in read_file(sys.argv[1]))
+repackage(slow, sys.argv[2], shard_bytes=200_000, key="k")'''
+
+def test_killed_repackaging_continues(tmp_path, docs):
+    src = tmp_path/'docs.jsonl'; src.write_text(''.join(json.dumps({'text': t}) + '\n' for t in docs*2))
+    p, end = run(PACK, src, tmp_path/'a'), time.time() + 30
+    while time.time() < end and not (tmp_path/'a'/'shard_00001.parquet').exists(): time.sleep(.005)
+    p.send_signal(signal.SIGKILL); p.wait()
+    with pytest.raises(ValueError, match='is unfinished'): open_data(str(tmp_path/'a'))
+    args = dict(shard_bytes=200_000, key='k')
+    repackage(iter(docs*2), tmp_path/'a', **args); repackage(iter(docs*2), tmp_path/'b', **args)
+    a, b = ({p.name: p.read_bytes() for p in (tmp_path/d).glob('*.parquet')} for d in 'ab')
+    assert a == b and len(a) == 14 and open_data(str(tmp_path/'a')).n_docs() + open_data(str(tmp_path/'a')).n_docs('val') == 2*len(docs)
+
+def test_full_disk_leaves_no_shard(tmp_path, docs, monkeypatch):
+    def full(fd): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(dataset.os, 'fsync', full)
+    with pytest.raises(OSError, match='No space left'): repackage(iter(docs), tmp_path/'a')
+    assert not list((tmp_path/'a').glob('*.parquet'))
+
+def test_hub_set_through_datasets(base, docs):
+    src = base/'set'; src.mkdir(); shard(src/'train.parquet', docs)
+    m = open_data(f'hf:{src}')
+    assert m.n_docs() + m.n_docs('val') == len(docs) and m.sources[0].name == 'set'
+    assert sorted(open_data(f'hf:{src}').texts()) == sorted(m.texts())
+    with pytest.raises(ValueError, match=r"no column 'body', but text"): open_data(f'hf:{src}::body')
+    with pytest.raises(ConnectionError, match='did not open') as e: open_data(f'hf:{base}/none')
+    assert '\n' not in str(e.value)
+
+# ---- ranks that share a cache
+
+RANK = '''import sys; from nano_dh.dataset import open_data; from nano_dh.tokenizer import get_tokenizer
+m = open_data(sys.argv[1]); print(get_tokenizer("", m, 700).hash, m.n_docs(), m.fingerprint)'''
+
+def test_ranks_open_and_train_once(base, docs):
+    src = base/'notes.jsonl'; src.write_text(''.join(json.dumps(t) + '\n' for t in docs))
+    ranks = [run(RANK, src) for _ in range(2)]
+    said = {r.communicate(timeout=60)[0] for r in ranks}
+    assert len(said) == 1 and all(r.returncode == 0 for r in ranks)
+    m = open_data(str(src)); assert said.pop().split() == [get_tokenizer('', m, 700).hash, str(m.n_docs()), m.fingerprint]
+    assert len(list((base/'base'/'tokenizers').glob('*/meta.json'))) == 1
+    get_tokenizer('', m, 701); assert len(list((base/'base'/'tokenizers').glob('*/meta.json'))) == 2
+
+# ---- what is shipped
+
+def test_attribution_names_every_book():
+    text = (ROOT/'ATTRIBUTION.md').read_text()
+    for s in ('train', 'val'):
+        t = pq.read_table(package_data(f'sample_{s}.parquet'), columns=['title', 'author', 'year'])
+        for r in {tuple(r.values()) for r in t.to_pylist()}:
+            assert f'| {r[1]} | {r[0]} | {r[2]} |' in text and r[2] < 1926
+
+def mill(base, *a): # runs/tokenizer.ipynb -> (exit code, what was printed)
+    p = subprocess.run([sys.executable, '-m', 'papermill', ROOT/'runs'/'tokenizer.ipynb', base/'out.ipynb', '--log-output', *a],
+                       cwd=base, text=True, capture_output=True, timeout=120, env=os.environ | {'PYTHONPATH': str(ROOT)})
+    return p.returncode, p.stdout + p.stderr
+
+def test_tokenizer_notebook(base):
+    code, out = mill(base, '-p', 'vocab_size', '600', '-p', 'others', '', '-p', 'name', 'mine', '-p', 'eval_bytes', '50000')
+    assert code == 0, out[-2000:]
+    assert get_tokenizer('mine').vocab_size == 600 == Tokenizer.load(base/'base'/'tokenizers'/'mine').vocab_size
+
+@pytest.mark.slow
+def test_tokenizer_notebook_refuses(base):
+    code, out = mill(base, '-p', 'vocab_sise', '600'); assert code == 1 and "did you mean 'vocab_size'" in out
+    code, out = mill(base, '-p', 'vocab_size', '100'); assert code == 1 and 'take 265 or more' in out
