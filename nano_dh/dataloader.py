@@ -37,18 +37,19 @@ def best_fit(waiting:list,          # pieces, the longest waiting first; those u
             ) -> tuple: # (row (size,) int32, pieces in it, where they start)
     "Fill one row; what cannot be filled stays BOS"
     row, placed, starts, at = np.full(size, bos, np.int32), [], [], 0
-    while size - at > 1 and waiting and len(placed) != max_docs:
-        gap, n = size - at, [len(p) for p in waiting]
-        fits = [i for i, l in enumerate(n) if l <= gap]
+    n, gone = np.array([len(p) for p in waiting]), 2**62
+    while size - at > 1 and len(placed) < min(len(waiting), max_docs or size):
+        gap = size - at
         if not placed: k = 0
-        elif len(placed) + 1 == max_docs: k = n.index(max(n))
-        else: k = max(fits, key=n.__getitem__) if fits else n.index(min(n))
-        p = waiting.pop(k); a = min(len(p), gap) - 1
+        elif len(placed) + 1 == max_docs: k = np.where(n < gone, n, 0).argmax()
+        else: k = np.where(n <= gap, n, 0).argmax() if n.min() <= gap else n.argmin()
+        p, n[k], waiting[k] = waiting[k], gone, None; a = min(len(p), gap) - 1
         row[at+1:at+1+a] = p.ids[:a]
         placed.append(Piece(p.pos, p.start, p.start + a, p.ids[:a])); starts.append(at)
         if p.start + a < p.stop and long_docs == 'split':
-            waiting.insert(k, Piece(p.pos, p.start + a, p.stop, p.ids[a:]))
+            waiting[k] = Piece(p.pos, p.start + a, p.stop, p.ids[a:])
         at += a + 1
+    waiting[:] = [p for p in waiting if p is not None]
     return row, placed, starts
 
 # %% ../nbs/09_dataloader.ipynb #shuffled
@@ -172,7 +173,7 @@ class Stream:
 def draw(self:Stream, i:int) -> bool: # False: the source has ended (only with once)
     "Let one more document of source i wait"
     d = self.docs[i]
-    for _ in range(d.n):                   # step over empty documents
+    for _ in range(d.n + 1000):            # step over empty documents
         if self.once and self.cursor[i] >= d.n: return False
         p = self.cursor[i]; self.cursor[i] += d.n_streams; ids = d.take(p)
         if len(ids): self.waiting[i].append(Piece(p, 0, len(ids), ids)); return True
@@ -184,8 +185,9 @@ def draw(self:Stream, i:int) -> bool: # False: the source has ended (only with o
 def refill(self:Stream, i:int):
     "Let documents of source i wait, by its weight; two rows' worth suffice if that is many pieces"
     w, many = self.waiting[i], max(2, 8*self.weights[i])*self.size
-    need = lambda: len(w) < 2 or sum(map(len, w)) < (many if len(w) < 64 else 2*self.size)
-    while need() and self.draw(i): pass
+    have = sum(map(len, w))
+    while (len(w) < 2 or have < (many if len(w) < 64 else 2*self.size)) and self.draw(i):
+        have += len(w[-1])
 
 @patch
 def next_row(self:Stream) -> tuple|None: # (row, pieces, starts, source); None at the end
