@@ -433,7 +433,7 @@ REF_BATCH, REF_TOKENS = 2**19, 12*110_100_480   # tokens a step; tokens of depth
 
 def adamw_settings(width:int, # of the model
                    embedding_lr:float=.3, unembedding_lr:float=.008, scalar_lr:float=.5,
-                   delta_lr:float=.004, conv_lr:float=.004, norm_lr:float=.004, small_lr:float=.004,
+                   delta_lr:float=.016, conv_lr:float=.016, norm_lr:float=.016, small_lr:float=.016,
                   ) -> dict: # role -> settings, at REF_BATCH
     "What AdamW does with each role"
     w = (width/768)**-.5
