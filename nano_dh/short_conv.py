@@ -162,7 +162,8 @@ def _conv_bwd_kernel(x, w, state, doc, dq, dk, dv, dx, dw, T, sb, st, eps, H: tl
     nx = tl.load(x + b*sb + t.to(tl.int64)[:, None]*st + c, mask=live & (t < T)[:, None], other=0.)
     ng = tl.load(grad + (b*T + t)[:, None]*sg + d, mask=live & (t < T)[:, None], other=0.)
     o = tl.zeros([R, BD], tl.float32)
-    g1, g2, g3, a0, a1, a2, a3 = o, o, o, o, o, o, o
+    g1, g2, g3 = x1*0, x2*0, x3*0   # three zeros: Triton 3.6 merges loop variables that start as one
+    a0, a1, a2, a3 = o, o, o, o
     for s in range(L + 3):
         x0, go, e0, more = nx.to(tl.float32), ng.to(tl.float32), t, live & (t + 1 < T)[:, None]
         nx = tl.load(x + b*sb + (t + 1).to(tl.int64)[:, None]*st + c, mask=more, other=0.) # for the next step
