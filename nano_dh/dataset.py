@@ -527,7 +527,8 @@ def open_data(spec:str='' # '': NANO_DH_DATA, or else the sample
         found = _find(name, root if root and root.is_dir() else None)
         whole = sum(s.size() for s in found)
         sources += found; weights += [(w or 1.)*s.size()/max(1, whole) for s in found]
-    for s in sources:
+    for i, s in enumerate(sources):
+        if s.name in [x.name for x in sources[:i]]: s.name += f'-{i + 1}'
         if not s.n_docs('train') or not s.n_docs('val'):
             raise ValueError(f'{s.name} has {s.n_docs()} documents to train on and '
                              f"{s.n_docs('val')} to validate on; both are needed")
