@@ -44,6 +44,7 @@ class Rope(nn.Module):
         self.register_buffer('table', torch.empty(2, length, rot_dim//2), persistent=False)
         self._fill(length)
 
+    @torch.inference_mode(False) # a table made while serving may be trained with later
     def _fill(self, length):
         if self.table.is_meta: return
         t = torch.stack(rope_table(length, self.rot_dim, self.base, self.table.dtype))
