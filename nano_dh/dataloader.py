@@ -165,8 +165,13 @@ class Stream:
         self.long_docs, self.max_docs, self.once = long_docs, max_docs, once
         self.rows, self.cursor, self.waiting = 0, [s]*len(docs), [[] for _ in docs]
         self.live = [i for i, w in enumerate(weights) if w > 0]
-        lead = [shuffled(N_STREAMS, d.seed, i)[s]/N_STREAMS for i, d in enumerate(docs)]
-        self.placed = [int(4*size*w*u) for w, u in zip(weights, lead)]   # tokens, with a head start
+        self.placed = [0]*len(docs)                # tokens by source
+        for _ in range(0 if once else int(shuffled(N_STREAMS, docs[0].seed)[s])):
+            self.placed[self.lagging()] += size - 1
+
+    def lagging(self): # the source furthest behind its weight
+        total = sum(self.placed)
+        return max(self.live, key=lambda i: self.weights[i]*total - self.placed[i])
 
 # %% ../nbs/09_dataloader.ipynb #draw
 @patch
@@ -193,8 +198,7 @@ def refill(self:Stream, i:int):
 def next_row(self:Stream) -> tuple|None: # (row, pieces, starts, source); None at the end
     "Fill one row from the source that lags most behind its weight"
     while self.live:
-        i = max(self.live, key=lambda i: self.weights[i]*sum(self.placed) - self.placed[i])
-        self.refill(i); w = self.waiting[i]
+        i = self.lagging(); self.refill(i); w = self.waiting[i]
         if not w: self.live.remove(i); continue
         row, pieces, starts = best_fit(w, self.size, self.bos, self.long_docs, self.max_docs)
         self.placed[i] += sum(len(p) - 1 for p in pieces); self.rows += 1
