@@ -18,7 +18,7 @@ from filelock import FileLock
 
 # %% ../nbs/00_core.ipynb #base
 def base_dir() -> Path: # exists on return
-    "Folder for checkpoints, tokenizers and caches: NANO_DH_BASE_DIR, or nano_dh in the user's cache folder"
+    "Folder of checkpoints, tokenizers, caches: NANO_DH_BASE_DIR, or nano_dh in the user's cache"
     p = os.environ.get('NANO_DH_BASE_DIR')
     if not p: p = Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'nano_dh'
     p = Path(p).expanduser().absolute(); p.mkdir(parents=True, exist_ok=True)
@@ -59,7 +59,8 @@ def get_device(prefer:str='' # 'cuda', 'mps', 'cpu'; '' takes the best there is
     have = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     kind = prefer or next(k for k, ok in have.items() if ok)
     if not have.get(kind.split(':')[0]):
-        raise RuntimeError(f"device {kind!r} is not here; this machine has {[k for k in have if have[k]]}")
+        here = [k for k in have if have[k]]
+        raise RuntimeError(f'device {kind!r} is not here; this machine has {here}')
     return torch.device('cuda', dist_info().local_rank) if kind == 'cuda' else torch.device(kind)
 
 # %% ../nbs/00_core.ipynb #dtype
@@ -69,7 +70,8 @@ def compute_dtype(device:torch.device|str # where the matrix products run
                  ) -> torch.dtype:
     "bfloat16 on CUDA from compute capability 8.0, else float32; NANO_DH_DTYPE overrides"
     device, name = torch.device(device), os.environ.get('NANO_DH_DTYPE', '')
-    if name and name not in DTYPES: raise ValueError(f'NANO_DH_DTYPE={name}: use one of {", ".join(DTYPES)}')
+    if name and name not in DTYPES:
+        raise ValueError(f'NANO_DH_DTYPE={name}: use one of {", ".join(DTYPES)}')
     if name: return DTYPES[name]
     if device.type != 'cuda': return torch.float32
     return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
@@ -109,7 +111,8 @@ def atomic_write(path:str|Path, data:str|bytes):
     fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
     try:
         with os.fdopen(fd, 'wb') as f:
-            f.write(data.encode() if isinstance(data, str) else data); f.flush(); os.fsync(f.fileno())
+            f.write(data.encode() if isinstance(data, str) else data)
+            f.flush(); os.fsync(f.fileno())
         os.replace(tmp, path)
     except BaseException: Path(tmp).unlink(missing_ok=True); raise
 
@@ -133,7 +136,9 @@ def _fits(v, t): # -> (does v fit type t, v as that type)
     if t is int:
         if isinstance(v, float) and v.is_integer(): v = int(v)
         return isinstance(v, int) and not isinstance(v, bool), v
-    if t is float: return isinstance(v, (int, float)) and not isinstance(v, bool), float(v) if isinstance(v, int) else v
+    if t is float:
+        ok = isinstance(v, (int, float)) and not isinstance(v, bool)
+        return ok, float(v) if ok else v
     if typing.get_origin(t) in (typing.Union, types.UnionType):
         return next((x for x in (_fits(v, a) for a in typing.get_args(t)) if x[0]), (False, v))
     return t is typing.Any or isinstance(v, typing.get_origin(t) or t), v
@@ -142,12 +147,13 @@ def _fits(v, t): # -> (does v fit type t, v as that type)
 def checked(cls:type,  # a dataclass
             kw:dict    # loose values: from a notebook, a command line, a JSON file
            ): # -> an instance of cls
-    "Build a dataclass from loose values: an unknown name or a wrong type is an error that says what to write"
+    "A dataclass from loose values; an unknown name or a wrong type is an error that says so"
     hints, known, out = typing.get_type_hints(cls), [f.name for f in fields(cls) if f.init], {}
     for k, v in kw.items():
         if k not in known:
             near = closest(k, known)
-            raise NameError(f'unknown parameter {k!r}, ' + (f'did you mean {near!r}? ' if near else '') + f'known: {", ".join(known)}')
+            hint = f'did you mean {near!r}? ' if near else ''
+            raise NameError(f'unknown parameter {k!r}, {hint}known: {", ".join(known)}')
         ok, out[k] = _fits(v, hints[k])
         if not ok:
             want = hints[k].__name__ if isinstance(hints[k], type) else str(hints[k])

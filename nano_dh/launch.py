@@ -6,7 +6,8 @@
 __all__ = ['n_gpus', 'n_cores', 'join_group', 'RankError', 'run_ranks', 'run_env', 'LiveFigure', 'LiveCurve']
 
 # %% ../nbs/13_launch.ipynb #imp
-import atexit, base64, ctypes, io, math, os, shutil, signal, sys, tempfile, threading, time, traceback, warnings
+import atexit, base64, ctypes, io, math, os, shutil, signal, sys, tempfile, threading, time
+import traceback, warnings
 from datetime import timedelta
 from multiprocessing import connection
 from pathlib import Path
@@ -26,25 +27,27 @@ def _cuda(device): return device in ('', 'cuda') and n_gpus() > 0
 
 # %% ../nbs/13_launch.ipynb #join
 def join_group(device:str='',        # 'cuda', 'cpu', '' for the best there is
-               store=None,           # meeting point; None reads MASTER_ADDR and MASTER_PORT, as torchrun sets them
+               store=None,           # meeting point; None: what torchrun has set
                timeout:float=1800    # seconds until a collective that hangs is an error
               ) -> DistInfo:
-    "Make this process the rank its environment names: its GPU or its share of the cores, and the process group"
+    "Make this process the rank that its environment names: device, threads, process group"
     me, cuda = dist_info(), _cuda(device)
-    warnings.filterwarnings('ignore', module=r'torch\.distributed')      # notices of renamed functions, once a rank
+    warnings.filterwarnings('ignore', module=r'torch\.distributed')   # that functions were renamed
     if cuda: torch.cuda.set_device(me.local_rank)
     elif 'OMP_NUM_THREADS' not in os.environ:
-        torch.set_num_threads(max(1, n_cores()//int(os.environ.get('LOCAL_WORLD_SIZE', me.world_size))))
+        local = int(os.environ.get('LOCAL_WORLD_SIZE', me.world_size))
+        torch.set_num_threads(max(1, n_cores()//local))
     if me.world_size > 1 and not dist.is_initialized():
-        kw = dict(store=store, rank=me.rank, world_size=me.world_size) if store is not None else {}
+        kw = dict(timeout=timedelta(seconds=timeout))
+        if store is not None: kw |= dict(store=store, rank=me.rank, world_size=me.world_size)
         if cuda: kw['device_id'] = torch.device('cuda', me.local_rank)
-        dist.init_process_group('cpu:gloo,cuda:nccl' if cuda else 'gloo', timeout=timedelta(seconds=timeout), **kw)
+        dist.init_process_group('cpu:gloo,cuda:nccl' if cuda else 'gloo', **kw)
     return me
 
 # %% ../nbs/13_launch.ipynb #die
 def _die_with(parent):
     "Have this process killed when its parent ends"
-    if sys.platform == 'linux': ctypes.CDLL(None).prctl(1, signal.SIGKILL)    # 1 is PR_SET_PDEATHSIG
+    if sys.platform == 'linux': ctypes.CDLL(None).prctl(1, signal.SIGKILL)   # PR_SET_PDEATHSIG
     def watch():
         while os.getppid() == parent: time.sleep(1)
         os.kill(os.getpid(), signal.SIGKILL)
@@ -54,8 +57,9 @@ def _die_with(parent):
 def _sender(conn):
     "emit for rank 0"
     def emit(rec):
-        bad = [k for k, v in rec.items() if isinstance(v, torch.Tensor)] if isinstance(rec, dict) else []
-        if bad: raise TypeError(f'emit takes plain numbers, {bad[0]!r} is a tensor; write .item()')
+        for k, v in rec.items() if isinstance(rec, dict) else ():
+            if isinstance(v, torch.Tensor):
+                raise TypeError(f'emit takes plain numbers, {k!r} is a tensor; write .item()')
         conn.send(rec)
     return emit
 
@@ -68,7 +72,8 @@ def _rank(rank, world, fn, cfg, device, home, parent, out, rec):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for fd in (1, 2): os.dup2(out.fileno(), fd)
     for s in (sys.stdout, sys.stderr): s.reconfigure(line_buffering=True)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
+    r, w = str(rank), str(world)
+    os.environ.update(RANK=r, LOCAL_RANK=r, WORLD_SIZE=w, LOCAL_WORLD_SIZE=w)
     if sys.platform == 'linux': os.environ.setdefault('GLOO_SOCKET_IFNAME', 'lo')
     try:
         join_group(device, dist.FileStore(f'{home}/store', world) if world > 1 else None)
@@ -76,7 +81,8 @@ def _rank(rank, world, fn, cfg, device, home, parent, out, rec):
         if dist.is_initialized(): dist.destroy_process_group()
         code = 0
     except BaseException:
-        Path(home, f'error{rank}').write_text(f'{time.time_ns()}\n{traceback.format_exc()}'); code = 1
+        text, code = f'{time.time_ns()}\n{traceback.format_exc()}', 1
+        Path(home, f'error{rank}').write_text(text)
     sys.stdout.flush(); sys.stderr.flush(); os._exit(code)
 
 # %% ../nbs/13_launch.ipynb #why
@@ -86,13 +92,15 @@ class RankError(RuntimeError):
 
 def _why(procs, home):
     "The first cause: a rank that was killed, else the earliest exception, else an exit code"
-    files = [(int((s := f.read_text()).split('\n')[0]), int(f.name[5:]), s.split('\n', 1)[1].rstrip()) for f in Path(home).glob('error*')]
+    split = lambda f: (int((s := f.read_text().split('\n', 1))[0]), int(f.name[5:]), s[1].rstrip())
+    errors, n = sorted(map(split, Path(home).glob('error*'))), len(procs)
     for r, p in enumerate(procs):
-        code, of = p.exitcode or 0, f'rank {r} of {len(procs)}'
-        if code in (-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS) or code and not files:
-            how = f'was killed by {signal.Signals(-code).name}' if code < 0 else f'left with exit code {code}'
-            return RankError(f'{of} {how}' + ('; the usual cause is want of memory' if code == -signal.SIGKILL else ''))
-    return RankError(f'rank {files[0][1]} of {len(procs)} failed:\n{files[0][2]}') if files and files.sort() is None else None
+        code = p.exitcode or 0
+        if code in (-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS) or code and not errors:
+            how = f'killed by {signal.Signals(-code).name}' if code < 0 else f'gone, code {code}'
+            hint = '; the usual cause is want of memory' if code == -signal.SIGKILL else ''
+            return RankError(f'rank {r} of {n} was {how}{hint}')
+    return RankError(f'rank {errors[0][1]} of {n} failed:\n{errors[0][2]}')
 
 # %% ../nbs/13_launch.ipynb #prn
 class _Lines:
@@ -101,7 +109,8 @@ class _Lines:
     def add(self, rank, data):
         *lines, self.tail[rank] = (self.tail.get(rank, b'') + data).split(b'\n')
         for l in lines:
-            if not l.startswith(b'[Gloo] Rank'): print(f'[rank {rank}] '*(self.world > 1) + l.decode(errors='replace'), flush=True)
+            if l.startswith(b'[Gloo] Rank'): continue
+            print(f'[rank {rank}] '*(self.world > 1) + l.decode(errors='replace'), flush=True)
     def end(self):
         for r in [r for r, t in self.tail.items() if t]: self.add(r, b'\n')
 
@@ -118,7 +127,8 @@ def _watch(procs, outs, rec):
             if c is rec: yield data
             elif data: lines.add(conns[c], data)
             else: del conns[c]
-        if not any(c in conns for c in ready) and (not live or any(p.exitcode for p in procs)): break
+        over = not live or any(p.exitcode for p in procs)
+        if over and not any(c in conns for c in ready): break
     lines.end()
 
 def _stop(procs, grace=3.):
@@ -134,8 +144,11 @@ def _world(nproc, device):
     "Ranks to start; an error if they cannot be served"
     if not _cuda(device): return nproc or 1
     if torch.cuda.is_initialized():
-        raise RuntimeError('this process has used CUDA and holds memory on GPU 0; restart the kernel and keep tensors on the CPU in it')
-    if (nproc or 0) > n_gpus(): raise ValueError(f'nproc {nproc}, but this machine has {n_gpus()} GPUs; take at most that, or device cpu')
+        raise RuntimeError('this process has used CUDA and holds memory on GPU 0; restart the '
+                           'kernel, and keep tensors on the CPU in it')
+    if (nproc or 0) > n_gpus():
+        raise ValueError(f'nproc {nproc}, but this machine has {n_gpus()} GPUs; '
+                         'take that, or device cpu')
     return nproc or n_gpus()
 
 # %% ../nbs/13_launch.ipynb #run
@@ -144,17 +157,20 @@ def run_ranks(fn,                  # fn(cfg, emit), importable from a module
               nproc:int|None=None, # ranks; None: one a GPU, or 1 without; 0: inside this process
               device:str=''        # 'cuda', 'cpu', '' for the best there is
              ): # generator of what rank 0 emits
-    "Run `fn` on ranks of this machine: yield rank 0's records, print what ranks print, raise what a rank raised"
+    "Run `fn` on ranks: yield rank 0's records, print what ranks print, raise what a rank raised"
     if nproc == 0: recs = []; fn(cfg, recs.append); yield from recs; return
-    if fn.__module__ == '__main__': raise ValueError(f'{fn.__name__} is defined in this notebook; ranks import it by name, so put it in a module')
-    world, ctx, home, procs = _world(nproc, device), mp.get_context('spawn'), tempfile.mkdtemp(prefix='nano_dh-'), []
+    if fn.__module__ == '__main__':
+        raise ValueError(f'{fn.__name__} is defined in this notebook, but ranks import it by name; '
+                         'put it in a module')
+    world, ctx, procs = _world(nproc, device), mp.get_context('spawn'), []
+    home = tempfile.mkdtemp(prefix='nano_dh-')
     rec, outs = ctx.Pipe(duplex=False), [ctx.Pipe(duplex=False) for _ in range(world)]
     stop = lambda: _stop(procs)
     atexit.register(stop)
     try:
         for r in range(world):
-            args = (r, world, fn, cfg, device, home, os.getpid(), outs[r][1], rec[1] if r == 0 else None)
-            procs.append(ctx.Process(target=_rank, args=args)); procs[-1].start()
+            args = (fn, cfg, device, home, os.getpid(), outs[r][1], rec[1] if r == 0 else None)
+            procs.append(ctx.Process(target=_rank, args=(r, world, *args))); procs[-1].start()
         for _, w in [rec, *outs]: w.close()
         yield from _watch(procs, [o for o, _ in outs], rec[0])
         if any(p.exitcode for p in procs): raise _why(procs, home)
@@ -170,7 +186,8 @@ def run_env(fn,            # fn(cfg, emit)
     me = join_group(device)
     try: fn(cfg, emit if me.rank == 0 else _silent)
     except BaseException:
-        traceback.print_exc(); sys.stdout.flush(); sys.stderr.flush(); os._exit(1)     # as above: no clean-up
+        traceback.print_exc(); sys.stdout.flush(); sys.stderr.flush()
+        os._exit(1)                                   # as above: no clean-up
     if dist.is_initialized(): dist.destroy_process_group()
 
 # %% ../nbs/13_launch.ipynb #live
@@ -184,7 +201,8 @@ class LiveFigure:
                  every:float=2.,     # least seconds between two pictures; inf: only when asked
                  figsize:tuple=(8, 2.8),
                  dpi:int=80):
-        self.draw, self.every, self.figsize, self.dpi, self.last, self.handle, self.png = draw, every, figsize, dpi, -math.inf, None, b''
+        self.draw, self.every, self.figsize, self.dpi = draw, every, figsize, dpi
+        self.last, self.handle, self.png = -math.inf, None, b''
     def update(self, force:bool=False # draw even if the last picture is fresh
               ):
         "Draw, if it is time"
@@ -197,7 +215,8 @@ class LiveFigure:
     def draw_now(self) -> bytes: # PNG
         from matplotlib.figure import Figure
         fig, buf = Figure(figsize=self.figsize, dpi=self.dpi, layout='constrained'), io.BytesIO()
-        self.draw(fig); fig.savefig(buf, format='png'); self.png, self.last = buf.getvalue(), time.monotonic()
+        self.draw(fig); fig.savefig(buf, format='png')
+        self.png, self.last = buf.getvalue(), time.monotonic()
         return self.png
 
 # %% ../nbs/13_launch.ipynb #curve
@@ -213,5 +232,7 @@ class LiveCurve(LiveFigure):
             if rec.get(p) is not None and self.x in rec: xs.append(rec[self.x]); ys.append(rec[p])
         if self.every < math.inf: self.update()
     def _draw(self, fig):
-        for ax, (p, (xs, ys)) in zip(fig.subplots(1, len(self.pts), squeeze=False)[0], self.pts.items()):
-            ax.plot(xs, ys, marker='o' if len(xs) < 20 else None, ms=3); ax.set_xlabel(self.x); ax.set_title(p, fontsize=10)
+        axes = fig.subplots(1, len(self.pts), squeeze=False)[0]
+        for ax, (p, (xs, ys)) in zip(axes, self.pts.items()):
+            ax.plot(xs, ys, marker='o' if len(xs) < 20 else None, ms=3)
+            ax.set_xlabel(self.x); ax.set_title(p, fontsize=10)
