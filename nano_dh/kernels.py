@@ -299,18 +299,17 @@ def current_backend() -> str:
     "The backend that was chosen or set last"
     return _forced[0] or _last[0]
 
-@torch.compiler.assume_constant_result
-def _first_use(device, dtype, H, HV, K, V):
-    choice = choose_backend(device, H, HV, K, V, dtype=dtype)
-    print0(choice.reason)
-    return choice.name
+@torch.compiler.assume_constant_result # while tracing: really called, its answer is part of the graph
+def _checked(device, dtype, H, HV, K, V):
+    if (key := (device, dtype, K, V)) not in _chosen:
+        if device != 'cuda': return 'torch'
+        print0(choose_backend(device, H, HV, K, V, dtype=dtype).reason)
+    return _chosen.get(key) or _forced[0]
 
 def _which(q, v):
-    H, HV, (K, V), device = q.shape[2], v.shape[2], (q.shape[3], v.shape[3]), q.device.type
-    if _forced[0]: return 'torch' if BACKENDS[_forced[0]].fits(device, v.dtype, K, V) else _forced[0]
-    name = _chosen.get((device, v.dtype, K, V), '')
-    if name or device != 'cuda': return name or 'torch'
-    return _first_use(device, v.dtype, H, HV, K, V)
+    device, (H, K), (HV, V) = q.device.type, q.shape[2:], v.shape[2:]
+    if not _forced[0]: return _checked(device, v.dtype, H, HV, K, V)
+    return 'torch' if BACKENDS[_forced[0]].fits(device, v.dtype, K, V) else _forced[0]
 
 # %% ../nbs/03_kernels.ipynb #op
 def gated_delta_rule(q:Tensor,    # (B, T, H, K) queries of length one
@@ -441,8 +440,9 @@ def limits(yard:dict, dtype:torch.dtype) -> dict[str, float]: # name -> largest 
 # %% ../nbs/03_kernels.ipynb #check
 def check_backends(names:list[str], device, H:int, HV:int, K:int, V:int, dtype:torch.dtype) -> dict[str, dict]:
     "Error of each backend against float64 and whether it passes: name -> error, worst, errors, why"
-    device, R = torch.device(device), HV // H
-    small = dict(H=min(H, 2), HV=min(H, 2)*R, K=K, V=V, dtype=dtype)
+    device = torch.device(device)
+    h = H if device.type == 'cuda' else min(H, 2)        # a kernel is compiled for a number of heads
+    small = dict(H=h, HV=h*(HV//H), K=K, V=V, dtype=dtype)
     ps = [check_inputs(2, 200, **small), check_inputs(2, 200, **small, docs=(0, 70, 200, 263, 400, 400))]
     if device.type == 'cuda': ps.append(check_inputs(1, 4000, **small))
     truth = [outcome(_torch if p['xs'][0].shape[1] > 1000 else _torch_recurrent, p) for p in ps]
