@@ -216,7 +216,7 @@ def _fla_ready(device):
 @lru_cache(32)
 def _fla_plan(docs, device): # borders and (document, chunk) pairs on the GPU
     pairs = [(i, j) for i, (a, b) in enumerate(zip(docs, docs[1:])) for j in range(-(-(b-a)//64))]
-    return [torch.tensor(x, dtype=torch.int32, device=device) for x in (docs, pairs)]
+    return [torch.tensor(x, dtype=torch.int32).to(device, non_blocking=True) for x in (docs, pairs)]
 
 def _fla_fwd(q, k, v, g, beta, state, docs, scale, output_state):
     from fla.ops.gated_delta_rule.chunk import chunk_gated_delta_rule_fwd
@@ -248,7 +248,7 @@ def _qla_plan(docs, heads, device): # how to walk these rows, on the GPU
     plan = build_cp_context(cpu, enable_intra=True, num_v_heads=heads, chunk_size=64, is_train=True)
     for name in ('cu_seqlens', 'intra_cp_cu_seqlens', 'seq_map_r2c', 'seq_map_c2r', 'ht_mask', 'ht_mask_bwd'):
         if (x := getattr(plan, name)) is None: continue
-        on = x.to(device)
+        on = x.to(device, non_blocking=True)
         setattr(plan, name, prepare_varlen_metadata(on, x) if 'cu_seqlens' in name else on)
     return plan
 
