@@ -32,11 +32,11 @@ class BPB:
     tokens:int    # counted targets
     rows:int      # rows that have any
     stderr:float  # standard error of bpb over rows; nan for fewer than two rows
-    sources:dict=field(default_factory=dict) # the same for each source, if the batches name theirs
+    sources:dict=field(default_factory=dict) # the same for each source that batches name
 
     @property
     def loss(self): return self.nats/self.tokens if self.tokens else math.nan # nats a token
-    def __str__(self): return f'{self.bpb:.4f} ± {self.stderr:.4f} bits per byte ({self.bytes:,} bytes)'
+    def __str__(self): return f'{self.bpb:.4f} ± {self.stderr:.4f} bits per byte of {self.bytes:,}'
 
 # %% ../nbs/11_loss_eval.ipynb #from-sums
 def moments(rows:Tensor # (R, 3) of `row_sums`
@@ -59,14 +59,14 @@ def unpack_batch(batch, # (x, y[, cu_seqlens[, source]]) or an object with these
                  device) -> tuple: # x, y, keywords for the model, source of each row
     "The parts of a batch, on the device"
     if isinstance(batch, (tuple, list)): x, y, cu, src = (*batch, None, None)[:4]
-    else: x, y, cu, src = batch.x, batch.y, getattr(batch, 'cu_seqlens', None), getattr(batch, 'source', None)
+    else: x, y, cu, src = (getattr(batch, k, None) for k in ('x', 'y', 'cu_seqlens', 'source'))
     x, y = (t.to(device, non_blocking=True) for t in (x, y))
     kw = {} if cu is None else dict(cu_seqlens=cu.to(device, non_blocking=True))
     return x, y, kw, [src]*len(y) if src is None or isinstance(src, str) else list(src)
 
 # %% ../nbs/11_loss_eval.ipynb #evaluate-bpb
 @torch.no_grad()
-def evaluate_bpb(model, # model(x, targets=y, reduction='none'[, cu_seqlens=...]) gives nats (B, T)
+def evaluate_bpb(model, # model(x, targets=y, reduction='none'[, cu_seqlens]) gives nats (B, T)
                  batches, # this rank's share of the rows
                  token_bytes:Tensor, # (vocab,) bytes of each token, 0 for special tokens
                  steps:int|None=None, # at most so many batches a rank
