@@ -337,8 +337,8 @@ def _norm(self:MuonAdamW, sq):
 @patch
 def _mean(self:MuonAdamW, g, b, factor):
     "From the sum over ranks to the clipped mean, in the state's dtype"
-    if factor is None: return g.to(b.dtype)
-    return g.to(b.dtype) * factor.to(b.dtype)
+    g = g.to(b.dtype).contiguous()
+    return g if factor is None else g * factor.to(b.dtype)
 
 # %% ../nbs/10_optim.ipynb #step
 @patch

@@ -16,11 +16,11 @@ def batch(i):
     x = (torch.arange(T + 1)*torch.randint(1, 9, (ROWS, 1), generator=g) + torch.randint(256, (ROWS, 1), generator=g)) % 256
     return x[:, :-1], x[:, 1:]
 
-def train(rank, world, dtype, **kw):
+def train(rank, world, dtype, steps=STEPS, **kw):
     "20 steps of the default schedule; -> losses, parameters, optimizer state bytes"
     torch.set_num_threads(1)
     model, opt = make(dtype, **kw); losses = []
-    for i in range(STEPS):
+    for i in range(steps):
         x, y = (t[rank::world] for t in batch(i))
         loss = model(x, targets=y); loss.backward()
         opt.schedule(i, STEPS); opt.step(); opt.zero_grad()
@@ -38,6 +38,30 @@ def one_step(rank, world):
         p.grad = g if world == 1 else g + d if rank == 0 else g - d
     opt.schedule(39, 100); opt.step()
     return {n: p.detach().clone() for n, p in model.named_parameters()}, opt.grad_norm.item()
+
+def odd(rank, world):
+    "Sizes that no number of ranks divides: padded stacks and rows"
+    from nano_dh.optim import MuonAdamW, MuonOptions
+    gen = torch.Generator().manual_seed(3)
+    shapes = dict(a=(8, 24), b=(8, 24), c=(8, 24), wte=(101, 16), v=(7,))
+    ps = {n: torch.nn.Parameter(torch.randn(s, generator=gen)) for n, s in shapes.items()}
+    part = lambda ns: dict(names=list(ns), params=[ps[n] for n in ns], weight_decay=.1)
+    opt = MuonAdamW([part('abc') | dict(kind='muon', lr=.02, momentum=.95, options=MuonOptions()),
+                     part(['wte', 'v']) | dict(kind='adamw', lr=.1, betas=(.8, .95), eps=1e-8)])
+    for _ in range(3):
+        for p in ps.values(): p.grad = torch.randn(p.shape, generator=gen)
+        if world > 1 and rank: ps['v'].grad = None                     # an unused parameter counts as zero
+        if world == 1: ps['v'].grad /= 2
+        opt.step()
+    return {n: p.detach() for n, p in ps.items()}, opt.grad_norm.item()
+
+def bpb(rank, world):
+    "Bits per byte of the rows of this rank, with a source that only rank 0 meets"
+    from nano_dh.loss_eval import evaluate_bpb
+    model, _ = make(torch.float32); x, y = batch(0)
+    rows = [(x[i:i+1], y[i:i+1], None, 'ab'[i == 0]) for i in range(rank, ROWS, world)]
+    r = evaluate_bpb(model, rows, torch.arange(256) % 5)
+    return r.bpb, r.stderr, r.bytes, {k: v.bpb for k, v in r.sources.items()}
 
 def reshard(rank, world, path):
     "Two ranks train and save their slices"
@@ -60,8 +84,8 @@ def worker(rank, world, path):
     dist.init_process_group('gloo', store=dist.FileStore(f'{path}/store', world), rank=rank, world_size=world,
                             timeout=datetime.timedelta(seconds=120))
     out = dict(f64=train(rank, world, torch.float64), f32=train(rank, world, torch.float32),
-               bf16=train(rank, world, torch.float32, reduce_dtype=torch.bfloat16),
-               one=one_step(rank, world), third=reshard(rank, world, path))
+               bf16=train(rank, world, torch.float32, 6, reduce_dtype=torch.bfloat16),
+               one=one_step(rank, world), odd=odd(rank, world), bpb=bpb(rank, world), third=reshard(rank, world, path))
     torch.save(out, f'{path}/out{rank}.pt')
     dist.barrier(); dist.destroy_process_group()
 
@@ -94,6 +118,16 @@ def test_bf16_reduction(two):
     f32, bf16 = two[1][0]['f32'][0], two[1][0]['bf16'][0]
     print(f'\nbf16 reduction: losses differ by {max(abs(a - b) for a, b in zip(f32, bf16)):.1e}')
     assert max(abs(a - b) for a, b in zip(f32, bf16)) < .05 and f32 != bf16
+
+def test_odd_sizes(two):
+    params, norm = odd(0, 1)
+    for p, n in (r['odd'] for r in two[1]): assert off(p, params) < 1e-6 and abs(n/norm - 1) < 1e-6
+
+def test_bpb(two):
+    want = bpb(0, 1)
+    for got in (r['bpb'] for r in two[1]):
+        assert abs(got[0] - want[0]) < 1e-5 and abs(got[1] - want[1]) < 1e-5 and got[2] == want[2]
+        assert all(abs(got[3][k] - v) < 1e-5 for k, v in want[3].items()) and len(got[3]) == 2
 
 def test_two_ranks_to_one(two):
     "Slices of two ranks, loaded on one, continue the run"
