@@ -90,14 +90,16 @@ def peak_flops(name:str # as torch.cuda.get_device_name gives it
     return None if {'laptop', 'mig'} & words or not hits else max(hits)[1]
 
 # %% ../nbs/00_core.ipynb #small
-def human(n:float,     # a count: tokens, bytes, FLOPs
-          digits:int=3 # significant digits
+def human(n:float,      # a count: tokens, parameters; or an amount of `unit`
+          digits:int=3, # significant digits
+          unit:str=''   # 'B', 'FLOP/s': then billions are G, and a space comes before
          ) -> str:
-    "1234567 -> '1.23M'"
-    k = min(int(math.log10(abs(n)) // 3), 7) if abs(n) >= 1 and math.isfinite(n) else 0
-    s = f'{n/1000**max(k, 0):.{digits}g}'
-    if abs(float(s)) >= 1000 and k < 7: k, s = k + 1, f'{n/1000**(k + 1):.{digits}g}'
-    return f'{float(s):g}' + ' KMBTPEZ'[max(k, 0)].strip()
+    "1234567 -> '1.23M'; with a unit '1.23 MB'"
+    k = min(int(math.log10(abs(n)) // 3), 6) if abs(n) >= 1 and math.isfinite(n) else 0
+    s = f'{n/1000**k:.{digits}g}'
+    if abs(float(s)) >= 1000 and k < 6: k, s = k + 1, f'{n/1000**(k + 1):.{digits}g}'
+    prefix = ['', 'K', 'M', 'G' if unit else 'B', 'T', 'P', 'E'][k]
+    return f'{float(s):g}' + (' ' + prefix + unit if unit else prefix)
 
 def set_seed(seed:int # for python and for torch on every device
             ):

@@ -56,7 +56,7 @@ class HorizonConfig(DataConfig):
     "How long and how large"
     num_iterations: int = -1     # optimizer steps; -1: from the next two
     target_flops: float = -1.    # training FLOPs of the run; -1: from the next
-    target_param_data_ratio: float = -1. # tokens a parameter; -1: 12 on a GPU, 0.25 on a CPU
+    target_param_data_ratio: float = -1. # tokens a parameter; -1: 12 on a GPU, 0.15 on a CPU
     device_batch_size: int = -1  # rows a rank and micro-batch; -1: up to 32 on a GPU, 8 on a CPU
     total_batch_size: int = -1   # tokens a step; -1: from the horizon
 
@@ -152,7 +152,7 @@ def resolved(self:PretrainConfig) -> PretrainConfig: # nothing left open
     gpu = c.device in ('', 'cuda') and n_gpus() > 0
     for k, big, small in (('vocab_size', 32768, 4096), ('max_seq_len', 2048, 256),
                           ('eval_tokens', 20*2**19, 2**15), ('max_hours', 168., 3.),
-                          ('target_param_data_ratio', 12., .25), ('nproc', n_gpus(), 1)):
+                          ('target_param_data_ratio', 12., .15), ('nproc', n_gpus(), 1)):
         if getattr(c, k) == -1: setattr(c, k, big if gpu else small)
     if world := int(os.environ.get('WORLD_SIZE', 0)): c.nproc = world
     c.device, c.compile = c.device or get_device().type, c.compile or str(gpu)
@@ -254,7 +254,7 @@ def machine(device:str # 'cuda', 'mps', 'cpu'
     return dict(name=name, flops=peak_flops(name) or 1e14, memory=int(mib)*2**20)
 
 # %% ../nbs/14_train.ipynb #plan
-MFU = dict(cuda=.45, cpu=.4, mps=.2)      # part of the peak that training reaches
+MFU = dict(cuda=.45, cpu=.55, mps=.2)      # part of the peak that training reaches
 
 @dataclass
 class Plan:
@@ -306,7 +306,8 @@ def _too_much(p):
     if p.seconds > c.max_hours*3600:
         yield f'would take about {_clock(p.seconds)} (max_hours is {c.max_hours:g})'
     if p.memory > have:
-        yield f'needs about {human(p.memory)}B of memory a rank ({human(have)}B are free)'
+        need, have = human(p.memory, unit='B'), human(have, unit='B')
+        yield f'needs about {need} of memory a rank ({have} are free)'
 
 # %% ../nbs/14_train.ipynb #mkplan2
 def plan(cfg:PretrainConfig # may have fields left open
@@ -343,8 +344,9 @@ def __str__(self:Plan):
         steps=f'{c.num_iterations:,} of {c.total_batch_size:,} tokens: {max(1, c.nproc)} ranks x '
               f'{c.grad_accum_steps} micro-batches x {c.device_batch_size} rows x {c.max_seq_len}',
         compute=f"{self.flops:.2e} FLOPs on {gpus}{mc['name']} at about {MFU[c.device]:.0%} of "
-                f"{mc['flops']/1e12:.3g} TFLOP/s",
-        memory=f"about {human(self.memory)}B a rank; {human(mc['memory'])}B are free",
+                f"{human(mc['flops'], unit='FLOP/s')}",
+        memory=f"about {human(self.memory, unit='B')} a rank; "
+               f"{human(mc['memory'], unit='B')} are free",
         time=f'about {_clock(self.seconds)}' +
              f', ${self.cost:.2f} at ${c.gpu_hour_price:g} a GPU hour'*(self.cost > 0)).items())
 
@@ -670,7 +672,7 @@ def table(self:Report):
     rows = {'steps': f"{self.last('step', 0):,} of {self.cfg.num_iterations:,}",
             'training time': _clock(self.last('seconds', 0)),
             'tokens/s (median)': human(speeds[len(speeds)//2]), 'MFU': f'{mfu:.1%}' if mfu else '-',
-            'memory': human(self.last('memory', 0)) + 'B',
+            'memory': human(self.last('memory', 0), unit='B'),
             'train loss': f"{self.last('loss', math.nan):.4f}",
             'val bpb': f"{bpb:.4f} +- {self.last('val_stderr'):.4f}" if bpb else '-',
             'checkpoint': self.last('checkpoint', 'none')}
