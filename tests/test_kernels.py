@@ -1,0 +1,133 @@
+"The Triton kernels in Triton's interpreter, one check a node, and a layer that compiles as one graph."
+import json, os, subprocess, sys
+from importlib.util import find_spec
+from pathlib import Path
+import pytest, torch, torch.nn.functional as F
+import nano_dh.kernels as N
+from nano_dh.chunked import doc_ids_from
+from nano_dh.short_conv import conv_split_norm
+
+ROOT = Path(__file__).resolve().parent.parent
+
+def python(code, **env):
+    env = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', **env}
+    return subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+
+def finish(p):
+    out = p.communicate(timeout=120)[0]
+    assert p.returncode == 0, out
+    return out.strip()
+
+needs_triton = pytest.mark.skipif(find_spec('triton') is None, reason='Triton is not installed')
+
+@needs_triton
+def test_conv_kernels_interpreted():
+    out = finish(python('''
+import torch
+import nano_dh.short_conv as M
+from nano_dh.short_conv import short_conv
+torch.manual_seed(0); M.TILE.update(R=2, L=8, fwd_R=2, fwd_L=8)
+worst = 0
+for B, T, H, HV, K, V, st, dc in [(2, 37, 1, 2, 16, 16, 0, 0), (1, 40, 2, 2, 8, 16, 1, 0), (2, 41, 1, 1, 16, 8, 0, 1),
+                                  (2, 37, 1, 3, 12, 20, 1, 1), (2, 1, 1, 2, 16, 16, 1, 0), (1, 3, 1, 2, 16, 16, 0, 0)]:
+    C = 2*H*K + HV*V
+    x = torch.randn(B, T, C + 7)[..., 3:3+C].requires_grad_(); w = torch.randn(C, 4, requires_grad=True)
+    state = torch.randn(B, C, 3) if st else None
+    doc = (torch.rand(B, T) < .2).int().cumsum(1).int() if dc else None
+    up = [torch.randn(B, T, n, d) for n, d in ((H, K), (H, K), (HV, V))]
+    qk, v = M._heads(short_conv(x, w, state, doc)[0], H, HV, K, V)
+    ref = M.l2norm(qk[:, :, :H]), M.l2norm(qk[:, :, H:]), v
+    out = torch.ops.nano_dh.conv_fwd(x, w, state, doc, H, HV, K, V)
+    ga, gb = (torch.autograd.grad(o, (x, w), up) for o in (out, ref))
+    worst = max([worst] + [((a - b).norm()/b.norm()).item() for a, b in zip((*out, *ga), (*ref, *gb))])
+assert worst < 1e-6, worst
+torch.library.opcheck(torch.ops.nano_dh.conv_fwd, (x, w, None, None, 1, 2, 16, 16))
+print('fine')''', TRITON_INTERPRET='1'))
+    assert out == 'fine'
+
+@needs_triton
+def test_step_kernel_interpreted():
+    out = finish(python('''
+import torch
+from nano_dh.delta_rule import delta_rule_step, l2norm
+import nano_dh.kernels
+torch.manual_seed(0)
+for B, H, HV, K, V in ((2, 1, 2, 16, 16), (3, 2, 4, 12, 40)):
+    q, k, v, S = l2norm(torch.randn(B, H, K)), l2norm(torch.randn(B, H, K)), torch.randn(B, HV, V), torch.randn(B, HV, K, V)
+    g, b = -torch.rand(B, HV), 2*torch.rand(B, HV)
+    o, new = delta_rule_step(q, k, v, g, b, S)
+    idle, T = S.clone(), S.clone()
+    out = torch.ops.nano_dh.delta_step(q, k, v, g, b, T, K**-.5)
+    torch.testing.assert_close(out, o); torch.testing.assert_close(T, new)
+    torch.ops.nano_dh.delta_step(q, k, v, 0*g, 0*b, idle, K**-.5); assert torch.equal(idle, S)
+torch.library.opcheck(torch.ops.nano_dh.delta_step, (q, k, v, g, b, S, .1))
+print('fine')''', TRITON_INTERPRET='1'))
+    assert out == 'fine'
+
+def test_checked_once_a_node(tmp_path):
+    "Three ranks ask at the same time: one checks, all get its answer, and the environment overrides"
+    code = f'''
+import nano_dh.kernels as N
+check = N.check_backends
+def counted(*a):
+    open({str(tmp_path/'count')!r}, 'a').write('x')
+    return check(*a)
+N.check_backends = counted
+print(N.choose_backend('cpu', 1, 2, 16, 16, seq_len=64).reason)'''
+    outs = [finish(p) for p in [python(code, NANO_DH_BASE_DIR=str(tmp_path/'base')) for _ in range(3)]]
+    assert len(set(outs)) == 1 and ': torch' in outs[0], outs
+    assert (tmp_path/'count').read_text() == 'x'
+    saved = json.loads(next((tmp_path/'base'/'backends').glob('*.json')).read_text())
+    assert {'host', 'card', 'shape', 'versions', 'dtype', 'code'} <= set(saved['what'])
+    forced = finish(python(code, NANO_DH_BASE_DIR=str(tmp_path/'base'), NANO_DH_BACKEND='torch_recurrent'))
+    assert forced == 'cpu: torch_recurrent, as asked, unchecked'
+    bad = python(code, NANO_DH_BASE_DIR=str(tmp_path/'base'), NANO_DH_BACKEND='torhc')
+    assert "nearest: 'torch'" in bad.communicate(timeout=60)[0] and bad.returncode == 1
+
+def test_wrong_backends_are_rejected(tmp_path, monkeypatch):
+    monkeypatch.setenv('NANO_DH_BASE_DIR', str(tmp_path))
+    monkeypatch.setattr(N, 'BACKENDS', dict(N.BACKENDS))
+    monkeypatch.setattr(N, '_chosen', {})
+    def scaled(i, f): # the gradient of one input f times too long
+        def run(*a):
+            a = list(a); a[i] = a[i]*f - (a[i]*(f - 1)).detach()
+            return N._torch(*a)
+        return run
+    for i, n in enumerate(('dq', 'dk', 'dv', 'dg', 'dbeta')): N.register_backend(f'wrong_{n}', scaled(i, 1.05))
+    N.register_backend('nan', lambda *a: (N._torch(*a)[0]*torch.nan, N._torch(*a)[1]))
+    def broken(*a): raise RuntimeError('a kernel that does not build')
+    N.register_backend('broken', broken)
+    N.register_backend('quicker_and_wrong', lambda q, k, v, g, b, S, *a: (v*1., S if a[2] else None))
+    for dtype in (torch.float32, torch.bfloat16):
+        c = N.choose_backend('cpu', 1, 1, 16, 16, seq_len=64, dtype=dtype)
+        why = {r['name']: r['why'] for r in c.table}
+        assert c.name == 'torch' and not why['torch'] and not why['torch_recurrent']
+        for n in ('dq', 'dk', 'dv', 'dg', 'dbeta'): assert why[f'wrong_{n}'].startswith(f'{n} errs by 5.'), why
+        assert 'inf' in why['nan'] and 'does not build' in why['broken'] and why['quicker_and_wrong']
+        assert 'wrong_dv out: dv errs' in c.reason and 'passes' in str(c)
+
+def test_hopper_trap_keeps_fla_out(monkeypatch):
+    monkeypatch.setattr(N, 'find_spec', lambda p: None if p == 'tilelang' else object())
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda d=None: (9, 0))
+    monkeypatch.setattr(N, '_version', lambda p: '3.6.0')
+    assert 'install flash-qla, or tilelang, or torch >= 2.12.1' in N.BACKENDS['fla'].ready('cuda')
+    assert N.BACKENDS['flash_qla'].ready('cuda') == 'no tilelang (pip install flash-qla)'
+    assert 'head dims 64 and 64' in N.BACKENDS['flash_qla'].fits('cuda', torch.bfloat16, 64, 64)
+    assert not N.BACKENDS['fla'].fits('cuda', torch.bfloat16, 64, 64)
+    monkeypatch.setattr(N, '_version', lambda p: '3.7.1')
+    assert N.BACKENDS['fla'].ready('cuda') == ''
+
+def test_layer_compiles_as_one_graph_for_all_documents():
+    H, HV, D, B, T = 1, 2, 16, 2, 70
+    C = (2*H + HV)*D
+    def layer(x, w, g, beta, doc):
+        q, k, v, _ = conv_split_norm(x, w, H, HV, D, D, None, doc)
+        return N.gated_delta_rule(q, k, v, g, beta, output_state=False, doc_ids=doc)[0]
+    torch.manual_seed(0); torch._dynamo.reset(); torch._dynamo.utils.counters.clear()
+    xs = [x.requires_grad_() for x in (torch.randn(B, T, C), torch.randn(C, 4), -torch.rand(B, T, HV), torch.rand(B, T, HV))]
+    fast = torch.compile(layer, fullgraph=True, backend='aot_eager')
+    for cu in ((0, 70, 140), (0, 5, 70, 100, 140), (0, 69, 70, 71, 140)):
+        doc = doc_ids_from(torch.tensor(cu), B, T)
+        for a, b in zip(*(torch.autograd.grad(f(*xs, doc).square().sum(), xs) for f in (fast, layer))):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 1
