@@ -482,8 +482,7 @@ def build_optimizer(model:nn.Module, # with `param_roles()`
                     total_batch_size:int=REF_BATCH, # tokens a step
                     total_tokens:int|None=None, # of the run; None: REF_TOKENS
                     ns_dtype:torch.dtype|None=None, # None: `default_ns_dtype`
-                    clip:float=0., compile:bool|None=None, # see `MuonAdamW`
-                    reduce_dtype:torch.dtype|None=None,
+                    clip:float=0., compile:bool|None=None, reduce_dtype=None, # see `MuonAdamW`
                     lrs:dict={}, # delta_lr, conv_lr, norm_lr, small_lr of `adamw_settings`
                     **muon # fields of `MuonOptions`
                    ) -> MuonAdamW:
@@ -494,11 +493,10 @@ def build_optimizer(model:nn.Module, # with `param_roles()`
     spec = adamw_settings(width, embedding_lr, unembedding_lr, scalar_lr, **lrs)
     options = MuonOptions(ns_dtype=ns_dtype or default_ns_dtype(named[0][1]), **muon)
     wd = weight_decay * b * REF_TOKENS/(total_tokens or REF_TOKENS)
-    spec['matrix'] = dict(kind='muon', lr=matrix_lr, momentum=.95, weight_decay=wd,
+    spec['matrix'] = dict(kind='muon', lr=matrix_lr, momentum=.85, weight_decay=wd,
                           options=options)
     for n,p,r in named:
-        new = dict(spec[r], role=r, params=[], names=[])
+        new = dict(spec[r], lr=spec[r]['lr']*b, role=r, params=[], names=[])
         g = groups.setdefault((r, tuple(p.shape) if r == 'matrix' else ()), new)
         g['params'].append(p); g['names'].append(n)
-    for g in groups.values(): g['lr'] *= b
     return MuonAdamW(list(groups.values()), clip, compile, reduce_dtype)

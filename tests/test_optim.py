@@ -17,14 +17,14 @@ def pair(kind, ref, dtype=torch.float32, steps=8, **settings):
         opt.step(); ref.step()
     return max((a - b).abs().max().item() for a, b in zip(A, B))
 
-@pytest.mark.parametrize('dtype,nesterov,wd', itertools.product([torch.float32, torch.float64], [True, False], [0., .1]))
+@pytest.mark.parametrize('dtype,nesterov,wd', list(itertools.product([torch.float32, torch.float64], [True, False], [0., .1])))
 def test_muon_equals_torch(dtype, nesterov, wd):
     o = MuonOptions(coefs=NEWTON_SCHULZ, safety=1., ns_dtype=torch.bfloat16, nesterov=nesterov, **OFF)
     d = pair('muon', lambda W: torch.optim.Muon(W, lr=.02, weight_decay=wd, momentum=.95, nesterov=nesterov), dtype,
              lr=.02, momentum=.95, weight_decay=wd, options=o)
     print(f'{d:.1e}'); assert d < 1e-6
 
-@pytest.mark.parametrize('dtype,eps', itertools.product([torch.float32, torch.float64], [1e-10, 1e-6]))
+@pytest.mark.parametrize('dtype,eps', list(itertools.product([torch.float32, torch.float64], [1e-10, 1e-6])))
 def test_adamw_equals_torch(dtype, eps):
     k = dict(lr=.01, betas=(.8, .95), eps=eps, weight_decay=.1)
     d = pair('adamw', lambda W: torch.optim.AdamW(W, **k), dtype, **k)
