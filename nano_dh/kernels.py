@@ -329,8 +329,8 @@ def _checked(device, dtype, H, HV, K, V):
 
 def _which(q, v):
     device, (H, K), (HV, V) = q.device.type, q.shape[2:], v.shape[2:]
-    if not _forced[0]: return _checked(device, v.dtype, H, HV, K, V)
-    return 'torch' if BACKENDS[_forced[0]].fits(device, v.dtype, K, V) else _forced[0]
+    name = _forced[0] or _checked(device, v.dtype, H, HV, K, V)
+    return 'torch' if BACKENDS[name].fits(device, v.dtype, K, V) else name
 
 # %% ../nbs/03_kernels.ipynb #op
 def gated_delta_rule(q:Tensor,    # (B, T, H, K) queries of length one
