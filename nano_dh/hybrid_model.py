@@ -328,15 +328,17 @@ def softcapped(z:Tensor, # scores, any shape
 # %% ../nbs/06_hybrid_model.ipynb #rows
 def _loss_and_grad(z, y, vocab, cap):
     "Row losses (n, 1) and their gradient by the scores z (n, V), which may be overwritten"
-    f, dt = torch.promote_types(z.dtype, torch.float32), z.dtype
+    f, dt, fuse = torch.promote_types(z.dtype, torch.float32), z.dtype, torch.compiler.is_compiling()
     keep, at = (y >= 0).to(f)[:, None], y.clamp_min(0)[:, None]
     z, top = z.to(f), 0.
     if cap: t = z.div_(cap).tanh_(); z = t * cap
     if vocab < z.shape[1]: z[:, vocab:] = -torch.inf
-    hit = z.gather(1, at)
+    hot = torch.arange(z.shape[1], device=z.device) == at if fuse else None
+    hit = z.where(hot, 0.).sum(-1, keepdim=True) if fuse else z.gather(1, at)
     if not 0 < cap <= 30: top = z.amax(-1, keepdim=True); z = z - top  # exp(30) is no danger
     e = z.exp_(); total = e.sum(-1, keepdim=True)
-    g = e.mul_(keep/total).scatter_add_(1, at, -keep)
+    g = e.mul_(keep/total)
+    g = g - keep*hot if fuse else g.scatter_add_(1, at, -keep)
     if cap: g.addcmul_(g * t, t, value=-1)
     return (total.log() + top - hit) * keep, g.to(dt)
 
@@ -346,15 +348,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, y, vocab, cap, chunk):
         f = torch.promote_types(w.dtype, torch.float32)
-        gx, gw, wc, losses = torch.empty_like(x), torch.zeros_like(w, dtype=f), w.to(x.dtype), []
+        gx, gw, wc, losses = [], torch.zeros_like(w, dtype=f), w.to(x.dtype), []
         for i in range(0, len(x), chunk):
             xi = x[i:i+chunk]
             l, g = _loss_and_grad(F.linear(xi, wc), y[i:i+chunk], vocab, cap)
-            gx[i:i+chunk] = g @ wc
+            gx.append(g @ wc); losses.append(l.sum())
             if g.dtype == f: gw.addmm_(g.mT, xi)
             else: gw += g.mT @ xi
-            losses.append(l.sum())
-        ctx.save_for_backward(gx, gw.to(w.dtype))
+        ctx.save_for_backward(torch.cat(gx), gw.to(w.dtype))
         return torch.stack(losses).sum()
     @staticmethod
     def backward(ctx, dl):
@@ -436,7 +437,8 @@ def init_state(self:HybridModel,
 @patch
 def grow(self:HybridModel, state:ModelState, need:int):
     "Double the capacity until `need` tokens fit; buffers that depend on it move, the others stay"
-    if state.n is None: raise ValueError(f'{need} tokens, capacity {state.capacity} fixed by n=None; make a larger state')
+    if state.n is None:
+        raise ValueError(f'{need} tokens, but capacity {state.capacity} is fixed; make a larger state')
     while state.capacity < need: state.capacity *= 2
     for b, old in zip(self.blocks, state.layers):
         new = b.mixer.init_state(len(state.pos), state.capacity, state.pos.device, state.dtype)
@@ -469,14 +471,13 @@ def forward(self:HybridModel,
             cu_seqlens_cpu:Tensor|None=None # the borders again, for kernels that read them on the host
            ) -> Tensor: # logits (B, T or 1, vocab) float32; with targets the loss
     "Logits, or the loss if there are targets"
-    (B, T), n = idx.shape, None
-    if state is not None:
-        n = T if lengths is None or lengths.is_cuda else int(lengths.max())
-        if (need := T + (state.n or 0)) > state.capacity: self.grow(state, need)
+    B, T = idx.shape
+    if state is not None and (need := T + (state.n or 0)) > state.capacity: self.grow(state, need)
     x = self.stream(idx, state, cu_seqlens, lengths, cu_seqlens_cpu)
     if state is not None:
         state.pos += T if lengths is None else lengths
-        if state.n is not None: state.n += n
+        exact = lengths is not None and not idx.is_cuda                # reading a GPU would wait for it
+        if state.n is not None: state.n = int(state.pos.max()) if exact else state.n + T
     if targets is not None:
         return linear_cross_entropy(x, self.head_weight, targets, self.cfg.softcap, reduction,
                                     self.cfg.vocab_size)

@@ -74,7 +74,7 @@ def test_state_in_place_and_fixed(kind):
     y = torch.cat([m(x[:, :1], state=s)] + [m(x[:, i:i+1], state=s) for i in range(1, 40)], 1)
     assert where == [t.data_ptr() for t in s.tensors()]
     assert (y - m(x)).abs().max() < 1e-9
-    with pytest.raises(ValueError, match='capacity 40 fixed'): m(tokens(2, 41), state=s)
+    with pytest.raises(ValueError, match='capacity 40 is fixed'): m(tokens(2, 41), state=s)
 
 @kinds
 def test_meta_then_empty_is_direct(kind):
