@@ -102,7 +102,9 @@ def from_ns(cls:PretrainConfig,
             before:set  # the names it had before them
            ) -> PretrainConfig:
     "The configuration from a notebook's parameters; misspelt ones are errors that name the nearest"
-    return checked(cls, {k: v for k, v in ns.items() if k not in before and k[0] != '_'})
+    known, plain = [f.name for f in fields(cls)], (str, int, float, type(None))
+    new = {k: v for k, v in ns.items() if k not in before and k[0] != '_'}
+    return checked(cls, {k: v for k, v in new.items() if k in known or isinstance(v, plain)})
 
 # %% ../nbs/14_train.ipynb #modelcfg
 def _overrides(text):
@@ -292,7 +294,8 @@ def memory(self:Plan) -> int: # bytes of one rank
     if c.device != 'cuda': e = _memory_of(_meta(c), c.device_batch_size, c.max_seq_len)
     rows, m = c.device_batch_size*c.max_seq_len, c.model_config()
     fused = rows*m.n_layer*m.d_model*GPU_BYTES + min(rows, 4096)*m.vocab_size*12
-    return fixed + (fused if c.device == 'cuda' else e['activations'])
+    if c.device == 'cuda': return fixed + fused
+    return fixed + e['activations'] + 500_000_000         # for PyTorch itself
 
 @lru_cache(maxsize=16)
 def _memory_of(model, *args): return model.memory_estimate(*args)
@@ -661,9 +664,9 @@ def interrupted(self:Report) -> str:
 
 @patch
 def figure(self:Report):
-    "Loss and val bpb against the step"
+    "Loss, val bpb and speed against the step"
     from IPython.display import Image
-    curve = LiveCurve(every=math.inf)
+    curve = LiveCurve(('loss', 'val_bpb', 'tok_s'), every=math.inf, figsize=(10, 2.6))
     for r in self.records: curve.add(r)
     return Image(curve.draw_now())
 
