@@ -1,7 +1,6 @@
 "Forward and backward of the whole model on this machine: tokens/s of several patterns, eager and compiled, interleaved."
 import argparse, statistics, time
 import torch
-from nano_dh.core import get_device, compute_dtype
 from nano_dh.hybrid_model import HybridConfig, HybridModel
 
 p = argparse.ArgumentParser()
@@ -12,10 +11,12 @@ p.add_argument('--batch', type=int, default=8)
 p.add_argument('--vocab', type=int, default=4096)
 p.add_argument('--rounds', type=int, default=5)
 p.add_argument('--threads', type=int, default=2)
+p.add_argument('--clock', default='wall', choices=('wall', 'process'), help='process: processor time, for a busy machine; take --threads 1')
 p.add_argument('--modes', default='eager,compiled')
 p.add_argument('--profile', action='store_true', help='print the operations that take the time, eager')
 a = p.parse_args()
 torch.set_num_threads(a.threads)
+clock = dict(wall=time.perf_counter, process=time.process_time)[a.clock]
 x, y = torch.randint(0, a.vocab, (2, a.batch, a.seq_len))
 
 def make(pattern):
@@ -23,9 +24,9 @@ def make(pattern):
     return HybridModel(HybridConfig.from_depth(a.depth, vocab_size=a.vocab, sequence_len=a.seq_len, **o))
 
 def once(f, model):
-    t = time.perf_counter()
+    t = clock()
     f(x, targets=y).backward(); model.zero_grad()
-    return time.perf_counter() - t
+    return clock() - t
 
 patterns, runs = a.patterns.split(','), {}
 for mode in a.modes.split(','):
@@ -38,7 +39,7 @@ for _ in range(a.rounds):
     for f, m, ts in runs.values(): ts.append(once(f, m))
 n, speed = x.numel(), {}
 for (mode, pat), (f, m, ts) in runs.items(): speed[mode, pat] = n/statistics.median(ts)
-print(f'torch {torch.__version__}, {a.threads} threads, depth {a.depth}, T {a.seq_len}, B {a.batch}, vocab {a.vocab}')
+print(f'torch {torch.__version__}, {a.threads} threads, depth {a.depth}, T {a.seq_len}, B {a.batch}, vocab {a.vocab}, {a.clock} time')
 for (mode, pat), s in speed.items():
     base = speed.get((mode, 'L'))
     print(f'{mode:9} {pat:9} {s:7.0f} tokens/s' + (f'   {s/base:.2f} of L' if base else ''))
