@@ -30,7 +30,8 @@ def start(tmp_path):
     (tmp_path/'jobs.py').write_text(JOBS)
     def go(job):
         (tmp_path/'s.py').write_text(SCRIPT.format(folder=str(tmp_path), job=job))
-        return subprocess.Popen([PY, tmp_path/'s.py'], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environ(tmp_path), start_new_session=True)
+        return subprocess.Popen([PY, tmp_path/'s.py'], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environ(tmp_path), start_new_session=True,
+                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) # a background shell ignores it
     return go
 
 def gone(pid, wait=5.):
