@@ -73,6 +73,7 @@ class HybridConfig:
 def _divisors(n): return [i for i in range(1, n+1) if n % i == 0]
 def _up(n, m): return -(-n // m) * m # n rounded up to a multiple of m
 
+# %% ../nbs/06_hybrid_model.ipynb #derive-2
 def _derive(c):
     "Fill the fields that are None"
     if c.n_layer < 1: raise ValueError(f'n_layer {c.n_layer}: at least 1')
@@ -97,11 +98,13 @@ def layer_types(self:HybridConfig) -> list: # one letter a layer
     if len(set(self.pattern)) > 1: letters[-1] = 'L'
     return letters
 
+# %% ../nbs/06_hybrid_model.ipynb #padded
 @patch(as_prop=True)
 def padded_vocab(self:HybridConfig) -> int:
     "Rows of the embedding and of the head: vocab_size rounded up to 64, which matrix units like"
     return _up(self.vocab_size, 64)
 
+# %% ../nbs/06_hybrid_model.ipynb #has-ve
 @patch
 def has_value_embed(self:HybridConfig, i:int) -> bool:
     "Whether layer i adds value embeddings: alternate layers, the last one among them"
@@ -112,6 +115,7 @@ def _nearest(n, legal): # the legal values on both sides of n
     lo, hi = [i for i in legal if i <= n], [i for i in legal if i >= n]
     return ', '.join(str(i) for i in dict.fromkeys([*lo[-1:], *hi[:1]]))
 
+# %% ../nbs/06_hybrid_model.ipynb #rot-dim
 @patch(as_prop=True)
 def rot_dim(self:HybridConfig) -> int:
     "Channels of a head that rotate with the position"
@@ -159,6 +163,7 @@ def from_depth(cls:HybridConfig,
     kw = {**PRESETS.get(preset, {}), **({'pattern': pattern} if pattern else {}), **overrides}
     return checked(cls, dict(n_layer=depth, **kw))
 
+# %% ../nbs/06_hybrid_model.ipynb #to-dict
 @patch
 def to_dict(self:HybridConfig) -> dict:
     "Plain values, for JSON"
@@ -182,6 +187,7 @@ def relu2(x:Tensor) -> Tensor:
     "max(x, 0)**2, with a backward of two passes"
     return _ReLU2.apply(x)
 
+# %% ../nbs/06_hybrid_model.ipynb #activations-dict
 ACTIVATIONS = dict(relu2=relu2, gelu=F.gelu, silu=F.silu)
 
 # %% ../nbs/06_hybrid_model.ipynb #block
@@ -194,6 +200,7 @@ class MLP(nn.Module):
         self.act = ACTIVATIONS[cfg.activation]
     def forward(self, x): return self.c_proj(self.act(self.c_fc(x)))
 
+# %% ../nbs/06_hybrid_model.ipynb #block-2
 class Block(nn.Module):
     "Mixer, then MLP; each reads the normed stream and adds to it"
     def __init__(self, cfg, i):
@@ -228,11 +235,13 @@ class HybridModel(nn.Module):
         device = torch.get_default_device()
         if device.type != 'meta': self.to_empty(device=device); self.init_weights(seed)
 
+# %% ../nbs/06_hybrid_model.ipynb #dtype
 @patch(as_prop=True)
 def dtype(self:HybridModel) -> torch.dtype:
     "Number format of the stream: compute_dtype if set, else that of the parameters"
     return self.compute_dtype or self.wte.weight.dtype
 
+# %% ../nbs/06_hybrid_model.ipynb #head-weight
 @patch(as_prop=True)
 def head_weight(self:HybridModel) -> Tensor: # (padded_vocab, d)
     "The matrix that turns the stream into scores"
@@ -367,6 +376,7 @@ def _row_losses(x, w, y, vocab, cap):
     z = softcapped(F.linear(x, w.to(x.dtype)), cap)[:, :vocab]
     return F.cross_entropy(z, y, ignore_index=-1, reduction='none')
 
+# %% ../nbs/06_hybrid_model.ipynb #lce-main
 def linear_cross_entropy(x:Tensor,          # (..., d) what the head reads
                          weight:Tensor,     # (V, d) the head
                          targets:Tensor,    # (...) token ids; -1 is ignored
@@ -394,6 +404,7 @@ def linear_cross_entropy(x:Tensor,          # (..., d) what the head reads
 def _tensors(s) -> dict: # name -> tensor of a dataclass
     return {f.name: t for f in fields(s) if isinstance(t := getattr(s, f.name), Tensor)}
 
+# %% ../nbs/06_hybrid_model.ipynb #state-2
 @dataclass
 class ModelState:
     "What the model remembers of the tokens so far"
@@ -404,20 +415,33 @@ class ModelState:
     dtype: torch.dtype  # of keys, values and convolution inputs
     prev: Tensor|None = None # (B, d) last embedding, for smear
 
-    def tensors(self) -> list: # in a fixed order
-        "Every tensor of the state"
-        return [t for s in (*self.layers, self) for t in _tensors(s).values()]
-    def nbytes(self) -> int: return sum(t.nbytes for t in self.tensors())
-    def select(self, rows:Tensor # (n,) int64, in any order and number
-              ) -> 'ModelState': # independent of this one
-        "A new state of the given rows"
-        pick = lambda s: {k: t[rows] for k, t in _tensors(s).items()}
-        layers = [type(s)(**pick(s)) for s in self.layers]
-        return replace(self, layers=layers, **pick(self))
-    def fork(self, n:int) -> 'ModelState':
-        "Each row n times, next to each other"
-        rows = torch.arange(len(self.pos), device=self.pos.device)
-        return self.select(rows.repeat_interleave(n))
+# %% ../nbs/06_hybrid_model.ipynb #state-tensors
+@patch
+def tensors(self:ModelState) -> list: # in a fixed order
+    "Every tensor of the state"
+    return [t for s in (*self.layers, self) for t in _tensors(s).values()]
+
+@patch
+def nbytes(self:ModelState) -> int:
+    "Memory of the state"
+    return sum(t.nbytes for t in self.tensors())
+
+# %% ../nbs/06_hybrid_model.ipynb #state-select
+@patch
+def select(self:ModelState,
+           rows:Tensor # (n,) int64, in any order and number
+          ) -> ModelState: # independent of this one
+    "A new state of the given rows"
+    pick = lambda s: {k: t[rows] for k, t in _tensors(s).items()}
+    layers = [type(s)(**pick(s)) for s in self.layers]
+    return replace(self, layers=layers, **pick(self))
+
+# %% ../nbs/06_hybrid_model.ipynb #state-fork
+@patch
+def fork(self:ModelState, n:int) -> ModelState:
+    "Each row n times, next to each other"
+    rows = torch.arange(len(self.pos), device=self.pos.device)
+    return self.select(rows.repeat_interleave(n))
 
 # %% ../nbs/06_hybrid_model.ipynb #init-state
 @patch
@@ -434,6 +458,7 @@ def init_state(self:HybridModel,
     prev = torch.zeros(batch, self.cfg.d_model, device=device, dtype=dtype) if self.cfg.smear else None
     return ModelState(layers, torch.zeros(batch, dtype=torch.int64, device=device), 0, n, dtype, prev)
 
+# %% ../nbs/06_hybrid_model.ipynb #grow
 @patch
 def grow(self:HybridModel, state:ModelState, need:int):
     "Double the capacity until `need` tokens fit; buffers that depend on it move, the others stay"
@@ -498,6 +523,7 @@ def _role(name, p, keep):
         if kind in parts[-1]: return kind
     return 'matrix' if p.ndim == 2 and not set(parts) & set(keep) else 'small'
 
+# %% ../nbs/06_hybrid_model.ipynb #roles-2
 @patch
 def param_roles(self:HybridModel) -> dict: # parameter name -> role
     "Roles: matrix, embed, value_embed, lm_head, resid, x0, delta, conv, norm, small"
@@ -523,11 +549,13 @@ def flops(self:GatedDeltaNet, T:int) -> float: # forward, a token
     "Operations of the delta rule beside the projections; independent of T"
     return chunk_flops(self.n_qk_head, self.n_v_head, self.head_k_dim, self.head_v_dim)
 
+# %% ../nbs/06_hybrid_model.ipynb #flops-2
 @patch
 def flops(self:GatedAttention, T:int) -> float: # forward, a token
     "Operations of attention beside the projections, not halved for causality"
     return 4*self.n_head*self.head_dim*min(T, self.window or T)
 
+# %% ../nbs/06_hybrid_model.ipynb #flops-model
 @patch
 def flops_per_token(self:HybridModel,
                     seq_len:int|None=None # default: cfg.sequence_len
@@ -546,11 +574,13 @@ def state_bytes(self:GatedDeltaNet, T:int, itemsize:int) -> int:
     C, W = self.conv_weight.shape
     return self.n_v_head*self.head_k_dim*self.head_v_dim*max(4, itemsize) + C*(W-1)*itemsize
 
+# %% ../nbs/06_hybrid_model.ipynb #state-bytes-2
 @patch
 def state_bytes(self:GatedAttention, T:int, itemsize:int) -> int:
     "Bytes of one row's keys and values"
     return 2*T*self.n_kv_head*self.head_dim*itemsize
 
+# %% ../nbs/06_hybrid_model.ipynb #state-bytes-3
 @patch
 def state_bytes(self:HybridModel,
                 seq_len:int,  # tokens that fit
@@ -582,6 +612,7 @@ def activation_bytes(self:HybridModel,
         for t in own.values(): seen.pop(t.untyped_storage()._cdata, None)
         return sum(t.untyped_storage().nbytes() for t in seen.values())
 
+# %% ../nbs/06_hybrid_model.ipynb #memory
 @patch
 def memory_estimate(self:HybridModel,
                     batch:int,                # rows of a micro-batch
