@@ -77,14 +77,15 @@ def _up(n, m): return -(-n // m) * m # n rounded up to a multiple of m
 def _derive(c):
     "Fill the fields that are None"
     if c.n_layer < 1: raise ValueError(f'n_layer {c.n_layer}: at least 1')
-    if c.head_dim < 1 or c.head_v_dim < 1 or c.kv_group < 1:
-        raise ValueError(f'head_dim {c.head_dim}, head_v_dim {c.head_v_dim}, kv_group {c.kv_group}: at least 1')
+    for n in ('head_dim', 'head_v_dim', 'kv_group'):
+        if getattr(c, n) < 1: raise ValueError(f'{n} {getattr(c, n)}: at least 1')
     if not c.pattern or set(c.pattern) - set(MIXERS):
         raise ValueError(f"pattern {c.pattern!r}: known letters: {', '.join(MIXERS)}")
     d = c.d_model = _up(64*c.n_layer, 128) if c.d_model is None else c.d_model
     auto = lambda name, f: setattr(c, name, f()) if getattr(c, name) is None else None
     auto('n_head', lambda: max(d // c.head_dim, 1))
-    auto('n_kv_head', lambda: max(k for k in _divisors(c.n_head) if k <= max(c.n_head/c.kv_group, 1)))
+    most = lambda: max(c.n_head/c.kv_group, 1)
+    auto('n_kv_head', lambda: max(k for k in _divisors(c.n_head) if k <= most()))
     auto('n_v_head', lambda: max(d // c.head_v_dim, 1))
     auto('n_qk_head', lambda: c.n_v_head // (1 if c.n_v_head % 2 else 2))
     auto('pos', lambda: 'none' if 'G' in c.layer_types else 'full')
@@ -126,23 +127,23 @@ def rot_dim(self:HybridConfig) -> int:
 SMEAR_CHANNELS = 24 # of the embedding, read by the smear gate
 CHOICES = dict(activation=['relu2', 'gelu', 'silu'], pos=['none', 'partial', 'full'],
                attn_gate=['headwise', 'elementwise', 'none'])
-POSITIVE = ('vocab_size sequence_len d_model n_head head_k_dim n_v_head conv_size mlp_ratio window '
-            'rope_base qk_scale partial_rotary').split()
+POSITIVE = ('vocab_size sequence_len d_model n_head head_k_dim n_v_head conv_size mlp_ratio '
+            'window rope_base qk_scale partial_rotary').split()
 
 def _check(c):
     "Refuse what cannot be built"
     def no(text): raise ValueError(text)
     for n in POSITIVE: getattr(c, n) > 0 or no(f'{n} {getattr(c, n)}: must be positive')
     for n, known in CHOICES.items():
-        v = getattr(c, n)
-        v in known or no(f"{n} {v!r}: known: {', '.join(known)}; nearest: {closest(v, known) or known[0]}")
+        v = getattr(c, n); near = closest(v, known) or known[0]
+        v in known or no(f"{n} {v!r}: known: {', '.join(known)}; nearest: {near}")
     for n, of in (('n_kv_head', 'n_head'), ('n_qk_head', 'n_v_head')):
-        v, all_ = getattr(c, n), getattr(c, of)
-        v > 0 and all_ % v == 0 or no(f'{n} {v} does not divide {of} {all_}; nearest: {_nearest(v, _divisors(all_))}')
+        v, heads = getattr(c, n), getattr(c, of); near = _nearest(v, _divisors(heads))
+        v > 0 and heads % v == 0 or no(f'{n} {v} does not divide {of} {heads}; nearest: {near}')
     if c.rot_dim % 2 or c.rot_dim > c.head_dim:
-        no(f'{c.rot_dim} of head_dim {c.head_dim} channels cannot rotate in pairs; nearest: {c.head_dim//2*2}')
+        no(f'{c.rot_dim} of {c.head_dim} channels (head_dim) do not pair; nearest: {c.head_dim//2*2}')
     need = max(c.ve_gate_channels*c.value_embeds, SMEAR_CHANNELS*c.smear)
-    if c.d_model < need: no(f'd_model {c.d_model}: gates read the first {need} channels; nearest: {need}')
+    c.d_model >= need or no(f'd_model {c.d_model}: gates read {need} channels; nearest: {need}')
 
 # %% ../nbs/06_hybrid_model.ipynb #from-depth
 PRESETS = dict(
@@ -228,7 +229,8 @@ class HybridModel(nn.Module):
             if not cfg.tie_embeddings: self.lm_head = Linear(d, V)
             scalars = lambda n: nn.Parameter(torch.empty(n))
             if cfg.resid_scalars: self.resid_lambdas, self.x0_lambdas = scalars(L), scalars(L)
-            if cfg.smear: self.smear_gate, self.smear_lambda = Linear(SMEAR_CHANNELS, 1), scalars(1)
+            if cfg.smear:
+                self.smear_gate, self.smear_lambda = Linear(SMEAR_CHANNELS, 1), scalars(1)
             if cfg.backout: self.backout_lambda = scalars(1)
             self.rope = None
             if cfg.rot_dim: self.rope = Rope(cfg.rot_dim, cfg.rope_base, cfg.sequence_len)
@@ -281,7 +283,8 @@ def _context(self:HybridModel, idx, state, cu_seqlens, lengths, cu_seqlens_cpu):
     (B, T), used = idx.shape, 0
     pos, doc_ids = torch.arange(T, device=idx.device)[None], None
     if cu_seqlens is not None:
-        if state is not None: raise ValueError('cu_seqlens with a state: give each document its own row')
+        if state is not None:
+            raise ValueError('cu_seqlens with a state: give each document its own row')
         doc_ids = doc_ids_from(cu_seqlens, B, T)
     if state is not None:
         pos, used = state.pos[:, None] + pos, state.capacity if state.n is None else state.n + T
@@ -337,7 +340,8 @@ def softcapped(z:Tensor, # scores, any shape
 # %% ../nbs/06_hybrid_model.ipynb #rows
 def _loss_and_grad(z, y, vocab, cap):
     "Row losses (n, 1) and their gradient by the scores z (n, V), which may be overwritten"
-    f, dt, fuse = torch.promote_types(z.dtype, torch.float32), z.dtype, torch.compiler.is_compiling()
+    f, dt = torch.promote_types(z.dtype, torch.float32), z.dtype
+    fuse = torch.compiler.is_compiling()
     keep, at = (y >= 0).to(f)[:, None], y.clamp_min(0)[:, None]
     z, top = z.to(f), 0.
     if cap: t = z.div_(cap).tanh_(); z = t * cap
@@ -455,15 +459,16 @@ def init_state(self:HybridModel,
     device, dtype, n = device or self.wte.weight.device, dtype or self.dtype, max(max_len, 1)
     self._reach(n)
     layers = [b.mixer.init_state(batch, n, device, dtype) for b in self.blocks]
-    prev = torch.zeros(batch, self.cfg.d_model, device=device, dtype=dtype) if self.cfg.smear else None
-    return ModelState(layers, torch.zeros(batch, dtype=torch.int64, device=device), 0, n, dtype, prev)
+    zeros = lambda *shape, dtype: torch.zeros(shape, device=device, dtype=dtype)
+    prev = zeros(batch, self.cfg.d_model, dtype=dtype) if self.cfg.smear else None
+    return ModelState(layers, zeros(batch, dtype=torch.int64), 0, n, dtype, prev)
 
 # %% ../nbs/06_hybrid_model.ipynb #grow
 @patch
 def grow(self:HybridModel, state:ModelState, need:int):
     "Double the capacity until `need` tokens fit; buffers that depend on it move, the others stay"
     if state.n is None:
-        raise ValueError(f'{need} tokens, but capacity {state.capacity} is fixed; make a larger state')
+        raise ValueError(f'{need} tokens, but capacity {state.capacity} is fixed; make it larger')
     while state.capacity < need: state.capacity *= 2
     for b, old in zip(self.blocks, state.layers):
         new = b.mixer.init_state(len(state.pos), state.capacity, state.pos.device, state.dtype)
@@ -493,7 +498,7 @@ def forward(self:HybridModel,
             lengths:Tensor|None=None,    # (B,) valid tokens of each row of a right-padded piece
             reduction:str='mean',        # of the loss: mean, sum, none
             last_only:bool=False,        # only the logits of each row's last valid token
-            cu_seqlens_cpu:Tensor|None=None # the borders again, for kernels that read them on the host
+            cu_seqlens_cpu:Tensor|None=None # the borders again, for kernels that read them there
            ) -> Tensor: # logits (B, T or 1, vocab) float32; with targets the loss
     "Logits, or the loss if there are targets"
     B, T = idx.shape
@@ -501,7 +506,7 @@ def forward(self:HybridModel,
     x = self.stream(idx, state, cu_seqlens, lengths, cu_seqlens_cpu)
     if state is not None:
         state.pos += T if lengths is None else lengths
-        exact = lengths is not None and not idx.is_cuda                # reading a GPU would wait for it
+        exact = lengths is not None and not idx.is_cuda # reading a GPU would wait for it
         if state.n is not None: state.n = int(state.pos.max()) if exact else state.n + T
     if targets is not None:
         return linear_cross_entropy(x, self.head_weight, targets, self.cfg.softcap, reduction,
@@ -528,8 +533,9 @@ def _role(name, p, keep):
 def param_roles(self:HybridModel) -> dict: # parameter name -> role
     "Roles: matrix, embed, value_embed, lm_head, resid, x0, delta, conv, norm, small"
     def keep(n): # what the mixer of this parameter's block keeps from Muon
+        if not n.startswith('blocks.'): return ()
         return getattr(self.get_submodule('.'.join(n.split('.')[:2])).mixer, 'adamw', ())
-    return {n: _role(n, p, keep(n) if n.startswith('blocks.') else ()) for n, p in self.named_parameters()}
+    return {n: _role(n, p, keep(n)) for n, p in self.named_parameters()}
 
 # %% ../nbs/06_hybrid_model.ipynb #counts
 @patch
@@ -636,7 +642,7 @@ def generate(model:HybridModel,
              seed:int=0              # of the draws
             ) -> list:               # the new tokens
     "Sample a continuation through the state"
-    if not len(tokens): raise ValueError('empty prompt; give at least one token, the start of a document')
+    if not len(tokens): raise ValueError('empty prompt; give at least one token')
     dev = model.wte.weight.device
     gen, x = torch.Generator(dev).manual_seed(seed), torch.tensor([list(tokens)], device=dev)
     state, out = model.init_state(1, len(tokens) + max_new_tokens), []
