@@ -141,7 +141,7 @@ def _check(c):
         v, heads = getattr(c, n), getattr(c, of); near = _nearest(v, _divisors(heads))
         v > 0 and heads % v == 0 or no(f'{n} {v} does not divide {of} {heads}; nearest: {near}')
     if c.rot_dim % 2 or c.rot_dim > c.head_dim:
-        no(f'{c.rot_dim} of {c.head_dim} channels (head_dim) do not pair; nearest: {c.head_dim//2*2}')
+        no(f'head_dim {c.head_dim}: {c.rot_dim} channels do not pair; nearest: {c.head_dim//2*2}')
     need = max(c.ve_gate_channels*c.value_embeds, SMEAR_CHANNELS*c.smear)
     c.d_model >= need or no(f'd_model {c.d_model}: gates read {need} channels; nearest: {need}')
 
