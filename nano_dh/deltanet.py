@@ -125,12 +125,13 @@ def _apply(self:GatedDeltaNet, fn, recurse=True):
 # %% ../nbs/04_deltanet.ipynb #gates
 @patch
 def gates(self:GatedDeltaNet,
-          x:Tensor # (B, T, d)
+          x:Tensor,           # (B, T, d)
+          ab:Tensor|None=None # (B, T, 2*HV) what a_proj and b_proj make of x, if it is there
          ) -> tuple[Tensor, Tensor]: # log decay g <= 0 and write strength beta, (B, T, HV)
     "How much each head forgets and how strongly it writes, in float32 (float64 for float64)"
     f = torch.promote_types(x.dtype, torch.float32)
-    w = torch.cat([self.a_proj.weight, self.b_proj.weight])
-    a, b = F.linear(x, w.to(x.dtype)).to(f).chunk(2, -1)
+    if ab is None: ab = torch.cat([self.a_proj(x), self.b_proj(x)], -1)
+    a, b = ab.to(f).chunk(2, -1)
     g = -self.A_log.to(f).exp() * F.softplus(a + self.dt_bias.to(f))
     return g, self.beta_max * b.sigmoid()
 
@@ -165,15 +166,18 @@ def forward(self:GatedDeltaNet,
     "Address, forget, write, read"
     H, HV, K, V = self.n_qk_head, self.n_v_head, self.head_k_dim, self.head_v_dim
     w = torch.cat([p.weight for p in (self.q_proj, self.k_proj, self.v_proj)]).to(x.dtype)
+    thin = torch.cat([p.weight for p in (self.z_proj, self.a_proj, self.b_proj)]).to(x.dtype)
+    thin = F.pad(thin, (0, 0, 0, -len(thin) % 16)) # rows of 32 bytes in bfloat16
+    z, ab, _ = F.linear(x, thin).split([HV*V, 2*HV, len(thin) - HV*(V+2)], -1)
     before = None if state is None else state.conv
     q, k, v, after = conv_split_norm(F.linear(x, w), self.conv_weight, H, HV, K, V,
                                      before, ctx.doc_ids, ctx.lengths)
     if ve is not None:
         gate = 3*torch.sigmoid(self.ve_gate(x[..., :self.ve_gate.in_features])) # (B, T, HV)
         v = v + gate[..., None] * ve.view(v.shape)
-    o = self.recur(q, k, v, *self.gates(x), ctx, state) # (B, T, HV, V)
+    o = self.recur(q, k, v, *self.gates(x, ab), ctx, state) # (B, T, HV, V)
     if state is not None: state.conv.copy_(after.detach())
-    o = norm(o) * self.o_norm.to(o.dtype) * torch.sigmoid(self.z_proj(x)).view(o.shape)
+    o = norm(o) * self.o_norm.to(o.dtype) * torch.sigmoid(z).view(o.shape)
     return self.o_proj(o.flatten(-2))
 
 # %% ../nbs/04_deltanet.ipynb #recur

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MIXERS', 'SMEAR_CHANNELS', 'CHOICES', 'POSITIVE', 'PRESETS', 'ACTIVATIONS', 'ROLES', 'register_mixer', 'HybridConfig',
-           'relu2', 'MLP', 'Block', 'HybridModel', 'softcapped', 'linear_cross_entropy', 'ModelState', 'generate']
+           'relu2', 'MLP', 'Block', 'HybridModel', 'ModelState', 'generate']
 
 # %% ../nbs/06_hybrid_model.ipynb #imports
 import torch, torch.nn as nn, torch.nn.functional as F
@@ -13,11 +13,11 @@ from typing import Callable
 from fastcore.basics import patch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.checkpoint import checkpoint
 from .core import checked, closest
 from .chunked import chunk_flops, doc_ids_from
 from .deltanet import Linear, uniform_, norm, Context, GatedDeltaNet
 from .gated_attn import GatedAttention, Rope
+from .cross_entropy import linear_cross_entropy, softcapped
 
 # %% ../nbs/06_hybrid_model.ipynb #mixers
 MIXERS = {}  # letter -> factory(cfg, layer_idx)
@@ -179,13 +179,13 @@ def from_dict(cls:HybridConfig, d:dict) -> HybridConfig:
 class _ReLU2(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
-        r = F.relu(x); ctx.save_for_backward(r)
-        return r * r
+        y = F.relu(x).square_(); ctx.save_for_backward(y)
+        return y
     @staticmethod
-    def backward(ctx, g): return (g * ctx.saved_tensors[0]).mul_(2)
+    def backward(ctx, g): return ctx.saved_tensors[0].sqrt().mul_(g).mul_(2)
 
 def relu2(x:Tensor) -> Tensor:
-    "max(x, 0)**2, with a backward of two passes"
+    "max(x, 0)**2, which keeps nothing but its output"
     return _ReLU2.apply(x)
 
 # %% ../nbs/06_hybrid_model.ipynb #activations-dict
@@ -328,81 +328,6 @@ def stream(self:HybridModel,
         if i == cfg.n_layer // 2: mid = x
     if cfg.backout: x = x - self.backout_lambda.to(x.dtype) * mid
     return norm(x)
-
-# %% ../nbs/06_hybrid_model.ipynb #softcap
-def softcapped(z:Tensor, # scores, any shape
-               cap:float # 0 is off
-              ) -> Tensor: # float32 (float64 for float64)
-    "cap * tanh(z / cap)"
-    z = z.to(torch.promote_types(z.dtype, torch.float32))
-    return cap * torch.tanh(z / cap) if cap else z
-
-# %% ../nbs/06_hybrid_model.ipynb #rows
-def _loss_and_grad(z, y, vocab, cap):
-    "Row losses (n, 1) and their gradient by the scores z (n, V), which may be overwritten"
-    f, dt = torch.promote_types(z.dtype, torch.float32), z.dtype
-    fuse = torch.compiler.is_compiling()
-    keep, at = (y >= 0).to(f)[:, None], y.clamp_min(0)[:, None]
-    z, top = z.to(f), 0.
-    if cap: t = z.div_(cap).tanh_(); z = t * cap
-    if vocab < z.shape[1]: z[:, vocab:] = -torch.inf
-    hot = torch.arange(z.shape[1], device=z.device) == at if fuse else None
-    hit = z.where(hot, 0.).sum(-1, keepdim=True) if fuse else z.gather(1, at)
-    if not 0 < cap <= 30: top = z.amax(-1, keepdim=True); z = z - top  # exp(30) is no danger
-    e = z.exp_(); total = e.sum(-1, keepdim=True)
-    g = e.mul_(keep/total)
-    g = g - keep*hot if fuse else g.scatter_add_(1, at, -keep)
-    if cap: g.addcmul_(g * t, t, value=-1)
-    return (total.log() + top - hit) * keep, g.to(dt)
-
-# %% ../nbs/06_hybrid_model.ipynb #lce-class
-class _LinearCrossEntropy(torch.autograd.Function):
-    "Sum of the row losses; both gradients are made on the way"
-    @staticmethod
-    def forward(ctx, x, w, y, vocab, cap, chunk):
-        f = torch.promote_types(w.dtype, torch.float32)
-        gx, gw, wc, losses = [], torch.zeros_like(w, dtype=f), w.to(x.dtype), []
-        for i in range(0, len(x), chunk):
-            xi = x[i:i+chunk]
-            l, g = _loss_and_grad(F.linear(xi, wc), y[i:i+chunk], vocab, cap)
-            gx.append(g @ wc); losses.append(l.sum())
-            if g.dtype == f: gw.addmm_(g.mT, xi)
-            else: gw += g.mT @ xi
-        ctx.save_for_backward(torch.cat(gx), gw.to(w.dtype))
-        return torch.stack(losses).sum()
-    @staticmethod
-    def backward(ctx, dl):
-        gx, gw = ctx.saved_tensors
-        return gx * dl.to(gx.dtype), gw * dl.to(gw.dtype), None, None, None, None
-
-# %% ../nbs/06_hybrid_model.ipynb #lce
-def _row_losses(x, w, y, vocab, cap):
-    z = softcapped(F.linear(x, w.to(x.dtype)), cap)[:, :vocab]
-    return F.cross_entropy(z, y, ignore_index=-1, reduction='none')
-
-# %% ../nbs/06_hybrid_model.ipynb #lce-main
-def linear_cross_entropy(x:Tensor,          # (..., d) what the head reads
-                         weight:Tensor,     # (V, d) the head
-                         targets:Tensor,    # (...) token ids; -1 is ignored
-                         softcap:float=15., # 0 is off
-                         reduction:str='mean', # over the targets that count; or sum, none
-                         vocab_size:int|None=None, # rows of weight that are tokens; None: all
-                         chunk:int|None=None # rows whose scores exist at once
-                        ) -> Tensor: # (), or targets.shape if none; float32
-    "Cross entropy of softcap(x @ weight.T) without the scores in memory"
-    if reduction not in ('mean', 'sum', 'none'):
-        raise ValueError(f'reduction {reduction!r}: known: mean, sum, none')
-    X, y, V = x.flatten(0, -2), targets.flatten(), vocab_size or len(weight)
-    n = chunk or max((2**28 if x.is_cuda else 2**20) // len(weight), 64)
-    grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    if grad and reduction != 'none':
-        loss = _LinearCrossEntropy.apply(X, weight, y, V, softcap, n)
-    else:
-        f = (lambda *a: checkpoint(_row_losses, *a, use_reentrant=False)) if grad else _row_losses
-        loss = torch.cat([f(X[i:i+n], weight, y[i:i+n], V, softcap) for i in range(0, len(X), n)])
-        if reduction == 'none': return loss.view(targets.shape)
-        loss = loss.sum()
-    return loss / (y >= 0).sum().clamp_min(1) if reduction == 'mean' else loss
 
 # %% ../nbs/06_hybrid_model.ipynb #state
 def _tensors(s) -> dict: # name -> tensor of a dataclass

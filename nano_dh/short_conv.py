@@ -194,7 +194,7 @@ def _conv_bwd_kernel(x, w, state, doc, dq, dk, dv, dx, dw, T, sb, st, eps, H: tl
     tl.store(p, tl.sum(a3, 0)[None, :], mask=live)
 
 # %% ../nbs/03b_short_conv.ipynb #ops-fwd
-TILE = dict(R=4, L=64, warps=4, fwd_R=8, fwd_L=32, fwd_warps=4) # rows, their steps, warps
+TILE = dict(R=2, L=64, warps=2, fwd_R=4, fwd_L=32, fwd_warps=4) # rows, their steps, warps
 
 def _args(x, w, state, doc, H, HV, K, V): # what both launches share
     BD, eps = 1 << (max(K, V) - 1).bit_length(), 1e-6

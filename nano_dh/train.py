@@ -6,10 +6,11 @@
 __all__ = ['LR_FLOOR', 'FROZEN', 'LOCAL', 'MFU', 'GPU_BYTES', 'KNOWN', 'RunConfig', 'DataConfig', 'HorizonConfig', 'OptimConfig',
            'PretrainConfig', 'auto_batch', 'machine', 'Plan', 'estimate', 'PlanError', 'plan', 'show_batch',
            'build_model', 'Trainer', 'Late', 'read_metrics', 'Diverged', 'named', 'write_samples', 'begin',
-           'settle_backend', 'pretrain', 'start_wandb', 'Report', 'main']
+           'settle_backend', 'OutOfMemory', 'memory_advice', 'pretrain', 'start_wandb', 'Report', 'main']
 
 # %% ../nbs/14_train.ipynb #imp
 import ast, gc, importlib, json, math, os, re, resource, subprocess, sys, time
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, asdict, replace
 from functools import lru_cache
 from pathlib import Path
@@ -168,6 +169,10 @@ def resolved(self:PretrainConfig) -> PretrainConfig: # nothing left open
     return c
 
 # %% ../nbs/14_train.ipynb #divide
+def _fits(c, rows): # on the card, by the estimate below; elsewhere the plan decides
+    if c.device != 'cuda': return True
+    return replace(c, device_batch_size=rows).memory < .92*machine('cuda')['memory']
+
 @patch
 def _divide(self:PretrainConfig, most):
     "Settle rows a step and rows a micro-batch"
@@ -179,7 +184,9 @@ def _divide(self:PretrainConfig, most):
                          f'= {unit};'
                          f' nearest: {rows*unit}')
     ok = [b for b in range(1, rows + 1) if rows % b == 0]
-    if self.device_batch_size == -1: self.device_batch_size = max(b for b in ok if b <= most)
+    if self.device_batch_size == -1:
+        fit = [b for b in ok if b <= most and _fits(self, b)]
+        self.device_batch_size = max(fit or [1])
     elif self.resume: self.device_batch_size = math.gcd(self.device_batch_size, rows)  # new ranks
     if rows % self.device_batch_size:
         raise ValueError(f'device_batch_size {self.device_batch_size} does not divide the {rows} '
@@ -257,7 +264,7 @@ def machine(device:str # 'cuda', 'mps', 'cpu'
     return dict(name=name, flops=peak_flops(name) or 1e14, memory=int(mib)*2**20)
 
 # %% ../nbs/14_train.ipynb #plan
-MFU = dict(cuda=.45, cpu=.55, mps=.2)     # part of the peak that training reaches
+MFU = dict(cuda=.5, cpu=.55, mps=.2)     # part of the peak that training reaches
 
 @dataclass
 class Plan:
@@ -287,9 +294,9 @@ def estimate(cfg:PretrainConfig # may have fields left open
 GPU_BYTES = 32            # kept a token, layer and channel by a compiled model
 
 @patch(as_prop=True)
-def memory(self:Plan) -> int: # bytes of one rank
+def memory(self:PretrainConfig) -> int: # bytes of one rank
     "Weights, gradients, this rank's part of the optimizer's state, activations of a micro-batch"
-    c = self.cfg; e = _memory_of(_meta(c), 1, 256)
+    c = self; e = _memory_of(_meta(c), 1, 256)
     fixed = e['weights'] + e['gradients'] + e['optimizer']//max(1, c.nproc)
     if c.device != 'cuda': e = _memory_of(_meta(c), c.device_batch_size, c.max_seq_len)
     rows, m = c.device_batch_size*c.max_seq_len, c.model_config()
@@ -297,7 +304,10 @@ def memory(self:Plan) -> int: # bytes of one rank
     if c.device == 'cuda': return fixed + fused
     return fixed + e['activations'] + 500_000_000         # for PyTorch itself
 
-@lru_cache(maxsize=16)
+@patch(as_prop=True)
+def memory(self:Plan) -> int: return self.cfg.memory # bytes of one rank
+
+@lru_cache(maxsize=64)
 def _memory_of(model, *args): return model.memory_estimate(*args)
 
 # %% ../nbs/14_train.ipynb #mkplan
@@ -405,7 +415,8 @@ class Trainer:
         self.opt = build_optimizer(self.model, c.matrix_lr, c.embedding_lr, c.unembedding_lr,
                                    c.scalar_lr, clip=c.clip, **c.scaling())
         self.loader = self.make_loader('train', c.batch_rows)
-        self.fwd = torch.compile(self.model, dynamic=False) if c.compile == 'on' else self.model
+        self.fwd = self.model
+        if c.compile == 'on': self.fwd = torch.compile(self.model, fullgraph=True, dynamic=False)
         gpu = self.device.type == 'cuda'
         self.peak = peak_flops(torch.cuda.get_device_name(self.device)) if gpu else None
         self.flops = self.model.flops_per_token(c.max_seq_len)*c.total_batch_size/self.world
@@ -424,8 +435,8 @@ def train_step(self:Trainer, batch) -> torch.Tensor: # (2,) summed loss and targ
     dt = torch.float32 if self.device.type == 'mps' else torch.float64
     total = torch.zeros(2, device=self.device, dtype=dt)
     for mb in batch.micro(c.device_batch_size):
-        kw = dict(cu_seqlens=mb.cu_seqlens) if c.doc_mask else {}
-        loss = self.fwd(mb.x, targets=mb.y, reduction='sum', **kw)
+        cu = dict(cu_seqlens=mb.cu_seqlens, cu_seqlens_cpu=mb.cu_seqlens_cpu)
+        loss = self.fwd(mb.x, targets=mb.y, reduction='sum', **(cu if c.doc_mask else {}))
         (loss/per_rank).backward()
         total += torch.stack([loss.detach(), (mb.y >= 0).sum()])
     if self.world > 1: dist.all_reduce(total)
@@ -591,22 +602,53 @@ def settle_backend(c):
     m = c.model_config()
     if c.device != 'cuda' or 'G' not in m.layer_types: return
     choose = lambda: choose_backend(get_device('cuda'), m.n_qk_head, m.n_v_head, m.head_k_dim,
-                                    m.head_v_dim, c.max_seq_len, c.device_batch_size)
+                                    m.head_v_dim, c.max_seq_len, c.device_batch_size,
+                                    uses=('docs',) if c.doc_mask else ('rows',))
     first = _from0(choose); print0(first.reason)
     if choose().name != first.name: set_backend(first.name)     # the others read what rank 0 stored
+
+# %% ../nbs/14_train.ipynb #oom
+class OutOfMemory(RuntimeError): "A micro-batch did not fit; the message says which size to try"
+
+@contextmanager
+def memory_advice(c:PretrainConfig): # resolved
+    "Turn the device's out-of-memory error into one line"
+    try: yield
+    except torch.OutOfMemoryError as e:
+        rows = c.total_batch_size//c.max_seq_len//max(1, c.nproc)
+        less = [b for b in range(1, c.device_batch_size) if rows % b == 0]
+        best = max([b for b in less if _fits(c, b)] or less[:1] or [0])
+        way = (f'-p device_batch_size {best}, the same steps in more pieces' if best else
+               'a smaller max_seq_len or depth')
+        raise OutOfMemory(f'device_batch_size {c.device_batch_size} x {c.max_seq_len} tokens does '
+                          f'not fit: {str(e).splitlines()[0][:150]} Take {way}.') from None
+
+# %% ../nbs/14_train.ipynb #started
+@patch
+def started(self:Trainer, begun, settled, first:Late):
+    "Say what the time to the first step was spent on"
+    first.tolist(); now = time.perf_counter()
+    parts = dict(kernels=settled - begun, setup=self.clock - settled, step=now - self.clock)
+    if self.cfg.compile == 'on' or now - begun > 10: self.log(
+        startup=now - begun, note=f'first step done after {now - begun:.0f} s: '
+        '{kernels:.0f} s kernels chosen, {setup:.0f} s model, optimizer and data, {step:.0f} s '
+        'first step with its compilation'.format(**parts))
 
 # %% ../nbs/14_train.ipynb #pretrain
 def pretrain(cfg:PretrainConfig, # may have fields left open
              emit=print          # takes each record of rank 0
             ) -> None:
     "Train a model; what every rank runs"
-    c = begin(cfg); settle_backend(c)
+    c, marks = begin(cfg), [time.perf_counter()]
+    settle_backend(c); marks.append(time.perf_counter())
     t = Trainer(c, emit); t.restore(); t.wb = start_wandb(c, t.rank)
     every, waiting = (c.eval_every, c.save_every, c.sample_every, c.core_metric_every), []
     gc.collect(); gc.freeze(); gc.disable(); t.clock = time.perf_counter()
     try:
         while t.step < c.num_iterations:
-            total = t.train_step(next(t.loader)); waiting.append((t.step, Late(total)))
+            with memory_advice(c): total = t.train_step(next(t.loader))
+            waiting.append((t.step, Late(total)))
+            if marks: marks = t.started(*marks, waiting[0][1])
             pause = any(t.due(e) for e in every)
             while len(waiting) > (t.device.type == 'cuda' and not pause): t.account(*waiting.pop(0))
             if pause: t.events()
@@ -628,7 +670,7 @@ def start_wandb(c, rank):
 
 # %% ../nbs/14_train.ipynb #report
 KNOWN = {*'step loss lrm tokens tok_s seconds eta memory mfu val_bpb val_loss val_stderr'.split(),
-         *'prompt sample checkpoint note done'.split()}    # anything else came from core_metric
+         *'prompt sample checkpoint note startup done'.split()}    # anything else came from core_metric
 
 class Report:
     "Progress lines while a run goes on, its results afterwards"

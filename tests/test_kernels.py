@@ -64,6 +64,22 @@ torch.library.opcheck(torch.ops.nano_dh.delta_step, (q, k, v, g, b, S, .1))
 print('fine')''', TRITON_INTERPRET='1'))
     assert out == 'fine'
 
+@needs_triton
+def test_loss_kernel_interpreted():
+    out = finish(python('''
+import torch
+import nano_dh.cross_entropy as X
+torch.manual_seed(0)
+for cols, vocab, cap in ((96, 90, 15.), (128, 128, 0.), (96, 96, 50.), (200, 190, 15.), (200, 70, 0.)):
+    X.ROW_TILE.update(columns=64)
+    z, y = 8*torch.randn(7, cols), torch.tensor([3, 0, -1, 69, 12, -1, 5])
+    want, dwant = X._loss_and_grad(z.double(), y, vocab, cap)
+    got = torch.ops.nano_dh.loss_and_grad_(z, y, vocab, cap)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(z.double(), dwant, rtol=1e-4, atol=1e-6)
+print('fine')''', TRITON_INTERPRET='1'))
+    assert out == 'fine'
+
 def test_checked_once_a_node(tmp_path):
     "Two ranks ask at the same time: one checks, both get its answer"
     code = f'''
