@@ -131,6 +131,12 @@ def tiles(T:int,                 # tokens
     return (some & ~every)[:, None], every[:, None]
 
 # %% ../nbs/05_gated_attn.ipynb #block-mask
+@torch.library.custom_op('nano_dh::settled', mutates_args=())
+def _settled(x:torch.Tensor) -> torch.Tensor: return x.clone() # a mask reads what is laid out
+
+@_settled.register_fake
+def _(x): return torch.empty_like(x)
+
 def block_mask(T, window=None, doc_ids=None, device=None):
     "FlexAttention's block mask, from arithmetic on tiles"
     from torch.nn.attention.flex_attention import BlockMask
@@ -187,7 +193,7 @@ def choose_path(q:Tensor, # (B, T, H, D)
 
 def _mask(path, B, T, window, ctx, dev):
     doc = ctx.doc_ids
-    if path == 'flex': return block_mask(T, window, doc, dev)
+    if path == 'flex': return block_mask(T, window, None if doc is None else _settled(doc), dev)
     if path == 'varlen':
         return torch.arange(B+1, device=dev).int()*T if doc is None else ctx.cu_seqlens.int()
     at = torch.arange(T, device=dev)[None]

@@ -407,7 +407,7 @@ class Trainer:
         c = self.cfg = cfg; self.emit, me = emit, dist_info()
         self.rank, self.world, self.device = me.rank, me.world_size, get_device(c.device)
         self.step, self.seconds, self.ema, self.best, self.good = 0, 0., None, math.inf, ''
-        self.val, self.wb, self.clock, self.pace = None, None, time.perf_counter(), []
+        self.val, self.wb, self.pace, self.clock = None, None, [], self.mark()
         set_seed(c.seed)
         self.mixture = open_data(c.data)
         self.tok = get_tokenizer(c.tokenizer, self.mixture, c.vocab_size)
@@ -420,6 +420,9 @@ class Trainer:
         gpu = self.device.type == 'cuda'
         self.peak = peak_flops(torch.cuda.get_device_name(self.device)) if gpu else None
         self.flops = self.model.flops_per_token(c.max_seq_len)*c.total_batch_size/self.world
+
+@patch
+def mark(self:Trainer): return Late(torch.zeros(1, device=self.device)) # now, on the device's clock
 
 @patch
 def make_loader(self:Trainer, split, rows):
@@ -449,14 +452,18 @@ def train_step(self:Trainer, batch) -> torch.Tensor: # (2,) summed loss and targ
 class Late:
     "A small tensor on its way to the host; reading it waits for that copy only"
     def __init__(self, t):
-        self.host, self.done = t, None
+        self.host, self.done, self.at = t, None, time.perf_counter()
         if not t.is_cuda: return
         self.host = torch.empty(t.shape, dtype=t.dtype, pin_memory=True)
         self.host.copy_(t, non_blocking=True)
-        self.done = torch.cuda.Event(); self.done.record()
+        self.done = torch.cuda.Event(enable_timing=True); self.done.record()
     def tolist(self):
         if self.done: self.done.synchronize()
-        return self.host.tolist()
+        out = self.host.tolist(); self.at = time.perf_counter()
+        return out
+    def since(self, earlier) -> float: # seconds
+        "Time between two of them, both read, by the GPU's clock if there is one"
+        return earlier.done.elapsed_time(self.done)/1e3 if self.done else self.at - earlier.at
 
 # %% ../nbs/14_train.ipynb #log
 @patch
@@ -484,7 +491,7 @@ class Diverged(RuntimeError): "The loss ran away, seen by every rank alike"
 def account(self:Trainer, step:int, total:Late):
     "Record a finished step; stop all ranks if its loss is lost"
     c, (s, n) = self.cfg, total.tolist(); loss = s/max(1, n)
-    now = time.perf_counter(); dt, self.clock = now - self.clock, now
+    dt, self.clock = total.since(self.clock), total
     self.ema = loss if self.ema is None else .9*self.ema + .1*loss
     if not math.isfinite(loss) or self.ema > self.best + 2:
         raise Diverged(f'loss {loss:.4g} at step {step}, smoothed {self.ema:.4g}, {self.best:.4g} '
@@ -562,7 +569,7 @@ def events(self:Trainer) -> None:
         self.log(**named(c.core_metric)(self.model, self.tok, self.step))
     if c.prompts and self.due(c.sample_every): self.sample()
     if self.due(c.save_every): self.save()
-    self.clock = time.perf_counter()
+    self.clock = self.mark()
 
 # %% ../nbs/14_train.ipynb #restore
 @patch
@@ -628,7 +635,7 @@ def memory_advice(c:PretrainConfig): # resolved
 def started(self:Trainer, begun, settled, first:Late):
     "Say what the time to the first step was spent on"
     first.tolist(); now = time.perf_counter()
-    parts = dict(kernels=settled - begun, setup=self.clock - settled, step=now - self.clock)
+    parts = dict(kernels=settled - begun, setup=self.clock.at - settled, step=now - self.clock.at)
     if self.cfg.compile == 'on' or now - begun > 10: self.log(
         startup=now - begun, note=f'first step done after {now - begun:.0f} s: '
         '{kernels:.0f} s kernels chosen, {setup:.0f} s model, optimizer and data, {step:.0f} s '
@@ -643,7 +650,8 @@ def pretrain(cfg:PretrainConfig, # may have fields left open
     settle_backend(c); marks.append(time.perf_counter())
     t = Trainer(c, emit); t.restore(); t.wb = start_wandb(c, t.rank)
     every, waiting = (c.eval_every, c.save_every, c.sample_every, c.core_metric_every), []
-    gc.collect(); gc.freeze(); gc.disable(); t.clock = time.perf_counter()
+    gc.collect(); gc.freeze(); gc.disable(); t.clock = t.mark()
+    patience = sys.getswitchinterval(); sys.setswitchinterval(1e-4)
     try:
         while t.step < c.num_iterations:
             with memory_advice(c): total = t.train_step(next(t.loader))
@@ -652,7 +660,7 @@ def pretrain(cfg:PretrainConfig, # may have fields left open
             pause = any(t.due(e) for e in every)
             while len(waiting) > (t.device.type == 'cuda' and not pause): t.account(*waiting.pop(0))
             if pause: t.events()
-    finally: gc.enable(); gc.unfreeze(); t.loader.close()
+    finally: gc.enable(); gc.unfreeze(); sys.setswitchinterval(patience); t.loader.close()
     t.log(done=True)
     if t.wb: t.wb.finish()
 
@@ -670,7 +678,7 @@ def start_wandb(c, rank):
 
 # %% ../nbs/14_train.ipynb #report
 KNOWN = {*'step loss lrm tokens tok_s seconds eta memory mfu val_bpb val_loss val_stderr'.split(),
-         *'prompt sample checkpoint note startup done'.split()}    # anything else came from core_metric
+         *'prompt sample checkpoint note startup done'.split()} # all else came from core_metric
 
 class Report:
     "Progress lines while a run goes on, its results afterwards"
@@ -747,10 +755,10 @@ def next(self:Report) -> str:
             f'  model, tokenizer, meta = load_model({c.run!r})')
 
 # %% ../nbs/14_train.ipynb #args
-def _args(argv): # ['--depth', '4', 'run=x', '--resume'] -> {'depth': 4, 'run': 'x', 'resume': True}
+def _args(argv): # ['--eval-every', '4', 'run=x', '--resume'] -> {'eval_every': 4, 'run': 'x', ...}
     out, texts = {}, {f.name for f in fields(PretrainConfig) if f.type in (str, 'str')}
     while argv:
-        k, *argv = argv; k, eq, v = k.removeprefix('--').partition('=')
+        k, *argv = argv; k, eq, v = k.removeprefix('--').partition('='); k = k.replace('-', '_')
         if not eq:
             alone = not argv or argv[0].startswith('--') or '=' in argv[0]
             v, argv = ('True', argv) if alone else (argv[0], argv[1:])
