@@ -110,8 +110,8 @@ class Mixture:
     def slug(self) -> str: return re.sub(r'[^\w.-]+', '_', self.name)[-40:] # for file names
 
     def __repr__(self):
-        rows = [f'{self.name}: {human(self.n_bytes)}B of text to train on']
-        side = lambda s, x: f'{x} {s.n_docs(x):,} documents, {human(s.size(x))}B'
+        rows = [f'{self.name}: {human(self.n_bytes, unit="B")} of text to train on']
+        side = lambda s, x: f'{x} {s.n_docs(x):,} documents, {human(s.size(x), unit="B")}'
         for s, w in zip(self.sources, self.weights):
             rows.append(f"  {s.name:<12} {w/sum(self.weights):>6.1%}  "
                         f"{side(s, 'train')}; {side(s, 'val')}")
@@ -388,7 +388,7 @@ def _fetch_all(name, jobs, threads, **kw): # jobs: [(url, path)]
         try:
             for k, j in enumerate(as_completed(left), 1):
                 n = j.result().stat().st_size
-                print0(f'{name}: {k} of {len(jobs)}, {human(n)}B, {time.time()-start:.0f} s')
+                print0(f'{name}: {k} of {len(jobs)}, {human(n, unit="B")}, {time.time()-start:.0f} s')
         except BaseException: pool.shutdown(cancel_futures=True); raise
 
 # %% ../nbs/08_dataset.ipynb #hub-get
