@@ -6,11 +6,11 @@
 __all__ = ['LIMITS', 'calculator']
 
 # %% ../nbs/16_execution.ipynb #imports
-import ast, math, operator, time, warnings
+import ast, math, operator, re, time, warnings
 
 # %% ../nbs/16_execution.ipynb #limits
-LIMITS = dict(chars=256,   # of the expression; a nested one is no deeper than it is long
-              depth=32,    # of the tree
+LIMITS = dict(chars=256,   # of the expression
+              depth=32,    # of the tree, and of brackets in brackets
               bits=2048,   # of a whole number: more digits than anyone reads
               seconds=.1)  # in all
 
@@ -52,13 +52,23 @@ def _count(node): # 'text'.count('part')
         return f.value.value.count(node.args[0].value)
     raise _Refused
 
+# %% ../nbs/16_execution.ipynb #nested
+_TEXT = re.compile(r'''(['"])(?:\\.|(?!\1).)*\1''') # a quoted text
+
+def _nested(expr) -> int: # brackets in brackets, those within texts not counted
+    deep = most = 0
+    for c in _TEXT.sub('', expr):
+        deep += (c in '([{') - (c in ')]}')
+        most = max(most, deep)
+    return most
+
 # %% ../nbs/16_execution.ipynb #calc
 def calculator(expr:str,               # what stands between the tool tokens
                seconds:float|None=None # to give up after; default LIMITS['seconds']
               ) -> str|None:           # the result; None if there is none
     "Arithmetic and `'text'.count('part')`; anything else has no result"
     expr = expr.strip()
-    if len(expr) > LIMITS['chars']: return None
+    if len(expr) > LIMITS['chars'] or _nested(expr) > LIMITS['depth']: return None
     if not set(expr) & set('\'"'): expr = expr.replace(',', '')        # 1,234 is a number
     end = time.monotonic() + (LIMITS['seconds'] if seconds is None else seconds)
     try:

@@ -1,0 +1,253 @@
+"Inference beyond the chapters: exactness in any company, random schedules, fresh processes, hostile tool calls, long streams."
+import copy, os, random, subprocess, sys, threading, time, tracemalloc
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+import pytest, torch
+from hypothesis import HealthCheck, given, settings, strategies as st
+from nano_dh.cache import PrefixCache, StateError, read_prompt
+from nano_dh.dataset import open_data
+from nano_dh.engine import Engine, Request, TextStream, gumbel, sample
+from nano_dh.execution import calculator
+from nano_dh.hybrid_model import HybridConfig, HybridModel, generate
+from nano_dh.tokenizer import Tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+TOK = Tokenizer([bytes([i]) for i in range(256)])
+SIZE = dict(vocab_size=TOK.vocab_size, sequence_len=4096, d_model=128, head_dim=32, head_k_dim=32, head_v_dim=32)
+
+def make(depth=4, seed=0, noise=.05, **kw):
+    m = HybridModel(HybridConfig.from_depth(depth, **{**SIZE, **kw})).requires_grad_(False)
+    g = torch.Generator().manual_seed(seed)
+    for p in m.parameters(): p.add_(torch.randn(p.shape, generator=g), alpha=noise)
+    return m
+
+@lru_cache
+def text(): return next(open_data().texts('train', 100_000)).encode()
+
+@lru_cache
+def trained(pattern='GGGL', steps=30):
+    "A model that has learned something of the letters of English"
+    torch.manual_seed(0)
+    m, x = HybridModel(HybridConfig.from_depth(4, pattern, **SIZE)), torch.tensor(list(text()[:60_000]))
+    opt = torch.optim.AdamW(m.parameters(), 3e-3)
+    for i in range(steps):
+        rows = torch.stack([x[j:j+65] for j in torch.randint(0, len(x) - 65, (4,)).tolist()])
+        loss = m(rows[:, :-1], targets=rows[:, 1:]); opt.zero_grad(); loss.backward(); opt.step()
+    assert loss < 3.4, loss
+    return m.requires_grad_(False)
+
+def splits(n, trials, seed=0):
+    rng = random.Random(seed)
+    for _ in range(trials):
+        out, left = [], n
+        while left: out.append(min(left, rng.choice((1, 2, rng.randint(1, 64), rng.randint(1, 300))))); left -= out[-1]
+        yield out
+
+@pytest.mark.parametrize('dtype,limit,trials', [(torch.float32, 2e-4, 12), (torch.float64, 1e-9, 4),
+                                                pytest.param(torch.float32, 2e-4, 200, marks=pytest.mark.slow),
+                                                pytest.param(torch.float64, 1e-9, 200, marks=pytest.mark.slow)])
+def test_pieces_of_any_length(dtype, limit, trials):
+    m = copy.deepcopy(trained()).to(dtype); x = torch.tensor([list(text()[5000:5300])])
+    full, worst = m(x), 0.
+    for cut in [[1]*300, *splits(300, trials)]:
+        state = m.init_state(1, 1)
+        z = torch.cat([m(p, state=state) for p in x.split(cut, 1)], 1)
+        worst = max(worst, (z - full).abs().max().item())
+    print(f'{dtype}: {trials} random splits and single tokens, worst difference of logits {worst:.1e}')
+    assert worst < limit
+
+def requests(rng, n, longest=24):
+    return [Request([rng.randrange(256) for _ in range(rng.choice((1, 5, 63, 64, 65, 200)))], max_tokens=rng.randint(1, longest),
+                    temperature=rng.choice((0, 0, 1, 1.5)), top_k=rng.choice((0, 5, 50)), top_p=rng.choice((1, .9)), min_p=rng.choice((0, .05)),
+                    seed=rng.randrange(1 << 40), stop_tokens=tuple(rng.sample(range(256), 12))) for _ in range(n)]
+
+def alone(m, r, **kw): e = Engine(m, TOK, prefix_bytes=0, **kw); return e.run([e.submit(replace(r))])[0]
+
+slow = lambda x: pytest.param(x, marks=pytest.mark.slow)
+@pytest.mark.parametrize('kind', [{}, slow(dict(preset='nanochat')), slow(dict(kv_group=2, pos='full')), slow(dict(d_model=192, head_dim=64))])
+def test_company_changes_no_bit(kind):
+    "16 requests of different lengths, arriving at different steps, some cancelled: each gives what it gives alone"
+    m, rng = make(**kind), random.Random(1)
+    rs = requests(rng, 16); want = [alone(m, r, exact=True) for r in rs]
+    e = Engine(m, TOK, exact=True, max_rows=9)
+    order, got = rng.sample(range(16), 16), {}
+    while order or e.busy:
+        for _ in range(rng.randint(0, 3)):
+            if order: i = order.pop(); got[i] = e.submit(replace(rs[i]))
+        if rng.random() < .1 and got: rng.choice(list(got.values())).cancel()
+        e.step()
+    reasons = [s.reason for s in got.values()]
+    assert 'cancelled' in reasons and len(set(reasons)) == 3, reasons
+    for i, s in got.items(): assert s.tokens == want[i].tokens[:None if s.reason != 'cancelled' else len(s.tokens)]
+    assert not e.rows() and not e.nbytes() and not e.pending
+
+def test_fast_mode_same_up_to_ties():
+    "Without the exact mode tokens may differ only where two logits are as good as equal"
+    m, rng = make().double(), random.Random(2)
+    rs = requests(rng, 12); want = [alone(m, r) for r in rs]
+    e = Engine(m, TOK, max_rows=5); got = e.run([e.submit(replace(r)) for r in rs])
+    assert [s.tokens for s in got] == [s.tokens for s in want]
+
+@lru_cache
+def one_layer(pattern): return make(1, pattern=pattern, d_model=32, head_dim=16, head_k_dim=16, head_v_dim=16, mlp_ratio=1., sequence_len=512)
+
+EVENT = st.tuples(st.integers(1, 90), st.integers(1, 12), st.integers(0, 3), st.sampled_from(['submit', 'submit', 'cancel', 'step', 'step']))
+def schedule(events, pattern, exact, rows):
+    m = one_layer(pattern)
+    e = Engine(m, TOK, exact=exact, max_rows=rows, max_bytes=3*m.state_bytes(128, 4), prefix_bytes=20_000)
+    streams = []
+    for n, k, steps, what in events:
+        if what == 'submit': streams.append(e.submit(Request(list(range(n)), max_tokens=k, seed=n, stop_tokens=(k,))))
+        elif what == 'cancel' and streams: streams[n % len(streams)].cancel()
+        for _ in range(steps): e.step()
+        assert e.nbytes() <= e.max_bytes and len(e.rows()) <= rows and e.prefix.nbytes <= 20_000
+        assert e.prefix.nbytes == sum(s.nbytes for s in e.prefix.snaps.values())
+    while e.busy: e.step()
+    assert all(s.done and (s.reason == 'cancelled' or len(s.tokens) == s.limit or s.tokens[-1] in s.request.stop_tokens) for s in streams)
+    assert not e.rows() and not e.pending and e.nbytes() == 0 and e.reading is None
+    e.release(); assert e.prefix.nbytes == 0 and not e.prefix.snaps
+ARGS = dict(events=st.lists(EVENT, max_size=14), pattern=st.sampled_from('GL'), exact=st.booleans(), rows=st.integers(1, 6))
+QUIET = dict(deadline=None, suppress_health_check=list(HealthCheck), database=None)
+@settings(max_examples=50, derandomize=True, **QUIET)
+@given(**ARGS)
+def test_random_schedules(events, pattern, exact, rows): schedule(events, pattern, exact, rows)
+@pytest.mark.slow
+@settings(max_examples=1000, **QUIET)
+@given(**ARGS)
+def test_random_schedules_long(events, pattern, exact, rows): schedule(events, pattern, exact, rows)
+
+PROCESS = '''
+import sys, torch
+sys.path.insert(0, sys.argv[2]); import test_engine as T
+m = T.make(); e = T.Engine(m, T.TOK)
+state, meta = m.load_state(sys.argv[1])
+print(e.run([e.submit(T.Request([meta["last"]], max_tokens=30, seed=3, top_k=40, stop_tokens=(), state=state))])[0].tokens)
+'''
+def test_save_new_process_continue(tmp_path):
+    m = make(); e = Engine(m, TOK); prompt = list(b'a conversation that goes on')
+    s = e.run([e.submit(Request(prompt, max_tokens=30, seed=3, top_k=40, stop_tokens=(), keep=True))])[0]
+    last = s.tokens[-1]                                        # the file holds everything before it
+    state = m.init_state(1, 1); read_prompt(m, prompt + s.tokens[:-1], state)
+    m.save_state(tmp_path/'chat', state, dict(last=last))
+    here = e.run([e.submit(Request([last], max_tokens=30, seed=3, top_k=40, stop_tokens=(), state=state))])[0].tokens
+    out = subprocess.run([sys.executable, '-c', PROCESS, str(tmp_path/'chat'), str(ROOT/'tests')], capture_output=True, text=True,
+                         env={**os.environ, 'PYTHONPATH': str(ROOT)})
+    assert out.stdout.strip() == str(here), out.stderr[-500:]
+    whole = Engine(m, TOK); kept = e.run([e.submit(Request([7], max_tokens=20, temperature=0, stop_tokens=(), state=s.state))])[0].tokens
+    assert kept == generate(m, prompt + s.tokens + [7], 20, 0)      # what `keep` leaves has read all of it
+    data = (tmp_path/'chat').read_bytes()
+    for bad, word in ((data[:len(data)//2], 'whole'), (b'PK' + data, 'whole'), (data[:-9] + bytes([data[-9] ^ 8]) + data[-8:], 'checksum')):
+        (tmp_path/'bad').write_bytes(bad)
+        with pytest.raises(StateError, match=word) as err: m.load_state(tmp_path/'bad')
+        assert '\n' not in str(err.value)
+    with pytest.raises(StateError, match='made by model'): make(seed=1).load_state(tmp_path/'chat')
+
+def test_prefix_cache_bitwise_and_faster():
+    m, rng = make(sequence_len=4096), random.Random(3)
+    m = copy.copy(m); m.exact = True
+    shared = [rng.randrange(256) for _ in range(2048)]
+    ask = [shared + [rng.randrange(256) for _ in range(40)] for _ in range(4)]
+    cache = PrefixCache(m)
+    def first(q, c):
+        t = time.process_time(); z = read_prompt(m, q, m.init_state(1, 4096), c, exact=True); return z, time.process_time() - t
+    first(ask[0], None); first(ask[0], cache)
+    cold, warm = zip(*((first(q, None), first(q, cache)) for q in ask[1:]))
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(cold, warm)) and cache.hits == 3
+    ratio = sorted(c[1]/w[1] for c, w in zip(cold, warm))[1]
+    print(f'2,048 shared tokens: first token {ratio:.1f} times sooner'); assert ratio >= 3
+
+def test_prefix_cache_bounded():
+    m = one_layer('G'); one = m.state_bytes(0)
+    c, rng = PrefixCache(m, max_bytes=5*one), random.Random(0)
+    for _ in range(20): read_prompt(m, [rng.randrange(256) for _ in range(rng.randint(60, 3000))], m.init_state(1, 64), c)
+    assert 0 < c.nbytes <= 5*one and c.nbytes == sum(s.nbytes for s in c.snaps.values())
+
+HOSTILE = ['__import__("os").system("touch /tmp/x")', '().__class__.__bases__[0].__subclasses__()', '9**9**9', '9**9**9**9', '(9**99)**99', '2**-9999999',
+           '"a"*10**9', '"a".count("a", 0)', '"a".count.__self__', '"%999999d" % 1', '('*200 + ')'*200, '('*120 + '1' + ')'*120, '('*33 + '1' + ')'*33, '-'*250 + '1', '1'*5000, '9'*257,
+           'lambda: 1', '[x for x in (1,)]', 'open("/etc/passwd")', 'exec("1")', 'f"{1}"', '1;2', 'a=1', '\x00', '1\n+1\n', '1e999', '1e308*10', '(-1)**.5', '1j', 'True+1',
+           '"a".replace("a","b")', 'b"a".count(b"a")', '1 if 1 else 2', '0x' + 'f'*600, '1<2', '~1', '1@2', '...', 'None', '8**(1/0)', '"".join(["a"])', '2**2049', '1_0'*90]
+def test_hostile_expressions():
+    before, threads = set(os.listdir('/tmp')), threading.active_count()
+    tracemalloc.start(); worst = 0.
+    for x in HOSTILE:
+        t = time.perf_counter(); assert calculator(x) is None, x; worst = max(worst, time.perf_counter() - t)
+    peak = tracemalloc.get_traced_memory()[1]; tracemalloc.stop()
+    assert worst < .1 and peak < 4e6 and threading.active_count() == threads and 'x' not in set(os.listdir('/tmp')) - before
+    assert calculator('2+3*4', seconds=0) is None                    # the clock is looked at
+
+@settings(max_examples=300, derandomize=True, **QUIET)
+@given(st.text(alphabet='0123456789+-*/%().,"\'abcount ', max_size=60))
+def test_calculator_never_raises(x):
+    t = time.perf_counter(); r = calculator(x); assert (r is None or isinstance(r, str)) and time.perf_counter() - t < .2
+
+@settings(max_examples=100, derandomize=True, **QUIET)
+@given(st.text(max_size=30), st.lists(st.text(min_size=1, max_size=4), max_size=3))
+def test_text_stream(s, stop):
+    "Whatever the pieces, together they are the text up to the first stop string"
+    s = s.encode('utf-8', 'ignore').decode(); stop = [w.encode('utf-8', 'ignore').decode() for w in stop]; stop = tuple(w for w in stop if w)
+    out, hit, ts = '', False, TextStream(TOK, stop)
+    for b in s.encode():
+        piece, hit = ts.push(b); out += piece
+        assert '\ufffd' not in piece or '\ufffd' in s
+        if hit: break
+    if not hit: out += ts.flush()
+    at = [i for w in stop if (i := s.find(w)) >= 0]
+    if not at: assert out == s
+    else: assert hit and any(s.startswith(out + w) for w in stop) and len(out) >= min(at)
+
+def test_tool_in_the_stream():
+    m, sp = make(), TOK.special
+    for exact in (False, True):
+        e = Engine(m, TOK, exact=exact)
+        s = e.submit(Request(TOK.encode('a'), max_tokens=30, tools=True, stop_tokens=(), temperature=0))
+        s._forced.extend([sp['<|python_start|>'], *TOK.encode('6*7'), sp['<|python_end|>']])
+        e.run([s])
+        assert s.tokens[5:9] == [sp['<|output_start|>'], *TOK.encode('42'), sp['<|output_end|>']]
+        assert s.tokens[9:] == generate(m, TOK.encode('a') + s.tokens[:9], 21, 0)      # it was read as well
+
+def test_noise_is_gumbel():
+    u = torch.exp(-torch.exp(-gumbel(1, 2, torch.arange(100_000)).double()))
+    counts = torch.histc(u, 100, 0, 1); chi2 = ((counts - 1000)**2/1000).sum().item()
+    assert chi2 < 160                                            # 99 degrees of freedom: 1 in 10,000
+    a, b = (gumbel(s, p, torch.arange(20_000)).double() for s, p in ((1, 2), (1, 3)))
+    assert abs(torch.corrcoef(torch.stack([a, b]))[0, 1]) < .03
+
+def test_sampling_follows_the_distribution():
+    z = torch.tensor([2., 1., 0., -1., -3.]); r = Request([1], top_k=4, top_p=.95)
+    n = 4000; got = torch.bincount(torch.stack([sample(z, replace(r, seed=i), 7) for i in range(n)]), minlength=5)/n
+    p = z.softmax(-1); p[4] = 0; p /= p.sum(); p[3] = 0 if p[:3].sum() >= .95 else p[3]; p /= p.sum()
+    assert (got - p).abs().max() < .03, (got, p)
+
+def test_forks_of_one_prompt():
+    m = make(); e = Engine(m, TOK, prefix_bytes=0); reads = []
+    step = m.forward
+    ss = e.generate_batch(['one prompt'], n=6, max_tokens=5, stop_tokens=())
+    assert len({tuple(s.tokens) for s in ss}) > 1
+    for i, s in enumerate(ss): assert s.tokens == alone(m, replace(s.request)).tokens
+
+def test_limits_have_sentences():
+    m = make(pattern='L', sequence_len=64); e = Engine(m, TOK)
+    with pytest.raises(ValueError, match='reads up to 63'): e.submit(Request([1]*64))
+    assert e.generate([1]*60, max_tokens=50, stop_tokens=()).reason == 'length'
+    assert len(make().blocks) == 4 and len(Engine(make(sequence_len=64), TOK).generate([1]*200, max_tokens=30, stop_tokens=()).tokens) == 30
+    with pytest.raises(ValueError, match='max_bytes'): Engine(make(), TOK, max_bytes=10_000).submit(Request([1], max_tokens=10_000))
+    for kw, word in ((dict(prompt=[]), 'empty'), (dict(prompt=[1], top_p=0), 'top_p'), (dict(prompt=[1], temperature=-1), 'temperature'),
+                     (dict(prompt=[1], max_tokens=0), 'max_tokens'), (dict(prompt=[1], stop=('',)), 'stop')):
+        with pytest.raises(ValueError, match=word): Request(**kw)
+
+@pytest.mark.slow
+@pytest.mark.parametrize('pattern,n', [('G', 200_000), ('GL', 20_000)])
+def test_long_streams(pattern, n):
+    m = make(2, pattern=pattern, d_model=64, head_dim=16, head_k_dim=16, head_v_dim=16, mlp_ratio=1.)
+    state = m.init_state(1, 1024); fixed = m.state_bytes(0); x, times = torch.tensor([[1]]), []
+    recurrent = lambda: sum(t.nbytes for s in state.layers if hasattr(s, 'S') for t in (s.S, s.conv))
+    size = recurrent()
+    with torch.inference_mode():
+        for i in range(n):
+            if i % 1000 == 0: times.append(time.process_time())
+            x = m(x, state=state)[:, -1:].argmax(-1)
+    d = [b - a for a, b in zip(times, times[1:])]
+    print(f'{pattern}: {n} tokens; ms a token at the start {d[0]:.3f}, at the end {d[-1]:.3f}; recurrent bytes {recurrent()}')
+    assert recurrent() == size and int(state.pos) == n
+    if pattern == 'G': assert state.nbytes() == fixed and d[-1] < 1.5*sorted(d)[len(d)//2]
