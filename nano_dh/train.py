@@ -234,7 +234,7 @@ def continued(self:PretrainConfig) -> PretrainConfig:
         if k in given and given[k] != saved[k]:
             raise ValueError(f'{k} {given[k]!r} differs from {saved[k]!r} of run {saved["run"]}; '
                              'leave it out, or start a run of another name without resume')
-    return checked(PretrainConfig, {k: v for k, v in saved.items() if k not in LOCAL} | given)
+    return checked(type(self), {k: v for k, v in saved.items() if k not in LOCAL} | given)
 
 # %% ../nbs/14_train.ipynb #machine
 def _ram():
@@ -409,9 +409,7 @@ class Trainer:
         self.step, self.seconds, self.ema, self.best, self.good = 0, 0., None, math.inf, ''
         self.val, self.wb, self.pace, self.clock = None, None, [], self.mark()
         set_seed(c.seed)
-        self.mixture = open_data(c.data)
-        self.tok = get_tokenizer(c.tokenizer, self.mixture, c.vocab_size)
-        self.model = build_model(c, self.tok.vocab_size, self.device)
+        self.open()
         self.opt = build_optimizer(self.model, c.matrix_lr, c.embedding_lr, c.unembedding_lr,
                                    c.scalar_lr, clip=c.clip, **c.scaling())
         self.loader = self.make_loader('train', c.batch_rows)
@@ -420,6 +418,13 @@ class Trainer:
         gpu = self.device.type == 'cuda'
         self.peak = peak_flops(torch.cuda.get_device_name(self.device)) if gpu else None
         self.flops = self.model.flops_per_token(c.max_seq_len)*c.total_batch_size/self.world
+
+@patch
+def open(self:Trainer): # what a kind of training may replace
+    "The data, the tokenizer and the model that the run starts from"
+    c = self.cfg; self.mixture = open_data(c.data)
+    self.tok = get_tokenizer(c.tokenizer, self.mixture, c.vocab_size)
+    self.model = build_model(c, self.tok.vocab_size, self.device)
 
 @patch
 def mark(self:Trainer): return Late(torch.zeros(1, device=self.device)) # now, on the device's clock
@@ -643,12 +648,13 @@ def started(self:Trainer, begun, settled, first:Late):
 
 # %% ../nbs/14_train.ipynb #pretrain
 def pretrain(cfg:PretrainConfig, # may have fields left open
-             emit=print          # takes each record of rank 0
+             emit=print,         # takes each record of rank 0
+             trainer=Trainer     # its class
             ) -> None:
     "Train a model; what every rank runs"
     c, marks = begin(cfg), [time.perf_counter()]
     settle_backend(c); marks.append(time.perf_counter())
-    t = Trainer(c, emit); t.restore(); t.wb = start_wandb(c, t.rank)
+    t = trainer(c, emit); t.restore(); t.wb = start_wandb(c, t.rank)
     every, waiting = (c.eval_every, c.save_every, c.sample_every, c.core_metric_every), []
     gc.collect(); gc.freeze(); gc.disable(); t.clock = t.mark()
     patience = sys.getswitchinterval(); sys.setswitchinterval(1e-4)
