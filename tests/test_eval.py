@@ -1,0 +1,154 @@
+"Evaluations on whole bundles, on two ranks, from a server, with other people's models, and with input that is wrong."
+import functools, http.server, json, os, shutil, threading, zipfile
+from pathlib import Path
+import pytest, torch
+from nano_dh import core_eval as C
+from nano_dh.core_eval import ModelScorer, Scorer, Task, core_tasks, encoder, evaluate_core, load_task, make_item, prompts
+from nano_dh.hybrid_model import HybridConfig, HybridModel
+from nano_dh.tokenizer import Tokenizer
+
+TOY = {t.label: t for t in (Task('sums', 'world_knowledge/sums.jsonl', 'multiple_choice', 3, '\nAnswer: ', 1/3),
+                            Task('pets', 'language_understanding/pets.jsonl', 'schema', 2, ' ', .5),
+                            Task('capitals', 'language_understanding/capitals.jsonl', 'language_modeling', 2, ' ', 0.))}
+DATA = os.environ.get('NANO_DH_DATA', '')
+needs_bundle = pytest.mark.skipif(not DATA or C._inside(DATA) is None, reason='NANO_DH_DATA has no CORE bundle')
+
+def write_bundle(folder):
+    animals = 'dog fox owl cat hen rat bug ant'.split()
+    rows = dict(sums=[dict(query=f'{a} plus {b} is', choices=[str(a + b + k) for k in (1, 0, 5)], gold=1) for a in range(4) for b in range(5)],
+                pets=[dict(context_options=[f'The {a} fled from the {b} because the {c}' for c in (a, b)], continuation='was hungry.', gold=1)
+                      for a in animals for b in animals if a < b][:20],
+                capitals=[dict(context=f'{a} in capitals is ', continuation=a.upper()) for a in animals*2])
+    for k, t in TOY.items():
+        f = Path(folder)/t.uri; f.parent.mkdir(parents=True, exist_ok=True)
+        f.write_text('\n'.join(json.dumps(r) for r in rows[k]))
+    return Path(folder)
+
+def byte_tokenizer(): return Tokenizer([bytes([i]) for i in range(256)])
+
+def small_model(vocab, seed=0, **kw):
+    "Float32, with opinions: logits of a fresh model are all zero"
+    m = HybridModel(HybridConfig.from_depth(4, d_model=64, head_dim=32, head_k_dim=32, head_v_dim=32, vocab_size=vocab, **kw), seed)
+    g = torch.Generator().manual_seed(seed)
+    for p in m.parameters(): p.data += .05*torch.randn(p.shape, generator=g)
+    return m.eval()
+
+def items_of(bundle, task, enc, n):
+    rows = load_task(bundle, task); ids = iter(enc([p for i in range(min(n, len(rows))) for p in prompts(task, rows, i)]))
+    return [make_item(task, rows, i, [next(ids) for _ in prompts(task, rows, i)]) for i in range(min(n, len(rows)))]
+
+def share(score, items): return sum(C.correct(it, *got) for it, got in zip(items, score(items)))/len(items)
+
+def gaps(a, b, items): # answers that differ though the two best losses are further apart than 1e-4; largest loss difference
+    bad, worst = 0, 0.
+    for it, (l, r), (l2, r2) in zip(items, a, b):
+        worst = max(worst, *(abs(x - y) for x, y in zip(l, l2))); s = sorted(l)
+        tie = len(s) > 1 and s[1] - s[0] < 1e-4
+        bad += C.correct(it, l, r) != C.correct(it, l2, r2) and not tie
+    return bad, worst
+
+# --- the whole bundle -------------------------------------------------------------------------------------------------
+
+@needs_bundle
+@pytest.mark.slow
+def test_answer_key_and_random_answers_on_the_bundle():
+    tok, bundle, seen = byte_tokenizer(), C.core_bundle(DATA), 0
+    for t in core_tasks().values():
+        if (rows := load_task(bundle, t)) is None: assert t.label == 'coqa'; continue
+        items = items_of(bundle, t, encoder(tok), 64); seen += 1
+        assert share(Scorer(C.oracle(items, tok.vocab_size)), items) == 1, t.label
+        bare = [C.Item([[]]*len(r.get('choices') or r.get('context_options') or [0]), [], r.get('gold', -1), i) for i, r in enumerate(rows)]
+        p, got = C.chance(t, rows), share(C.random_scorer(), bare)
+        assert abs(got - p) <= 3*(p*(1 - p)/len(rows))**.5, (t.label, got, p)
+    assert seen == 21
+
+@needs_bundle
+@pytest.mark.slow
+def test_shared_prefix_gives_the_same_answers_on_the_bundle():
+    from nano_dh.dataset import open_data
+    tok = Tokenizer.train(open_data('sample').texts('train', 2_000_000), 2048); bundle, m = C.core_bundle(DATA), small_model(2048)
+    for t in core_tasks().values():
+        if load_task(bundle, t) is None: continue
+        items = items_of(bundle, t, encoder(tok, m), 32)
+        bad, worst = gaps(ModelScorer(m, shared=False)(items), ModelScorer(m)(items), items)
+        print(f'{t.label}: largest difference of a loss {worst:.1e}')
+        assert bad == 0 and worst < 1e-4, (t.label, bad, worst)
+
+# --- the machinery on a small bundle ----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('kw', [dict(pattern='GGGL'), dict(preset='nanochat', window=32), dict(pattern='L', pos='partial')], ids=str)
+def test_shared_prefix_gives_the_same_answers(tmp_path, kw):
+    tok, bundle = byte_tokenizer(), write_bundle(tmp_path); m = small_model(tok.vocab_size, **kw)
+    for t in TOY.values():
+        items = items_of(bundle, t, encoder(tok, m), 32)
+        for other in (ModelScorer(m), ModelScorer(m, max_tokens=400), Scorer(lambda x: m(x)), Scorer(lambda x: m(x), multiple=64)):
+            bad, worst = gaps(ModelScorer(m, shared=False)(items), other(items), items)
+            assert bad == 0 and worst < 1e-4
+
+def ranks_core(bundle, emit):
+    from test_eval import TOY, byte_tokenizer, small_model
+    tok = byte_tokenizer(); m = small_model(tok.vocab_size)
+    r = evaluate_core(ModelScorer(m), encoder(tok, m), bundle, tasks=TOY, emit=str)
+    emit({k: t['accuracy'] for k, t in r.tasks.items()} | dict(mean=r.mean))
+
+def test_two_ranks_equal_one(tmp_path, monkeypatch):
+    from nano_dh.launch import run_ranks
+    import test_eval
+    monkeypatch.setenv('PYTHONPATH', os.pathsep.join([str(Path(__file__).parent), os.environ.get('PYTHONPATH', '')]))
+    bundle = str(write_bundle(tmp_path))
+    one, two = (list(run_ranks(test_eval.ranks_core, bundle, n, 'cpu'))[0] for n in (0, 2))
+    assert one == two and set(one) == {*TOY, 'mean'}
+
+def test_a_transformers_model(tmp_path):
+    T = pytest.importorskip('transformers')
+    torch.manual_seed(0)
+    m = T.GPT2LMHeadModel(T.GPT2Config(vocab_size=265, n_positions=512, n_embd=32, n_layer=2, n_head=2)).eval()
+    tok, bundle = byte_tokenizer(), write_bundle(tmp_path)
+    for t in TOY.values():
+        items = items_of(bundle, t, encoder(tok), 6)
+        for it, (losses, right) in zip(items, C.hf_scorer(m)(items)):
+            for r, s, l, ok in zip(it.rows, it.starts, losses, right):
+                z = m(torch.tensor([r])).logits[0].detach()
+                want = [torch.nn.functional.cross_entropy(z[t-1:t], torch.tensor(r[t:t+1])).item() for t in range(s, len(r))]
+                assert abs(sum(want)/len(want) - l) < 1e-4
+                assert ok == all(z[t-1].argmax().item() == r[t] for t in range(s, len(r)))
+
+def test_long_prompts_lose_their_beginning(tmp_path):
+    tok, bundle = byte_tokenizer(), write_bundle(tmp_path); t = TOY['sums']; rows = load_task(bundle, t)
+    ids = encoder(tok)(prompts(t, rows, 0)); whole, cut = (make_item(t, rows, 0, ids, n) for n in (None, 20))
+    assert [r[s:] for r, s in zip(cut.rows, cut.starts)] == [r[s:] for r, s in zip(whole.rows, whole.starts)]
+    assert all(len(r) <= 20 for r in cut.rows)
+
+def test_bundle_from_a_server(tmp_path, monkeypatch):
+    write_bundle(tmp_path/'w'/'eval_bundle'/'eval_data')
+    with zipfile.ZipFile(tmp_path/'bundle.zip', 'w') as z:
+        for f in (tmp_path/'w').rglob('*.jsonl'): z.write(f, f.relative_to(tmp_path/'w'))
+    h = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path)); h.log_message = lambda *a: None
+    srv = http.server.ThreadingHTTPServer(('127.0.0.1', 0), h); threading.Thread(target=srv.serve_forever, daemon=True).start()
+    monkeypatch.delenv('NANO_DH_DATA', raising=False); monkeypatch.setenv('NANO_DH_BASE_DIR', str(tmp_path/'base'))
+    try: root = C.core_bundle(url=f'http://127.0.0.1:{srv.server_port}/bundle.zip')
+    finally: srv.shutdown(); srv.server_close()
+    assert len(load_task(root, TOY['sums'])) == 20 and C.core_bundle() == root
+
+# --- wrong input ------------------------------------------------------------------------------------------------------
+
+def says(fn, *words):
+    with pytest.raises(Exception) as e: fn()
+    text = str(e.value)
+    assert all(w in text for w in words) and len(text.splitlines()) == 1, text
+
+def test_wrong_input_is_one_clear_error(tmp_path):
+    bundle, tok = write_bundle(tmp_path/'b'), byte_tokenizer(); m = small_model(tok.vocab_size)
+    f = bundle/TOY['pets'].uri
+    f.write_text(''); says(lambda: load_task(bundle, TOY['pets']), 'pets.jsonl', 'no questions')
+    f.write_text('{"query": "a", "choices": ["b"], "gold": 0}'); says(lambda: load_task(bundle, TOY['pets']), 'line 1', "'context_options'", 'schema needs')
+    f.write_text('{"context_options": ["a", "b"], "continuation": "c", "gold": 2}'); says(lambda: load_task(bundle, TOY['pets']), 'gold 2', '2 options')
+    f.write_text('{"context'); says(lambda: load_task(bundle, TOY['pets']), 'not JSON lines')
+    says(lambda: encoder(tok, small_model(300)), '265', '300', 'saved with the checkpoint')
+    says(lambda: evaluate_core(ModelScorer(m), encoder(tok), bundle, 'copa'), 'none of', 'copa')
+
+def test_checkpoint_of_another_config(tmp_path):
+    from nano_dh.checkpoint import load_checkpoint, save_checkpoint
+    save_checkpoint(tmp_path, 1, small_model(265))
+    says(lambda: load_checkpoint(tmp_path, small_model(265, pattern='L')), 'does not fit this model')
+    says(lambda: load_checkpoint(tmp_path, small_model(400)), 'other shapes')
