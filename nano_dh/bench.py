@@ -8,8 +8,7 @@ __all__ = ['STAGES', 'TABLES', 'BenchConfig', 'random_model', 'least_bytes', 'sy
            'sample_tokens', 'train_a_little', 'agreement', 'agree', 'guess', 'stream', 'line', 'bench', 'BenchReport']
 
 # %% ../nbs/17c_bench.ipynb #imports
-import gc, math, time, torch, traceback
-from contextlib import contextmanager
+import gc, io, time, torch, traceback
 from dataclasses import dataclass, fields, replace
 from fastcore.basics import patch
 from torch import Tensor
@@ -423,6 +422,7 @@ def tables(self:BenchReport) -> str:
 @patch
 def figure(self:BenchReport):
     "Speed by batch and by context, memory by context, the long stream"
+    from IPython.display import Image
     from matplotlib.figure import Figure
     fig = Figure(figsize=(10, 6), layout='constrained')
     (a, b), (c, d) = fig.subplots(2, 2)
@@ -444,4 +444,5 @@ def figure(self:BenchReport):
         ax.set_xlabel(x); ax.set_ylabel(y)
         if ax.get_legend_handles_labels()[0]: ax.legend(frameon=False, fontsize=8)
     d.set_ylim(0)
-    return fig
+    fig.savefig(png := io.BytesIO(), format='png', dpi=80)
+    return Image(png.getvalue())

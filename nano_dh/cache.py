@@ -8,6 +8,7 @@ __all__ = ['STATE_FORMAT', 'GRID', 'STRIDE', 'slot_names', 'fingerprint', 'State
 
 # %% ../nbs/15_cache.ipynb #imports
 import hashlib, json, torch
+from array import array
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 from fastcore.basics import patch
@@ -153,10 +154,11 @@ GRID, STRIDE = 64, 1024   # tokens: snapshots lie on the grid; one is kept at le
 
 def cuts(start:int,        # tokens already read, a multiple of GRID
          end:int,          # length of the prompt
-         piece:int=STRIDE  # largest piece
+         piece:int=STRIDE, # largest piece
+         last:bool=True    # also at the last multiple of GRID, where a snapshot is kept
         ) -> list[int]:    # where pieces end; the last one is `end`
     "Where a prompt is cut: multiples of `piece`, the last multiple of GRID, the end"
-    inner = {*range(start//piece*piece + piece, end, piece), (end-1)//GRID*GRID}
+    inner = {*range(start//piece*piece + piece, end, piece), *[(end-1)//GRID*GRID]*last}
     return [*sorted(c for c in inner if start < c < end), end]
 
 # %% ../nbs/15_cache.ipynb #snap
@@ -170,11 +172,10 @@ class Snapshot:
     nbytes: int
     children: int = 0
 
-def _keys(tokens, salt=b''): # digest of tokens[:n] for each n on the grid, n at most len-1
-    h, out = hashlib.blake2b(salt, digest_size=16), {}
+def _keys(tokens): # digest of tokens[:n] for each n on the grid, n at most len-1
+    h, out, data = hashlib.blake2b(digest_size=16), {}, array('I', tokens)
     for n in range(GRID, len(tokens), GRID):
-        h.update(b''.join(int(t).to_bytes(4, 'little') for t in tokens[n-GRID:n]))
-        out[n] = h.digest()
+        h.update(data[n-GRID:n]); out[n] = h.digest()
     return out
 
 # %% ../nbs/15_cache.ipynb #pc
@@ -262,7 +263,7 @@ def prefill(model:HybridModel,
     snap = cache.find(tokens) if fresh else None
     at = cache.restore(snap, state) if fresh else 0
     x = torch.tensor([tokens], device=state.pos.device)
-    for end in cuts(at, len(tokens), GRID if exact else piece):
+    for end in cuts(at, len(tokens), GRID if exact else piece, fresh or exact):
         z = model(x[:, at:end], state=state, last_only=True)[:, -1]
         at, keep = end, end % STRIDE == 0 or end == (len(tokens)-1)//GRID*GRID
         if fresh and keep and 0 < end < len(tokens): snap = cache.add(tokens, end, state, snap) or snap
