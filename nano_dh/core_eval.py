@@ -5,19 +5,23 @@
 # %% auto #0
 __all__ = ['KINDS', 'BUNDLE_URL', 'Task', 'core_tasks', 'centred', 'core_bundle', 'load_task', 'prompts', 'Item', 'make_item',
            'judge', 'batches', 'pad_rows', 'Scorer', 'oracle', 'correct', 'ModelScorer', 'CoreResult', 'evaluate_task',
-           'evaluate_core', 'encoder', 'hf_scorer', 'random_scorer', 'chance']
+           'evaluate_core', 'encoder', 'hf_scorer', 'BaseEvalConfig', 'settle', 'base_eval', 'core_metric',
+           'random_scorer', 'chance']
 
 # %% ../nbs/18_core_eval.ipynb #imports
 import csv, gzip, json, math, os, random, time, zipfile
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from fastcore.basics import patch
 from functools import cache
 from pathlib import Path
 import numpy as np, torch, torch.distributed as dist, torch.nn.functional as F
 from torch import Tensor
-from .core import base_dir, closest, dist_info, file_lock, package_data, print0
-from .dataset import fetch
+from .core import base_dir, closest, dist_info, file_lock, get_device, package_data, print0
+from .dataset import fetch, open_data
 from .hybrid_model import HybridModel
+from .loss_eval import bpb_figures, evaluate_documents, write_record
+from .checkpoint import load_model
+from .kernels import choose_backend
 
 # %% ../nbs/18_core_eval.ipynb #task
 KINDS = dict(multiple_choice=('query', 'choices', 'gold'),
@@ -354,6 +358,50 @@ def encoder(tok, model=None): # -> texts to token ids with BOS
 def hf_scorer(model, **kw) -> Scorer: # model: a transformers causal LM
     "A scorer from a Hugging Face model"
     return Scorer(lambda x: model(x).logits, model.device, **kw)
+
+# %% ../nbs/18_core_eval.ipynb #base-cfg
+@dataclass
+class BaseEvalConfig:
+    "Parameters of runs/base_eval.ipynb"
+    model: str = ''       # run name, folder of a run or a checkpoint; '' is the newest run
+    step: int = -1        # of the checkpoint; -1 is the last
+    data: str = ''        # text for bits per byte; '' is NANO_DH_DATA or the shipped sample
+    core: str = ''        # folder with the CORE bundle; '': see `core_bundle`; 'none' leaves it out
+    tasks: str = ''       # CORE tasks, such as 'copa winograd'; '' is all of them
+    max_items: int = 500  # questions of each task; 0 is all
+    max_docs: int = 100   # documents of each source for bits per byte; 0 is all
+    shared: bool = True   # read what options share once
+    nproc: int = -1       # ranks; -1: one a GPU, or 1
+    device: str = ''      # 'cuda', 'cpu'; '' takes the best there is
+
+# %% ../nbs/18_core_eval.ipynb #base-eval
+def settle(model): # choose the kernels that a GPU will use
+    cfg, dev = model.cfg, model.wte.weight.device
+    if dev.type == 'cuda' and 'G' in cfg.layer_types:
+        dims = cfg.n_qk_head, cfg.n_v_head, cfg.head_k_dim, cfg.head_v_dim
+        print0(choose_backend(dev, *dims, cfg.sequence_len, 16, uses=('rows', 'state')).reason)
+
+def base_eval(cfg:BaseEvalConfig, emit=print):
+    "Bits per byte and CORE of a checkpoint; what every rank runs"
+    model, tok, meta = load_model(cfg.model, None if cfg.step < 0 else cfg.step, get_device(cfg.device))
+    enc, files = encoder(tok, model), []; settle(model)
+    with torch.inference_mode():
+        bpb = bpb_figures(evaluate_documents(model, tok, mix := open_data(cfg.data), max_docs=cfg.max_docs))
+    emit(dict(bpb=bpb)); first = dist_info().rank == 0
+    if first: files.append(write_record('bpb', bpb, meta, mix.name, max_docs=cfg.max_docs))
+    if cfg.core != 'none':
+        r = evaluate_core(ModelScorer(model, cfg.shared), enc, cfg.core, cfg.tasks, cfg.max_items)
+        figures = dict(name=r.name, mean=r.mean, stderr=r.stderr, missing=r.missing, tasks=r.tasks)
+        emit(dict(core=r.tasks, core_table=str(r)))
+        if first: files.append(write_record('core', figures, meta, 'CORE', **asdict(cfg)))
+    emit(dict(records=[str(f) for f in files]))
+
+def core_metric(model, tok, step, max_items:int=100) -> dict:
+    "CORE for the training loop, on the first questions of each task"
+    was = model.training; model.eval()
+    r = evaluate_core(ModelScorer(model), encoder(tok, model), max_items=max_items, emit=str)
+    model.train(was)
+    return dict(core=r.mean, core_stderr=r.stderr, core_tasks=len(r.tasks))
 
 # %% ../nbs/18_core_eval.ipynb #proof-fns
 def random_scorer(seed:int=0):

@@ -152,3 +152,40 @@ def test_checkpoint_of_another_config(tmp_path):
     save_checkpoint(tmp_path, 1, small_model(265))
     says(lambda: load_checkpoint(tmp_path, small_model(265, pattern='L')), 'does not fit this model')
     says(lambda: load_checkpoint(tmp_path, small_model(400)), 'other shapes')
+
+# --- bits per byte ----------------------------------------------------------------------------------------------------
+
+def ranks_bpb(folder, emit):
+    from nano_dh.dataset import open_data
+    from nano_dh.loss_eval import bpb_figures, evaluate_documents
+    from test_eval import byte_tokenizer, small_model
+    tok = byte_tokenizer(); m = small_model(tok.vocab_size, sequence_len=256)
+    for batch in (1, 16): emit(bpb_figures(evaluate_documents(m, tok, open_data(folder), batch=batch)))
+
+def two_sources(folder):
+    "Two sources of a few short documents each, in and beyond ASCII, one with the text of a special token"
+    import pyarrow as pa, pyarrow.parquet as pq
+    texts = dict(wiki=[f'Page {i}. ' + 'Größe, naïve, 東京. '*(i + 1) for i in range(7)], chat=[f'User {i}: <|bos|> hello {"ha"*40*i}' for i in range(5)])
+    for name, docs in texts.items():
+        for split in ('train', 'val'): pq.write_table(pa.table(dict(text=docs)), Path(folder)/f'{name}_{split}.parquet', row_group_size=2)
+    return texts
+
+def test_bpb_by_source_on_one_and_two_ranks(tmp_path, monkeypatch):
+    import math
+    from nano_dh.launch import run_ranks
+    import test_eval
+    monkeypatch.setenv('PYTHONPATH', os.pathsep.join([str(Path(__file__).parent), os.environ.get('PYTHONPATH', '')]))
+    texts = two_sources(tmp_path); (a, b), (c, d) = (list(run_ranks(test_eval.ranks_bpb, str(tmp_path), n, 'cpu')) for n in (0, 2))
+    tok = byte_tokenizer(); m = small_model(tok.vocab_size, sequence_len=256)
+    for name in ('', *texts):
+        x, *others = (r[name] if name else r for r in (a, b, c, d))
+        for y in others: assert abs(x['bpb'] - y['bpb']) < 1e-5 and abs(x['stderr'] - y['stderr']) < 1e-5 and x['bytes'] == y['bytes'] and x['units'] == y['units']
+    for name, docs in texts.items():                      # from the logits and the raw text, rows of 256 cut by hand
+        nats = 0.
+        for t in docs:
+            ids = [tok.bos_id, *t.encode()]
+            for i in range(0, len(ids) - 1, 256):
+                z = m(torch.tensor([ids[i:i+256]])).double().log_softmax(-1)[0].detach()
+                nats -= sum(z[k, ids[i+k+1]].item() for k in range(min(256, len(ids) - 1 - i)))
+        n = sum(len(t.encode()) for t in docs)
+        assert a[name]['bytes'] == n and a[name]['units'] == len(docs) and abs(a[name]['bpb'] - nats/n/math.log(2)) < 1e-5
