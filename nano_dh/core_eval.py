@@ -10,7 +10,7 @@ __all__ = ['KINDS', 'BUNDLE_URL', 'Task', 'core_tasks', 'centred', 'core_bundle'
 
 # %% ../nbs/18_core_eval.ipynb #imports
 import csv, gzip, json, math, os, random, time, zipfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from fastcore.basics import patch
 from functools import cache
 from pathlib import Path
@@ -393,7 +393,7 @@ def base_eval(cfg:BaseEvalConfig, emit=print):
         r = evaluate_core(ModelScorer(model, cfg.shared), enc, cfg.core, cfg.tasks, cfg.max_items)
         figures = dict(name=r.name, mean=r.mean, stderr=r.stderr, missing=r.missing, tasks=r.tasks)
         emit(dict(core=r.tasks, core_table=str(r)))
-        if first: files.append(write_record('core', figures, meta, 'CORE', **asdict(cfg)))
+        if first: files.append(write_record('core', figures, meta, 'CORE', max_items=cfg.max_items, shared=cfg.shared))
     emit(dict(records=[str(f) for f in files]))
 
 def core_metric(model, tok, step, max_items:int=100) -> dict:

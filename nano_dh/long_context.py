@@ -5,18 +5,22 @@
 # %% auto #0
 __all__ = ['NOISE', 'WORDS', 'NEEDLES', 'position_losses', 'long_rows', 'long_texts', 'buckets', 'PositionCurve',
            'position_curve', 'draw_positions', 'Needle', 'passkey', 'number', 'uuid', 'variables', 'copy_words',
-           'needle_row', 'answered', 'needle_grid', 'draw_grid', 'needle_batch', 'learn_needles']
+           'needle_row', 'answered', 'needle_grid', 'draw_grid', 'needle_batch', 'learn_needles', 'LongContextConfig',
+           'long_context']
 
 # %% ../nbs/19_long_context.ipynb #imports
-import math, random, torch, torch.nn.functional as F
+import math, random, torch
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from torch import Tensor
 import pyarrow.parquet as pq
-from .core import closest, print0
-from .dataset import open_data, read_file
+from .core import closest, get_device, print0
+from .dataset import read_file
 from .hybrid_model import HybridModel
+from .loss_eval import write_record
+from .checkpoint import load_model
+from .core_eval import settle
 
 # %% ../nbs/19_long_context.ipynb #position-losses
 @torch.inference_mode()
@@ -208,3 +212,54 @@ def learn_needles(model, tok, hay:list, kinds:list, steps:int=200, length:int|No
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.); opt.step(); opt.zero_grad()
         if s % every == 0 or s == steps - 1: emit(f'step {s + 1}: text {l.mean().item():.3f}, answers {answer.item():.3f} nats')
     return model.eval()
+
+# %% ../nbs/19_long_context.ipynb #config
+@dataclass
+class LongContextConfig:
+    "Parameters of runs/long_context.ipynb"
+    models: str = ''     # runs or checkpoint folders, separated by commas; '' is the newest run
+    texts: str = ''      # file of long documents (parquet, jsonl, txt)
+    factor: int = 16     # longest row for the curve, in training lengths
+    per_doc: int = 4     # rows of a document
+    piece: int = 2048    # tokens at once
+    rows: int = 4        # rows at once
+    kinds: str = 'passkey number uuid variables copy' # needles; '' is none
+    learn_steps: int = 200 # of the lesson; 0 leaves it out
+    learn_rows: int = 16 # rows of a step of it
+    learn_rate: float = 5e-4 # its learning rate
+    lengths: str = ''    # of the grid, in tokens; '': 1/2 to 16 training lengths
+    depths: int = 5      # places of the needle
+    needles: int = 16    # questions a cell
+    device: str = ''     # 'cuda', 'cpu'; '' takes the best there is
+
+# %% ../nbs/19_long_context.ipynb #run-one
+def _grids(cfg, model, tok, hay, name, emit): # kind -> {'length depth': share}
+    T, out = model.cfg.sequence_len, {}
+    kinds, half = cfg.kinds.split(), len(hay)//2
+    if kinds and cfg.learn_steps:
+        learn_needles(model, tok, hay[:half], kinds, cfg.learn_steps, T, cfg.learn_rows, cfg.learn_rate)
+    lengths = [int(l) for l in cfg.lengths.split()] or [T//2*2**i for i in range(6)]
+    depths = [i/max(1, cfg.depths - 1)*.9 for i in range(cfg.depths)]
+    for k in kinds:
+        ok = [l for l in lengths if l < half]
+        g = needle_grid(model, tok, hay[half:], k, ok, depths, cfg.needles, cfg.piece, cfg.rows)
+        out[k] = {f'{l} {d}': v for (l, d), v in g.items()}
+        print0(f'{name}, {k}: ' + ', '.join(f'{l} {sum(g[l, d] for d in depths)/len(depths):.2f}' for l in ok))
+        emit(dict(model=name, kind=k, grid=[[l, d, v] for (l, d), v in g.items()]))
+    return out
+
+def long_context(cfg:LongContextConfig, emit=print):
+    "Curves and grids of several checkpoints; one process"
+    docs, files = long_texts(cfg.texts), []
+    for name in [n.strip() for n in cfg.models.split(',')]:
+        model, tok, meta = load_model(name, device=get_device(cfg.device)); settle(model)
+        name = name or Path(meta['path']).parent.name; N = cfg.factor*model.cfg.sequence_len + 1
+        if tok is None: raise ValueError(f'{name} has no tokenizer; evaluate a run that saved one')
+        c = position_curve(Path(name).name, model, long_rows(docs, tok.encode, tok.bos_id, N, cfg.per_doc),
+                           piece=cfg.piece, rows=cfg.rows)
+        emit(dict(curve=asdict(c)))
+        print0(f'{c.name}: ' + ', '.join(f'{b} {l:.3f}' for (_, b), l in zip(c.edges, c.loss)))
+        hay = tok.encode(max(docs, key=len)); grids = _grids(cfg, model, tok, hay, c.name, emit)
+        files.append(str(write_record('long_context', dict(curve=asdict(c), needles=grids), meta,
+                                      Path(cfg.texts).name, **asdict(cfg))))
+    emit(dict(records=files))

@@ -4,18 +4,21 @@
 
 # %% auto #0
 __all__ = ['PROBES', 'S3', 'Probe', 'register_probe', 'running', 's3_words', 'mqar', 'copying', 'distracted', 'probe_model',
-           'accuracy', 'ProbeRun', 'probe_rows', 'train_runs', 'CardCell', 'probe_card', 'draw_card']
+           'accuracy', 'ProbeRun', 'probe_rows', 'train_runs', 'CardCell', 'probe_card', 'draw_card',
+           'MechanismsConfig', 'can_record', 'mechanisms']
 
 # %% ../nbs/20_mechanisms.ipynb #imports
-import math, torch, torch.nn.functional as F
+import time, torch
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from statistics import mean, stdev
 from torch import Tensor
 from fastcore.basics import patch
-from .core import closest, print0
+from .core import closest, get_device, print0
 from .hybrid_model import HybridConfig, HybridModel
+from .kernels import set_backend
+from .loss_eval import write_record
 
 # %% ../nbs/20_mechanisms.ipynb #probe
 @dataclass(frozen=True)
@@ -66,8 +69,8 @@ def mqar(keys:int, values:int, every:int, a:float=.01) -> Callable:
         return x.scatter_(1, at, k), y.scatter_(1, at, v)
     return make
 
-register_probe(Probe('mqar-easy', 65, 64, mqar(32, 32, 8), False, '8 pairs in 64 tokens'))
-register_probe(Probe('mqar-hard', 513, 256, mqar(256, 256, 4), False, '64 pairs in 256 tokens'))
+register_probe(Probe('mqar-easy', 65, 32, mqar(32, 32, 4), False, '8 pairs in 32 tokens'))
+register_probe(Probe('mqar-hard', 257, 128, mqar(128, 128, 4), False, '32 pairs in 128 tokens'))
 
 # %% ../nbs/20_mechanisms.ipynb #copy
 def copying(n:int=32) -> Callable: # n different tokens
@@ -92,15 +95,17 @@ register_probe(Probe('copy', 33, 64, copying(), False, 'the first half again'))
 register_probe(Probe('recall', 48, 64, distracted(), False, 'four pairs behind noise'))
 
 # %% ../nbs/20_mechanisms.ipynb #model
-def probe_model(pattern:str, probe:Probe, depth:int=4, d_model:int=128,
-                head_dim:int=32,          # of every mixer
+def probe_model(pattern:str, probe:Probe, depth:int=4, d_model:int=64,
+                head_dim:int=16,          # of every mixer
                 seed:int=0, device='cpu', **kw) -> HybridModel: # further HybridConfig fields
     "A small model for a probe"
     cfg = HybridConfig.from_depth(
         depth, pattern.rstrip('-'), neg_eigval=pattern.endswith('-'), d_model=d_model, head_dim=head_dim,
         head_k_dim=head_dim, head_v_dim=head_dim, vocab_size=probe.vocab, sequence_len=probe.train_len,
         window=probe.train_len//4, value_embeds=False, mlp_ratio=2., activation='silu', **kw)
-    with torch.device(device): return HybridModel(cfg, seed)
+    with torch.device('meta'): model = HybridModel(cfg)
+    model.to_empty(device=device).init_weights(seed)
+    return model
 
 # %% ../nbs/20_mechanisms.ipynb #accuracy
 @torch.no_grad()
@@ -120,7 +125,7 @@ def accuracy(model, probe:Probe, length:int, rows:int=256, seed:int=10**6, # of 
 class ProbeRun:
     "One model on its way through a probe"
     def __init__(self, pattern:str, probe:Probe, lr:float=3e-3, seed:int=0, steps:int=1000,
-                 batch:int=64, device='cpu', shares=((.25, .2), (.5, .2), (1., .6)), # (length, part of the steps)
+                 batch:int=64, device='cpu', shares=((1/16, .25), (1/4, .15), (1/2, .15), (1, .45)), # (length, part of the steps)
                  betas=(.9, .98), data=None, **kw): # kw: of `probe_model`
         self.pattern, self.probe, self.lr, self.seed, self.steps, self.batch = pattern, probe, lr, seed, steps, batch
         self.device, self.model = torch.device(device), probe_model(pattern, probe, seed=seed, device=device, **kw)
@@ -132,7 +137,7 @@ class ProbeRun:
         self.rate = torch.tensor(lr, device=device) if gpu else lr
         self.opt = torch.optim.AdamW(self.model.parameters(), self.rate, betas, weight_decay=0.,
                                      foreach=True, capturable=gpu)
-        self.at, self.loss = torch.zeros((), dtype=torch.int64, device=device), math.nan
+        self.at = torch.zeros(1, dtype=torch.int64, device=device) # steps done
 
 def probe_rows(probe:Probe, T:int, n:int, seed:int=0, device='cpu') -> tuple: # x, y (n, T)
     "Rows to train on"
@@ -144,7 +149,7 @@ def one_step(self:ProbeRun, x, y):
     "Take the next rows, descend"
     i = (self.at*self.batch + torch.arange(self.batch, device=x.device) + 7919*self.seed) % len(x)
     loss = self.model(x[i], targets=y[i]); loss.backward()
-    if self.rate.__class__ is Tensor: self.rate.copy_(self.table[self.at])
+    if self.device.type == 'cuda': self.rate.copy_(self.table.index_select(0, self.at)[0])
     else: self.opt.param_groups[0]['lr'] = self.table[self.at].item()
     self.opt.step(); self.opt.zero_grad(set_to_none=True); self.at += 1
     return loss.detach()
@@ -157,28 +162,30 @@ def rows_for(self:ProbeRun, T, n): return self.data(T, min(n*self.batch, 2**16))
 def recorded(self:ProbeRun, T:int, n:int, stream): # -> function of no arguments: a step
     "The step for rows of length T, recorded if this is a GPU; what recording changed is undone"
     x, y = self.rows_for(T, n)
-    if self.device.type != 'cuda': return lambda: self.one_step(x, y)
-    if not self.opt.state: self.one_step(x, y)
-    keep = [*self.model.parameters(), self.at, *(t for s in self.opt.state.values() for t in s.values())]
-    old = [t.detach().clone() for t in keep]
+    if stream is None: return lambda: self.one_step(x, y)
+    state = lambda: [t for s in self.opt.state.values() for t in s.values()]
+    keep = [*self.model.parameters(), self.at, *state()]; old = [t.detach().clone() for t in keep]
+    fresh, graph = not self.opt.state, torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(2): self.one_step(x, y)
-    torch.cuda.synchronize(); graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream): self.one_step(x, y)
+        for _ in range(1 + fresh): self.one_step(x, y)
+        torch.cuda.synchronize()
+        graph.capture_begin(); self.one_step(x, y); graph.capture_end()
     torch.cuda.synchronize()
     with torch.no_grad():
         for t, o in zip(keep, old): t.copy_(o)
-    self.graph = graph
+        for t in state() if fresh else (): t.zero_()
+    self.graph = graph                                   # lives as long as it is replayed
     return graph.replay
 
 # %% ../nbs/20_mechanisms.ipynb #train-runs
 def train_runs(runs:list, # ProbeRun, of equal numbers of steps
-               group:int=8 # runs at a time on a GPU
+               group:int=8, # runs at a time on a GPU
+               record:bool=True # steps as CUDA graphs, on a GPU
               ) -> list:   # the same, trained
     "Train several runs; on a GPU side by side"
     for a in range(0, len(runs), group):
-        part = runs[a:a+group]; gpu = part[0].device.type == 'cuda'
+        part = runs[a:a+group]; gpu = record and part[0].device.type == 'cuda'
         streams = [torch.cuda.Stream() if gpu else None for _ in part]
         for k in range(len(part[0].stages)):
             steps = [r.recorded(*r.stages[k], s) for r, s in zip(part, streams)]
@@ -199,12 +206,12 @@ class CardCell:
     tried: dict              # learning rate -> accuracy at the training length, first seed
     acc: dict                # length / training length -> one accuracy a seed
     def text(self, k): # 'mean ± spread' in per cent
-        a = self.acc[k]; s = stdev(a) if len(a) > 1 else math.nan
-        return f'{100*mean(a):.1f} ± {100*s:.1f}'
+        a = self.acc[k]
+        return f'{100*mean(a):.1f}' + (f' ± {100*stdev(a):.1f}' if len(a) > 1 else '')
 
 def probe_card(patterns:list, probes:list, lrs:list, seeds:int=3, steps:int=1000, device='cpu',
                factors=(1, 2, 4), # lengths to ask, in training lengths
-               group:int=8, emit=print0, **kw) -> list: # of CardCell; kw: of `ProbeRun`
+               group:int=8, record:bool=True, emit=print0, **kw) -> list: # of CardCell; kw: of `ProbeRun`
     "Train and ask everything"
     cells = []
     for p in (_known(p) for p in probes):
@@ -212,8 +219,8 @@ def probe_card(patterns:list, probes:list, lrs:list, seeds:int=3, steps:int=1000
         def data(T, n, p=p): # the same rows for all patterns
             return store[T, n] if (T, n) in store else store.setdefault((T, n), probe_rows(p, T, n, device=device))
         make = lambda pat, lr, s: ProbeRun(pat, p, lr, s, steps, device=device, data=data, **kw)
-        first = train_runs([make(pat, lr, 0) for pat in patterns for lr in lrs], group)
-        cells += _rest(p, patterns, first, make, seeds, factors, group, emit)
+        first = train_runs([make(pat, lr, 0) for pat in patterns for lr in lrs], group, record)
+        cells += _rest(p, patterns, first, make, seeds, factors, (group, record), emit)
     return cells
 
 # %% ../nbs/20_mechanisms.ipynb #card-rest
@@ -225,7 +232,7 @@ def _rest(p, patterns, first, make, seeds, factors, group, emit):
     ask = lambda r: {k: accuracy(r.model, p, k*p.train_len) for k in factors}
     tried = {pat: {r.lr: (ask(r), r) for r in first if r.pattern == pat} for pat in patterns}
     best = {pat: max(t, key=lambda lr: sum(t[lr][0].values())) for pat, t in tried.items()}
-    more = train_runs([make(pat, best[pat], s) for pat in patterns for s in range(1, seeds)], group)
+    more = train_runs([make(pat, best[pat], s) for pat in patterns for s in range(1, seeds)], *group)
     out = []
     for pat in patterns:
         asked = [tried[pat][best[pat]][0]] + [ask(r) for r in more if r.pattern == pat]
@@ -250,3 +257,51 @@ def draw_card(cells:list, # of `probe_card`
         ax.bar(x, m, w*.92, yerr=err, error_kw=dict(lw=.8), label=pat)
     ax.set_xticks(range(len(probes)), probes); ax.set_ylim(0, 1.02)
     ax.set_title(f'{factor} x training length', fontsize=9); return ax
+
+# %% ../nbs/20_mechanisms.ipynb #config
+@dataclass
+class MechanismsConfig:
+    "Parameters of runs/mechanisms.ipynb"
+    probes: str = 'parity mqar-easy mqar-hard s3 mod5 copy recall' # in this order
+    patterns: str = 'G G- L S GGGL GGGL-' # a minus sign: negative eigenvalues
+    lrs: str = '1e-3 3e-3 1e-2' # learning rates, the same for all patterns
+    seeds: int = 3      # of the best learning rate
+    steps: int = 1200   # of each training
+    batch: int = 64     # rows of a step
+    depth: int = 4      # layers
+    d_model: int = 64   # width
+    head_dim: int = 16  # channels of a head
+    group: int = 12     # runs at a time on a GPU
+    minutes: float = 60. # begin no probe that would end later
+    device: str = ''    # 'cuda', 'cpu'; '' takes the best there is
+
+# %% ../nbs/20_mechanisms.ipynb #can-record
+def can_record(device, emit=print0, **kw) -> bool:
+    "Are steps recorded here, and do they train as unrecorded ones do?"
+    if torch.device(device).type != 'cuda': return False
+    make = lambda: ProbeRun('GL', PROBES['parity'], 1e-3, 0, 8, device=device, **kw)
+    try: a, b = train_runs([make()])[0], train_runs([make()], record=False)[0]
+    except RuntimeError as e:
+        emit(f'steps are not recorded here: {str(e).splitlines()[0]}'); return False
+    gap = max((p - q).abs().max().item() for p, q in zip(a.model.parameters(), b.model.parameters()))
+    emit(f'recorded and unrecorded training differ by {gap:.1e} in a weight after {a.steps} steps')
+    return gap < 1e-2
+
+# %% ../nbs/20_mechanisms.ipynb #mechanisms
+def mechanisms(cfg:MechanismsConfig, emit=print):
+    "The card, probe by probe; emits a record for each cell"
+    dev, begun, took, cells = get_device(cfg.device), time.time(), 0., []
+    if dev.type == 'cuda': set_backend('torch')
+    size = dict(depth=cfg.depth, d_model=cfg.d_model, head_dim=cfg.head_dim)
+    lrs, record, left = [float(l) for l in cfg.lrs.split()], can_record(dev, **size), []
+    for name in cfg.probes.split():
+        if time.time() - begun + took > 60*cfg.minutes: left.append(name); continue
+        t = time.time()
+        new = probe_card(cfg.patterns.split(), [name], lrs, cfg.seeds, cfg.steps, dev, group=cfg.group,
+                         record=record, batch=cfg.batch, **size)
+        took = time.time() - t; cells += new; print0(f'{name}: {took:.0f} s')
+        for c in new: emit(dict(cell=asdict(c)))
+    if left: print0(f'no time for {", ".join(left)}; raise minutes')
+    figures = {f'{c.probe} {c.pattern}': asdict(c) for c in cells}
+    emit(dict(records=[str(write_record('mechanisms', figures, f'depth {cfg.depth}, width {cfg.d_model}',
+              cfg.probes, recorded=record, seconds=time.time() - begun, left_out=left, **asdict(cfg)))]))

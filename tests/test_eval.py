@@ -189,3 +189,17 @@ def test_bpb_by_source_on_one_and_two_ranks(tmp_path, monkeypatch):
                 nats -= sum(z[k, ids[i+k+1]].item() for k in range(min(256, len(ids) - 1 - i)))
         n = sum(len(t.encode()) for t in docs)
         assert a[name]['bytes'] == n and a[name]['units'] == len(docs) and abs(a[name]['bpb'] - nats/n/math.log(2)) < 1e-5
+
+# --- a checkpoint, whole ----------------------------------------------------------------------------------------------
+
+def test_evaluation_of_a_checkpoint(tmp_path, monkeypatch):
+    "What runs/base_eval.ipynb runs: bits per byte, CORE of what the bundle has, a record of each"
+    from nano_dh.checkpoint import save_checkpoint
+    monkeypatch.setenv('NANO_DH_BASE_DIR', str(tmp_path/'base'))
+    tok, bundle = byte_tokenizer(), write_bundle(tmp_path/'b'); m = small_model(tok.vocab_size, sequence_len=128)
+    f = bundle/core_tasks()['copa'].uri; f.parent.mkdir(); f.write_text('\n'.join(json.dumps(dict(query=f'{i} is', choices=['a', 'the'], gold=i % 2)) for i in range(9)))
+    save_checkpoint(tmp_path/'run', 5, m, tokenizer=tok); recs = []
+    C.base_eval(C.BaseEvalConfig(str(tmp_path/'run'), data='sample', core=str(bundle), max_items=6, max_docs=1, device='cpu'), recs.append)
+    out = {k: v for r in recs for k, v in r.items()}; bpb, core = (json.loads(Path(f).read_text()) for f in out['records'])
+    assert bpb['figures']['bpb'] == out['bpb']['bpb'] and bpb['model']['step'] == 5 and bpb['machine']['torch'] == torch.__version__
+    assert core['figures']['tasks']['copa']['n'] == 6 and len(core['figures']['missing']) == 21 and 'mean of 1 of the 22' in core['figures']['name']
