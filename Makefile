@@ -8,10 +8,15 @@ STAMP := $(shell date +%Y%m%d-%H%M%S)
 EXTRA := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo dev,gpu || echo dev)
 RUN    = mkdir -p runs/out && $(V)/papermill --log-output --progress-bar --cwd .
 
-.PHONY: pretrain tokenizer test install docs clean-notebooks
+.PHONY: pretrain finetune tokenizer test install docs clean-notebooks
 
 pretrain: .venv/.ready     ## train a model (default: depth 4 on the shipped sample) and write the executed notebook
 	$(RUN) runs/pretrain.ipynb runs/out/pretrain-$(STAMP).ipynb $(P)
+
+finetune: .venv/.ready     ## mid-train, fine-tune and judge the newest pretrained model (P goes to the first two)
+	$(RUN) runs/midtrain.ipynb runs/out/midtrain-$(STAMP).ipynb $(P)
+	$(RUN) runs/sft.ipynb runs/out/sft-$(STAMP).ipynb $(P)
+	$(RUN) runs/chat_eval.ipynb runs/out/chat_eval-$(STAMP).ipynb
 
 tokenizer: .venv/.ready    ## train a tokenizer and compare its compression
 	$(RUN) runs/tokenizer.ipynb runs/out/tokenizer-$(STAMP).ipynb $(P)

@@ -8,12 +8,12 @@ __all__ = ['MASK', 'STAGES', 'HELD_OUT', 'INHERITED', 'whole_fit', 'ChatTokens',
            'write_answers', 'show_chats', 'ChatReport']
 
 # %% ../nbs/22_sft.ipynb #imp
-import hashlib, json, math
+import hashlib, json, math, time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 import numpy as np, torch, torch.distributed as dist
 from fastcore.basics import patch
-from .checkpoint import find_checkpoint, list_runs, load_model, runs_dir
+from .checkpoint import find_checkpoint, latest_step, list_runs, load_model, runs_dir
 from .core import compute_dtype, get_device, human
 from .dataloader import (N_STREAMS, DocTokens, EvalPacker, Loader, Packer, Piece, Stream,
                                 shuffled)
@@ -22,8 +22,9 @@ from .hybrid_model import HybridConfig
 from .identity import Identity
 from .launch import n_gpus
 from .tasks import TaskMixture, open_tasks, render_batch, render_for_completion
-from .train import (Plan, PlanError, PretrainConfig, Report, Trainer, _meta, _too_much,
-                           auto_batch, machine, pretrain)
+from .tokenizer import Tokenizer
+from .train import (MFU, Plan, PlanError, PretrainConfig, Report, Trainer, _clock, _meta,
+                           _too_much, machine, pretrain)
 
 # %% ../nbs/22_sft.ipynb #wholefit
 MASK = 1 << 24      # added to the id of a supervised token on its way through the packer
@@ -162,7 +163,7 @@ STAGES = dict( # tasks: with local files or the hub, on a GPU; those that need n
              own='sums@2500 simplespelling@400 spellingbee@400 identity@1000', epochs=1., lr_frac=1.),
     sft=dict(full='smoltalk@20000 arc_easy/train arc_challenge/train gsm8k/train simplespelling@300 '
                   'spellingbee@300 sums@1000 identity@1000',
-             own='sums@1000 spellingbee@200 identity@600', epochs=1., lr_frac=.3))
+             own='sums@1000 simplespelling@200 spellingbee@200 identity@600', epochs=1., lr_frac=.3))
 HELD_OUT = 'sums/test@200 simplespelling/test@100 identity/test'
 
 # %% ../nbs/22_sft.ipynb #cfg
@@ -228,12 +229,8 @@ def resolved(self:FinetuneConfig) -> FinetuneConfig:
         if getattr(c, k) == -1: setattr(c, k, s[k])
     c._rates(); c._steps(was, gpu)
     c.sampler = c.sampler or 'nano_dh.sft:write_answers'
-    c.run = c.run or f"{c.stage}-{Path(c.base).parent.name.split('-')[0]}-{_now()}"
+    c.run = c.run or f"{c.stage}-d{c.depth}-{time.strftime('%Y%m%d-%H%M%S')}"
     return c
-
-def _now():
-    import time
-    return time.strftime('%Y%m%d-%H%M%S')
 
 # %% ../nbs/22_sft.ipynb #rates
 @patch
@@ -249,7 +246,6 @@ def mean_tokens(task, tok, T, n=256): # of a conversation, cut at a row
 
 @patch
 def _steps(self:FinetuneConfig, was, gpu): # batch and number of steps
-    from nano_dh.tokenizer import Tokenizer
     for k, big, small in (('eval_tokens', 2**20, 2**15), ('max_hours', 168., 3.), ('nproc', n_gpus(), 1)):
         if getattr(self, k) == -1: setattr(self, k, big if gpu else small)
     self.device = self.device or get_device().type
@@ -270,7 +266,6 @@ class ChatPlan(Plan):
     def __str__(self):
         c, mc = self.cfg, self.machine
         lr = f"learning rates x {c.lr_frac:g}" if c.lr_frac >= 0 else ''
-        from nano_dh.train import _clock
         return '\n'.join(f'{k:9}{v}' for k, v in dict(
             run=f'{c.run_dir}' + f', continues at step {self.done}'*c.resume,
             base=f"{c.base}: depth {c.depth}, {c.pattern}, {self.params['total']:,} parameters",
@@ -283,8 +278,6 @@ class ChatPlan(Plan):
 def chat_plan(cfg:FinetuneConfig # may have fields left open
              ) -> ChatPlan:
     "What the run will do; PlanError if this machine cannot"
-    from nano_dh.checkpoint import latest_step
-    from nano_dh.train import MFU
     c = cfg.resolved(); m, mc = _meta(c), machine(c.device)
     if not c.resume and (c.run_dir/'config.json').exists():
         raise PlanError(f'Run {c.run} exists already. Continue it with resume True, or take another name.')
@@ -311,7 +304,6 @@ def write_answers(model, tok, prompts, n=64): # -> list of texts
 # %% ../nbs/22_sft.ipynb #showchats
 def show_chats(cfg:FinetuneConfig, n:int=3) -> list: # Rendered, which shows its mask
     "The first conversations of a run as the model will see them"
-    from nano_dh.tokenizer import Tokenizer
     c = cfg.resolved(); task = c.mixture('train')
     return render_batch([task[i] for i in range(n)], Tokenizer.load(Path(c.base)/'tokenizer'))
 

@@ -186,8 +186,8 @@ def local_file(data:str|Path, *names) -> Path|None: # the first of these files b
 def read_jsonl(path:str|Path) -> list:
     "Rows of a .jsonl or .jsonl.gz file"
     opener = gzip.open if str(path).endswith('.gz') else open
-    with opener(path, 'rt', encoding='utf-8') as f: lines = f.read().splitlines()
-    try: return [json.loads(l) for l in lines if l.strip()]
+    try:
+        with opener(path, 'rt', encoding='utf-8') as f: return [json.loads(l) for l in f if l.strip()]
     except ValueError as e: raise ValueError(f'{path}: not one JSON value a line ({e})') from None
 
 def hub_rows(repo:str,   # owner/name, or a folder laid out like one

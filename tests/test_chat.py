@@ -1,0 +1,149 @@
+"Conversations, their mask and packing, and what fine-tuning does, against things computed another way."
+import json, math, os, subprocess, sys, re
+from pathlib import Path
+import nbformat, pytest, torch
+from tiny_run import PAPERMILL, ROOT, environ, parameters
+from nano_dh.checkpoint import save_checkpoint
+from nano_dh.hybrid_model import HybridConfig, HybridModel
+from nano_dh.sft import ChatLoader, ChatTrainer, FinetuneConfig, finetune
+from nano_dh.tasks import (ARC, GSM8K, MMLU, ConversationError, HumanEval, SmolTalk, Sums, TaskMixture, local_file, messages,
+                           open_tasks, render, render_batch)
+from nano_dh.identity import Identity
+from nano_dh.tokenizer import Tokenizer
+
+tok = Tokenizer({bytes([i]): i for i in range(256)})
+DATA = os.environ.get('NANO_DH_DATA', '')
+pack = pytest.mark.skipif(not local_file(DATA, 'gsm8k_test.jsonl'), reason='NANO_DH_DATA names no folder with the published sets')
+
+def tiny(dtype=torch.float32, pattern='GGL', **kw):
+    cfg = HybridConfig.from_depth(3, vocab_size=tok.vocab_size, sequence_len=96, d_model=64, head_dim=32, head_k_dim=32, head_v_dim=32,
+                                  pattern=pattern, **kw)
+    m, g = HybridModel(cfg, 0), torch.Generator().manual_seed(1)
+    for p in m.parameters(): p.data += .05*torch.randn(p.shape, generator=g)
+    return m.to(dtype)
+
+def packed(m, convs, dtype=torch.float32): # loss of each conversation, all in one row with borders
+    rs = [render(c, tok) for c in convs]; ids, on = sum((r.ids for r in rs), []), sum((r.mask for r in rs), [])
+    ends = torch.tensor([len(r) for r in rs]).cumsum(0).tolist()
+    x = torch.tensor([ids]); y = torch.tensor([[t if o else -1 for t, o in zip(ids[1:] + [0], on[1:] + [0])]])
+    l = m(x, targets=y, reduction='none', cu_seqlens=torch.tensor([0, *ends], dtype=torch.int32)).detach().view(-1)
+    return [l[a:e].sum().item() for a, e in zip([0, *ends], ends)]
+
+@pytest.mark.parametrize('pattern,kw', [('GGL', {}), ('S', dict(window=128)), ('GL', dict(smear=True, backout=True))])
+@pytest.mark.parametrize('dtype,tol', [(torch.float32, 1e-4), (torch.float64, 1e-9)])
+def test_order_in_a_row_does_not_matter(pattern, kw, dtype, tol):
+    m = tiny(dtype, pattern, **kw); convs = [*Sums(size=4), *Identity(size=4)]; perm = [5, 2, 7, 0, 4, 1, 6, 3]
+    a, b = packed(m, convs), packed(m, [convs[i] for i in perm])
+    for j, i in enumerate(perm): assert abs(a[i] - b[j]) < tol*a[i]
+    for c, l in zip(convs, a): assert abs(packed(m, [c])[0] - l) < tol*l          # and it is the loss it has alone
+
+def test_loss_touches_the_supervised_tokens_only():
+    m = tiny(torch.float64); b = next(ChatLoader(TaskMixture([Sums(size=50), Identity(size=50)]), tok, batch_rows=4, seq_len=96, prefetch=0))
+    z = m(b.x, cu_seqlens=b.cu_seqlens).detach().requires_grad_()
+    torch.nn.functional.cross_entropy(z.flatten(0, 1), b.y.flatten(), ignore_index=-1, reduction='sum').backward()
+    assert torch.equal(z.grad.abs().sum(-1) > 0, b.y >= 0)
+    m.zero_grad(); loss = m(b.x, targets=b.y, reduction='sum', cu_seqlens=b.cu_seqlens); loss.backward()
+    g = [p.grad.clone() for p in m.parameters()]
+    m.zero_grad(); free = torch.where(b.y >= 0, b.y, torch.randint(0, 256, b.y.shape))   # any targets elsewhere
+    l = m(b.x, targets=free, reduction='none', cu_seqlens=b.cu_seqlens).view(b.y.shape)
+    (l*(b.y >= 0)).sum().backward()
+    for p, q in zip(m.parameters(), g): torch.testing.assert_close(p.grad, q, rtol=1e-9, atol=1e-12)
+    seen = {tok.decode([t]) for t in b.y[b.y >= 0].tolist()}
+    assert '<|assistant_end|>' in seen and not seen & {'<|user_end|>', '<|assistant_start|>', '<|output_start|>', '<|output_end|>', '<|bos|>'}
+
+def base(tmp): # a checkpoint to start from
+    os.environ['NANO_DH_BASE_DIR'] = str(tmp)
+    m = HybridModel(HybridConfig.from_depth(2, pattern='GL', vocab_size=tok.vocab_size, sequence_len=96, d_model=64, head_dim=32,
+                                            head_k_dim=32, head_v_dim=32), 0)
+    return str(save_checkpoint(Path(tmp)/'runs'/'base', 0, m, tokenizer=tok, meta=dict(train=dict(stage='base', total_batch_size=768))))
+
+KW = dict(tasks='sums@60 identity@60', val_tasks='sums/test@20', num_iterations=3, total_batch_size=768, prompts='', device='cpu', nproc=0,
+          eval_every=0, warmup_steps=40)
+
+def losses(tmp, **kw):
+    from dataclasses import replace
+    out = []; finetune(FinetuneConfig(**KW | kw), out.append)
+    return [r['loss'] for r in out if 'loss' in r]
+
+def test_micro_batches_do_not_change_the_loss(tmp_path, monkeypatch):
+    monkeypatch.setenv('NANO_DH_BASE_DIR', str(tmp_path)); b = base(tmp_path)
+    a = losses(tmp_path, base=b, run='a', device_batch_size=8)
+    c = losses(tmp_path, base=b, run='c', device_batch_size=1)
+    assert len(a) == 3 and all(abs(x - y) < 1e-5*x for x, y in zip(a, c))
+    t = ChatTrainer(FinetuneConfig(**KW | dict(base=b, run='d', device_batch_size=2)).resolved(), lambda r: None)
+    batch = next(t.loader); n, want = 0, 0.     # the loss of a batch by hand, conversation by conversation
+    for x, y, st in zip(batch.x, batch.y, batch.starts):
+        for s, e in zip(st, st[1:] + [len(x)]):
+            l = t.model(x[None, s:e], targets=y[None, s:e], reduction='none'); n += (y[s:e] >= 0).sum().item(); want += l.sum().item()
+    got, count = t.train_step(batch).tolist(); t.loader.close()
+    assert count == n and abs(got - want) < 1e-4*want and abs(got/count - a[0]) < 1e-4*a[0]
+
+@pytest.mark.slow
+def test_ranks_do_not_change_the_loss(tmp_path, monkeypatch):
+    from nano_dh.launch import run_ranks
+    monkeypatch.setenv('NANO_DH_BASE_DIR', str(tmp_path)); b = base(tmp_path)
+    a = losses(tmp_path, base=b, run='a', device_batch_size=2)
+    cfg = FinetuneConfig(**KW | dict(base=b, run='two', device_batch_size=2, nproc=2))
+    c = [r['loss'] for r in run_ranks(finetune, cfg, 2, 'cpu') if 'loss' in r]
+    assert all(abs(x - y) < 1e-4*x for x, y in zip(a, c)) and len(c) == 3
+
+def test_resume_is_exact(tmp_path, monkeypatch):
+    monkeypatch.setenv('NANO_DH_BASE_DIR', str(tmp_path)); b = base(tmp_path)
+    whole = losses(tmp_path, base=b, run='whole', num_iterations=4)
+    assert losses(tmp_path, base=b, run='cut', num_iterations=2) != []
+    assert losses(tmp_path, base=b, run='cut', num_iterations=4, resume=True) == whole[2:]
+
+def test_inherited_and_misspelt_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv('NANO_DH_BASE_DIR', str(tmp_path)); b = base(tmp_path)
+    with pytest.raises(ValueError, match='depth comes with the base'): FinetuneConfig(base=b, depth=8).resolved()
+    with pytest.raises(NameError, match="did you mean 'sums'"): FinetuneConfig(base=b, tasks='smus').resolved()
+    with pytest.raises(ValueError, match='stage'): FinetuneConfig(base=b, stage='x').resolved()
+
+@pack
+@pytest.mark.parametrize('task,n', [(lambda: ARC('easy', data=DATA), 2376), (lambda: ARC('challenge', data=DATA), 1172),
+    (lambda: MMLU('test', data=DATA), 14042), (lambda: MMLU('validation', data=DATA), 1531), (lambda: MMLU('dev', data=DATA), 285),
+    (lambda: GSM8K('train', data=DATA), 7473), (lambda: GSM8K('test', data=DATA), 1319), (lambda: HumanEval(data=DATA), 164),
+    (lambda: SmolTalk('train', data=DATA), 15218), (lambda: SmolTalk('test', data=DATA), 400)])
+def test_published_sizes_and_every_example_is_a_conversation(task, n):
+    t = task(); assert len(t) == n
+    for i in range(0, n, max(1, n//200)): assert messages(t[i])
+    for c in t[:50:7]:
+        if t.kind in ('choice', 'generate') and t.name != 'humaneval':
+            a = c['messages'][-1]['content']; a = a if isinstance(a, str) else ''.join(p['text'] for p in a if p['type'] == 'text')
+            assert t.evaluate(c, a) and not t.evaluate(c, 'nothing')
+
+@pack
+def test_gsm8k_calls_give_what_the_authors_wrote():
+    from nano_dh.execution import calculator
+    n = right = 0
+    for c in GSM8K('test', data=DATA)[:300]:
+        ps = c['messages'][-1]['content']
+        for p, q in zip(ps, ps[1:]):
+            if p['type'] == 'python':
+                r = calculator(p['text']); n += 1
+                try: right += r is not None and abs(float(r) - float(q['text'].replace(',', ''))) < .011*max(1, abs(float(r)))
+                except ValueError: pass
+    assert n > 800 and right/n > .97
+
+@pytest.mark.parametrize('nb', ['midtrain', 'sft', 'chat_eval', 'rl'])
+def test_parameters_of_the_notebooks_are_fields(nb):
+    from nano_dh.chat_eval import ChatEvalConfig
+    from nano_dh.rl import RLConfig
+    cls = dict(chat_eval=ChatEvalConfig, rl=RLConfig).get(nb, FinetuneConfig)
+    from dataclasses import fields
+    fs = {f.name: f for f in fields(cls)}
+    cell = next(c for c in nbformat.read(ROOT/'runs'/f'{nb}.ipynb', 4).cells if 'parameters' in c.metadata.get('tags', []))
+    for l in cell.source.splitlines():
+        n, t, d = re.match(r'(\w+): (\w+) = (.*?)  # .+', l).groups()
+        assert fs[n].type.__name__ == t and (eval(d) == fs[n].default or n == 'stage'), l
+
+@pytest.mark.slow
+def test_the_three_notebooks_in_a_row(tmp_path):
+    base(tmp_path); env = environ(tmp_path)
+    for nb, kw in (('midtrain', dict(tasks='sums@100 identity@50', num_iterations=6)), ('sft', dict(tasks='identity@100', num_iterations=4)),
+                   ('chat_eval', dict(tasks='identity sums@10', max_tokens=16))):
+        kw |= {} if nb == 'chat_eval' else dict(val_tasks='sums/test@10', eval_tokens=2000)
+        r = subprocess.run([PAPERMILL, ROOT/'runs'/f'{nb}.ipynb', tmp_path/f'{nb}.ipynb', *parameters(**kw)], env=env, capture_output=True, text=True)
+        assert r.returncode == 0, r.stderr[-3000:]
+    got = json.loads(next((tmp_path/'runs').glob('*/chat_eval-*.json')).read_text())
+    assert [r['n'] for r in got['results']] == [12, 10] and math.isfinite(got['chat_core'])
