@@ -306,6 +306,6 @@ def dh_runs():
     for r in list_runs():
         m = r['meta']['model'] or {}
         what = f"depth {m.get('n_layer', '?')} {m.get('pattern', '')}"
-        size = human(r['bytes']) + 'B'
-        print(f"{r['name']:36} step {r['step']:>7,}  {what:14} {size:>7}  {r['saved']}")
+        size = human(r['bytes'], unit='B')
+        print(f"{r['name']:36} step {r['step']:>7,}  {what:14} {size:>8}  {r['saved']}")
     print(f'in {runs_dir()}')

@@ -185,10 +185,12 @@ def varlen(q, k, v, scale, window, cu):
 def choose_path(q:Tensor, # (B, T, H, D)
                 window:int|None,    # earlier tokens that a query sees
                 doc_ids:Tensor|None # (B, T)
-               ) -> str: # dense, mask, band, flex
+               ) -> str: # dense, mask, band, flex, varlen
     "The cheapest correct way to attend within a piece"
     if window is None and doc_ids is None: return 'dense'
-    if q.is_cuda and q.dtype.itemsize == 2 and q.shape[-1] >= 16: return 'flex'
+    if q.is_cuda and q.dtype.itemsize == 2 and q.shape[-1] >= 16:
+        if doc_ids is None or torch.is_grad_enabled(): return 'flex'
+        return 'varlen' if has_varlen() else 'mask' # see above
     return 'band' if window is not None and q.shape[1] >= 2*window else 'mask'
 
 def _mask(path, B, T, window, ctx, dev):
