@@ -217,13 +217,14 @@ class ModelScorer(Scorer):
     "A HybridModel; logits only where they are asked for"
     def __init__(self, model:HybridModel,
                  shared:bool=True, # read what options share once
-                 max_tokens:int=0): # of a batch; 0: by device
-        self.model, self.shared, gpu = model, shared, model.wte.weight.is_cuda
+                 max_tokens:int=0, # of a batch; 0: by device
+                 least:int=64): # shared tokens that are worth two passes
+        self.model, self.least, gpu = model, least if shared else math.inf, model.wte.weight.is_cuda
         super().__init__(None, model.wte.weight.device, max_tokens or (2**17 if gpu else 2**13),
                          64 if gpu else 1)
     def at(self, x, b, t): return self.model.scores(self.model.stream(x)[b, t])
     def __call__(self, items):
-        many = [k for k, it in enumerate(items) if self.shared and len(it.rows) > 1]
+        many = [k for k, it in enumerate(items) if len(it.rows) > 1 and _shared(it) >= self.least]
         out = dict(zip(many, self.forked([items[k] for k in many])))
         rest = [k for k in range(len(items)) if k not in out]
         out |= zip(rest, super().__call__([items[k] for k in rest]))

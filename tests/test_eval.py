@@ -70,7 +70,7 @@ def test_shared_prefix_gives_the_same_answers_on_the_bundle():
     for t in core_tasks().values():
         if load_task(bundle, t) is None: continue
         items = items_of(bundle, t, encoder(tok, m), 32)
-        bad, worst = gaps(ModelScorer(m, shared=False)(items), ModelScorer(m)(items), items)
+        bad, worst = gaps(ModelScorer(m, shared=False)(items), ModelScorer(m, least=1)(items), items)
         print(f'{t.label}: largest difference of a loss {worst:.1e}')
         assert bad == 0 and worst < 1e-4, (t.label, bad, worst)
 
@@ -81,22 +81,32 @@ def test_shared_prefix_gives_the_same_answers(tmp_path, kw):
     tok, bundle = byte_tokenizer(), write_bundle(tmp_path); m = small_model(tok.vocab_size, **kw)
     for t in TOY.values():
         items = items_of(bundle, t, encoder(tok, m), 32)
-        for other in (ModelScorer(m), ModelScorer(m, max_tokens=400), Scorer(lambda x: m(x)), Scorer(lambda x: m(x), multiple=64)):
+        for other in (ModelScorer(m, least=1), ModelScorer(m, least=1, max_tokens=400), ModelScorer(m), Scorer(lambda x: m(x)), Scorer(lambda x: m(x), multiple=64)):
             bad, worst = gaps(ModelScorer(m, shared=False)(items), other(items), items)
             assert bad == 0 and worst < 1e-4
 
-def ranks_core(bundle, emit):
+def on_ranks(folders, emit):
+    "Everything that is said to be the same on any number of ranks, in one start of them"
+    from nano_dh.dataset import open_data
+    from nano_dh.loss_eval import bpb_figures, evaluate_documents
     from test_eval import TOY, byte_tokenizer, small_model
-    tok = byte_tokenizer(); m = small_model(tok.vocab_size)
+    (bundle, texts), tok = folders, byte_tokenizer(); m = small_model(tok.vocab_size, sequence_len=256)
     r = evaluate_core(ModelScorer(m), encoder(tok, m), bundle, tasks=TOY, emit=str)
     emit({k: t['accuracy'] for k, t in r.tasks.items()} | dict(mean=r.mean))
+    for batch in (1, 16): emit(bpb_figures(evaluate_documents(m, tok, open_data(texts), batch=batch)))
 
-def test_two_ranks_equal_one(tmp_path, monkeypatch):
+@pytest.fixture(scope='module')
+def ranks(tmp_path_factory):
+    "What one process and two ranks emit, and the texts"
     from nano_dh.launch import run_ranks
     import test_eval
-    monkeypatch.setenv('PYTHONPATH', os.pathsep.join([str(Path(__file__).parent), os.environ.get('PYTHONPATH', '')]))
-    bundle = str(write_bundle(tmp_path))
-    one, two = (list(run_ranks(test_eval.ranks_core, bundle, n, 'cpu'))[0] for n in (0, 2))
+    d = tmp_path_factory.mktemp('ranks'); (d/'text').mkdir(); texts = two_sources(d/'text'); old = os.environ.get('PYTHONPATH')
+    os.environ['PYTHONPATH'] = os.pathsep.join([str(Path(__file__).parent), old or ''])
+    try: yield *(list(run_ranks(test_eval.on_ranks, (str(write_bundle(d/'b')), str(d/'text')), n, 'cpu')) for n in (0, 2)), texts
+    finally: os.environ.pop('PYTHONPATH') if old is None else os.environ.update(PYTHONPATH=old)
+
+def test_two_ranks_equal_one(ranks):
+    one, two = ranks[0][0], ranks[1][0]
     assert one == two and set(one) == {*TOY, 'mean'}
 
 def test_a_transformers_model(tmp_path):
@@ -155,13 +165,6 @@ def test_checkpoint_of_another_config(tmp_path):
 
 # --- bits per byte ----------------------------------------------------------------------------------------------------
 
-def ranks_bpb(folder, emit):
-    from nano_dh.dataset import open_data
-    from nano_dh.loss_eval import bpb_figures, evaluate_documents
-    from test_eval import byte_tokenizer, small_model
-    tok = byte_tokenizer(); m = small_model(tok.vocab_size, sequence_len=256)
-    for batch in (1, 16): emit(bpb_figures(evaluate_documents(m, tok, open_data(folder), batch=batch)))
-
 def two_sources(folder):
     "Two sources of a few short documents each, in and beyond ASCII, one with the text of a special token"
     import pyarrow as pa, pyarrow.parquet as pq
@@ -170,12 +173,9 @@ def two_sources(folder):
         for split in ('train', 'val'): pq.write_table(pa.table(dict(text=docs)), Path(folder)/f'{name}_{split}.parquet', row_group_size=2)
     return texts
 
-def test_bpb_by_source_on_one_and_two_ranks(tmp_path, monkeypatch):
+def test_bpb_by_source_on_one_and_two_ranks(ranks):
     import math
-    from nano_dh.launch import run_ranks
-    import test_eval
-    monkeypatch.setenv('PYTHONPATH', os.pathsep.join([str(Path(__file__).parent), os.environ.get('PYTHONPATH', '')]))
-    texts = two_sources(tmp_path); (a, b), (c, d) = (list(run_ranks(test_eval.ranks_bpb, str(tmp_path), n, 'cpu')) for n in (0, 2))
+    (_, a, b), (_, c, d), texts = ranks
     tok = byte_tokenizer(); m = small_model(tok.vocab_size, sequence_len=256)
     for name in ('', *texts):
         x, *others = (r[name] if name else r for r in (a, b, c, d))
