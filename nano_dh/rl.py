@@ -46,6 +46,12 @@ class Rollouts:
         for a in range(0, len(self.x), rows):
             yield self.x[a:a+rows], self.y[a:a+rows], self.adv[a:a+rows], self.logp[a:a+rows]
 
+    def padded(self, rows, length): # few shapes, for kernels that are compiled for each
+        n, t = -len(self.x) % rows, -self.x.shape[1] % length
+        pad = lambda a, v: torch.nn.functional.pad(a, (0, t, 0, n), value=v)
+        return Rollouts(pad(self.x, 0), pad(self.y, -1), torch.nn.functional.pad(self.adv, (0, n)),
+                        pad(self.logp, 0.), self.rewards)
+
 def pack_rollouts(prompts:list,  # token ids of each question
                   groups:list,   # for each question its finished Streams
                   rewards:Tensor, # (prompts, samples)
@@ -172,6 +178,7 @@ class RLConfig(FinetuneConfig):
     minutes: float = 0.        # stop after so long; 0: after num_iterations
     eval_questions: int = -1   # held-out questions; -1: 1000 for tiny, else 200
     eval_samples: int = 1      # answers a question in the evaluation: pass@1 to pass@k
+    doc_mask: bool = False     # every answer has a row of its own
     weight_decay: float = 0.   # of the block matrices
     warmup_steps: int = 0
     warmdown_ratio: float = 0. # the learning rate stays
@@ -215,7 +222,8 @@ class Questions:
                                 for v, g in zip(convs, groups)])
         self.index += 1; t.roll_seconds = time.perf_counter() - began
         t.roll_tokens = sum(len(s.tokens) for g in groups for s in g)
-        return pack_rollouts(prompts, groups, rewards, t.tok.bos_id)
+        b = pack_rollouts(prompts, groups, rewards, t.tok.bos_id)
+        return b.padded(c.device_batch_size, 256) if t.device.type == 'cuda' else b
 
 # %% ../nbs/23_rl.ipynb #trainer
 class RLTrainer(ChatTrainer):
@@ -229,10 +237,6 @@ class RLTrainer(ChatTrainer):
         if c.task == 'tiny': self.questions = type(self.questions)('train', 20000)
 
     def make_loader(self, split, rows): return Questions(self, self.questions)
-
-    def restore(self): # a run that begins is judged before its first step
-        super().restore()
-        if self.step == 0: self.evaluate()
 
     def answer(self, convs, n, seed): # -> prompts, groups of finished Streams
         c = self.cfg; refresh(self.engine, self.model)
@@ -268,7 +272,7 @@ def train_step(self:RLTrainer, b:Rollouts) -> Tensor: # (2,) summed loss and dra
 def record(self:RLTrainer, b, far, seconds):
     "Write down a step; stop all ranks when the time is over"
     c = self.cfg; n, right, kept, tokens = self.sums(
-        b.rewards.numel(), b.rewards.sum().item(), len(b.x), self.roll_tokens)
+        b.rewards.numel(), b.rewards.sum().item(), (b.adv != 0).sum().item(), self.roll_tokens)
     self.log(reward=right/n, kept=kept/n, answer_tokens=tokens/n, roll_s=self.roll_seconds, train_s=seconds,
              samples_s=n/(self.roll_seconds + seconds), **far)
     late = self.sums(float(c.minutes > 0 and time.perf_counter() - self.began > 60*c.minutes))[0]

@@ -140,6 +140,10 @@ class ChatTrainer(Trainer):
         return ChatLoader(task, self.tok, split, rows, c.max_seq_len, c.seed, self.rank, self.world,
                           self.device, c.doc_mask, c.long_chats)
 
+    def restore(self): # a run that begins is judged before its first step
+        super().restore()
+        if self.step == 0: self.evaluate()
+
     def train_step(self, batch):
         "One optimizer step; the loss is a mean over the supervised tokens of all ranks"
         c = self.cfg; dt = torch.float32 if self.device.type == 'mps' else torch.float64
