@@ -33,17 +33,21 @@ class Score:
     @property
     def accuracy(self): return self.right/max(1, self.n)
     @property
-    def stderr(self): # of the accuracy, with one right and one wrong added so that 0 of 10 has one, too
+    # of the accuracy, with one right and one wrong added so that 0 of 10 has one, too
+    def stderr(self):
         p = (self.right + 1)/(self.n + 2)
         return math.sqrt(p*(1 - p)/max(1, self.n))
     @property
-    def centred(self): return (self.accuracy - self.chance)/(1 - self.chance) # 0 is guessing, 1 perfect
+    # 0 is guessing, 1 perfect
+    def centred(self): return (self.accuracy - self.chance)/(1 - self.chance)
     def record(self) -> dict:
-        return asdict(self) | {k: round(getattr(self, k), 4) for k in ('accuracy', 'stderr', 'centred')}
+        return asdict(self) | {k: round(getattr(self, k),
+                                        4) for k in ('accuracy', 'stderr', 'centred')}
     def __str__(self):
-        return (f'{self.task:16}{self.accuracy:7.1%} +-{self.stderr:5.1%}   chance {self.chance:4.0%}   '
-                f'{self.right:,} of {self.n:,}')
+        return (f'{self.task:16}{self.accuracy:7.1%} +-{self.stderr:5.1%}   '
+                f'chance {self.chance:4.0%}   {self.right:,} of {self.n:,}')
 
+# %% ../nbs/24_chat_eval.ipynb #core
 def chat_core(scores:list # Score
              ) -> float:
     "ChatCORE: the mean over tasks of accuracy, centred so that guessing is 0 and perfect 1"
@@ -57,7 +61,8 @@ def answer_choices(model, tok, convs:list, # of a task of kind 'choice'
     "The likeliest letter for each question"
     letters = torch.tensor([tok.encode(l)[0] for l in LETTERS])
     ids = [render_for_completion(c, tok) for c in convs]
-    order, out, dev = sorted(range(len(ids)), key=lambda i: -len(ids[i])), {}, model.wte.weight.device
+    order, out = sorted(range(len(ids)), key=lambda i: -len(ids[i])), {}
+    dev = model.wte.weight.device
     while order:
         b = order[:max(1, batch_tokens//len(ids[order[0]]))]; order = order[len(b):]
         x = torch.zeros(len(b), len(ids[b[0]]), dtype=torch.int64)
@@ -77,7 +82,8 @@ def answers(engine, convs:list,
     ids = [render_for_completion(c, engine.tokenizer) for c in convs]
     room = engine.max_len
     ids = [i for i in ids] if room is None else [i[-(room - max_tokens):] for i in ids]
-    streams = engine.generate_batch(ids, n=n, max_tokens=max_tokens, temperature=temperature, top_k=top_k,
+    streams = engine.generate_batch(ids, n=n, max_tokens=max_tokens, temperature=temperature,
+                                    top_k=top_k,
                                     seed=seed, tools=tools)
     return [streams[i:i+n] for i in range(0, len(streams), n)]
 
@@ -99,7 +105,8 @@ def evaluate_task(model, tok, task:Task, # this rank's model
     counts = torch.tensor([len(ok), sum(ok)], device=model.wte.weight.device)
     if dist.is_initialized() and me.world_size > 1: dist.all_reduce(counts)
     n, right = counts.tolist()
-    chance = sum(1/c['n_choices'] for c in convs)/max(1, len(convs)) if task.kind == 'choice' else 0.
+    chance = sum(1/c['n_choices'] for c in convs)/max(1,
+                                                      len(convs)) if task.kind == 'choice' else 0.
     some = [(c['messages'][-2]['content'], a, o) for c, a, o in zip(convs, shown, ok)][:keep]
     return Score(task.name, task.kind, n, right, chance, time.perf_counter() - t), some
 
@@ -111,7 +118,7 @@ OWN = 'identity sums@100 simplespelling@50 spellingbee@50'
 class ChatEvalConfig:
     "Parameters of runs/chat_eval.ipynb"
     model: str = ''        # run or checkpoint; '': the newest that was fine-tuned
-    tasks: str = ''        # such as 'gsm8k@200 mmlu'; '': all on a GPU, those that need no files on a CPU
+    tasks: str = ''  # such as 'gsm8k@200 mmlu'; '': all on a GPU, those that need no files on a CPU
     data: str = ''         # folder with local files; '': NANO_DH_DATA, then the hub
     max_tokens: int = 256  # of an answer
     keep: int = 10         # answers shown a task, the first ones
@@ -121,7 +128,8 @@ class ChatEvalConfig:
     @classmethod
     def from_ns(cls, ns:dict, before:set) -> 'ChatEvalConfig':
         "From a notebook's globals: what was assigned since `before` was taken"
-        return checked(cls, {k: v for k, v in ns.items() if k not in before and k[0] != '_'}).resolved()
+        return checked(cls, {k: v for k, v in ns.items() if k not in before
+                             and k[0] != '_'}).resolved()
 
 # %% ../nbs/24_chat_eval.ipynb #cfg2
 @patch
@@ -144,23 +152,31 @@ def chat_eval(cfg:ChatEvalConfig, # resolved
     model, tok, meta = load_model(cfg.model, device=get_device(cfg.device))
     engine, scores, records = Engine(model, tok), [], []
     for task in open_tasks(cfg.tasks, 'test', cfg.data):
-        s, some = evaluate_task(model, tok, task, max_tokens=cfg.max_tokens, keep=cfg.keep, engine=engine)
+        s, some = evaluate_task(model, tok, task, max_tokens=cfg.max_tokens, keep=cfg.keep,
+                                engine=engine)
         scores.append(s); records.append(s.record() | dict(samples=some)); emit(records[-1])
-    total = dict(chat_core=round(chat_core(scores), 4), tasks=[s.task for s in scores], step=meta['step'])
+    total = dict(chat_core=round(chat_core(scores), 4), tasks=[s.task for s in scores],
+                 step=meta['step'])
     if dist_info().rank == 0:
-        atomic_write(cfg.record(), json.dumps(dict(total, model=cfg.model, results=records), indent=1))
+        atomic_write(cfg.record(), json.dumps(dict(total, model=cfg.model, results=records),
+                                              indent=1))
     emit(total)
 
+# %% ../nbs/24_chat_eval.ipynb #table
 def eval_table(records:list): # of `chat_eval` -> Markdown
     "The figures of a run"
     from IPython.display import Markdown
     rows = [f"| {r['task']} | {r['accuracy']:.1%} ± {r['stderr']:.1%} | {r['chance']:.0%} | "
-            f"{r['right']:,} of {r['n']:,} | {r['seconds']:.0f} s |" for r in records if 'task' in r]
-    end = [f"\nChatCORE {r['chat_core']:.3f} over {len(r['tasks'])} tasks" for r in records if 'chat_core' in r]
-    return Markdown('\n'.join(['| task | accuracy | chance | right | time |', '|---|---|---|---|---|', *rows, *end]))
+            f"{r['right']:,} of {r['n']:,} | {r['seconds']:.0f} s |" for r in records
+            if 'task' in r]
+    end = [f"\nChatCORE {r['chat_core']:.3f} over {len(r['tasks'])} tasks" for r in records
+           if 'chat_core' in r]
+    return Markdown('\n'.join(['| task | accuracy | chance | right | time |',
+                               '|---|---|---|---|---|', *rows, *end]))
 
 def chat_metrics(model, tok, step) -> dict: # fits `core_metric` of a training run
     "Accuracies on the tasks that need no files, while a model trains"
-    model.eval(); got = [evaluate_task(model, tok, t, max_tokens=64)[0] for t in open_tasks(OWN, 'test')]
+    model.eval()
+    got = [evaluate_task(model, tok, t, max_tokens=64)[0] for t in open_tasks(OWN, 'test')]
     model.train()
     return {s.task: s.accuracy for s in got} | dict(chat_core=chat_core(got))

@@ -80,7 +80,8 @@ def calculator(expr:str,               # what stands between the tool tokens
     return str(x) if type(x) is int else f'{x:.12g}'
 
 # %% ../nbs/16_execution.ipynb #sb-imports
-import ctypes, importlib, json, os, re, resource, selectors, signal, subprocess, sys, tempfile, traceback
+import ctypes, importlib, json, os, re, resource, selectors, signal, subprocess, sys, tempfile
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -98,7 +99,8 @@ class Ran:
     seconds: float
     layers: tuple = ()  # what held it, see the table
 
-class SandboxError(RuntimeError): "This system cannot hold a program; the message says what is missing"
+class SandboxError(RuntimeError):
+    "This system cannot hold a program; the message says what is missing"
 
 # %% ../nbs/16_execution.ipynb #sb-c
 _NEW = dict(user=0x10000000, pid=0x20000000, net=0x40000000, ipc=0x8000000, mount=0x20000)
@@ -121,11 +123,12 @@ def _unshare(): # namespaces for the children of this process
 def _hidden(): # may others read this Python?
     p = Path(sys.base_prefix); return not all(d.stat().st_mode & 1 for d in (p, *p.parents))
 
+# %% ../nbs/16_execution.ipynb #sb-mounts
 def _mounts(work, disk): # everything read-only, and a small disk of its own in the work folder
     rec, private, nosuid, nodev = 0x4000, 1 << 18, 2, 4
     _call('mount', b'none', b'/', None, ctypes.c_ulong(rec | private), None)
     attr = (ctypes.c_uint64*4)(1, 0, 0, 0)                     # MOUNT_ATTR_RDONLY
-    _call('syscall', 442, -100, b'/', 0x8000, attr, ctypes.c_size_t(32))   # mount_setattr, recursive
+    _call('syscall', 442, -100, b'/', 0x8000, attr, ctypes.c_size_t(32))  # mount_setattr, recursive
     _call('mount', b'tmpfs', work.encode(), b'tmpfs', ctypes.c_ulong(nosuid | nodev),
           f'size={disk},nr_inodes=1024,mode=777'.encode())
     if _hidden(): # Python lies where only root may look: show it in the work folder
@@ -142,22 +145,26 @@ def _landlock(work): # -> version of Landlock; OSError if there is none
     abi = sys_call(444, None, ctypes.c_size_t(0), 1)
     if abi < 1: raise OSError('no Landlock')
     every = (1 << (13 if abi < 2 else 14 if abi < 3 else 15 if abi < 5 else 16)) - 1
-    rules = (ctypes.c_uint64*3)(every, 3 if abi >= 4 else 0, 3 if abi >= 6 else 0) # files, TCP, scopes
+    # files, TCP, scopes
+    rules = (ctypes.c_uint64*3)(every, 3 if abi >= 4 else 0, 3 if abi >= 6 else 0)
     fd = sys_call(444, rules, ctypes.c_size_t(8 if abi < 4 else 16 if abi < 6 else 24), 0)
     if fd < 0: raise OSError('landlock_create_ruleset')
     read, null = 0b1101, 0b110                                  # run, read, list; write, read
     places = {p: read for p in ('/usr', '/lib', '/lib64', '/bin', '/etc', '/proc', sys.prefix,
-                                sys.base_prefix)} | {'/dev/null': null, '/dev/urandom': 4, work: every}
+                                sys.base_prefix)} | {'/dev/null': null, '/dev/urandom': 4,
+                                                     work: every}
     for p, rights in places.items():
         if not os.path.exists(p): continue
         at = os.open(p, os.O_PATH)
-        one = ctypes.create_string_buffer(rights.to_bytes(8, 'little') + at.to_bytes(4, 'little'), 12)
+        one = ctypes.create_string_buffer(rights.to_bytes(8, 'little') + at.to_bytes(4, 'little'),
+                                          12)
         if sys_call(445, fd, 1, one, 0) < 0: raise OSError('landlock_add_rule')
         os.close(at)
     _call('prctl', 38, 1, 0, 0, 0)                              # no new rights by running a file
     if sys_call(446, fd, 0) < 0: raise OSError('landlock_restrict_self')
     return abi
 
+# %% ../nbs/16_execution.ipynb #sb-caps
 def _no_caps(): # give up what a user namespace gave
     head, data = (ctypes.c_uint32*2)(0x20080522, 0), (ctypes.c_uint32*6)()
     _call('capset', head, data)
@@ -165,7 +172,8 @@ def _no_caps(): # give up what a user namespace gave
 # %% ../nbs/16_execution.ipynb #sb-lim
 def _limits(a):
     r = resource; cpu = int(a['seconds']) + 1
-    for name, v in dict(CPU=cpu, AS=a['memory'], DATA=a['memory'], FSIZE=a['disk'], NOFILE=64, CORE=0,
+    for name, v in dict(CPU=cpu, AS=a['memory'], DATA=a['memory'], FSIZE=a['disk'], NOFILE=64,
+                        CORE=0,
                         NPROC=a['processes'], MSGQUEUE=0, MEMLOCK=0).items():
         if hasattr(r, f'RLIMIT_{name}'):
             key = getattr(r, f'RLIMIT_{name}'); hard = r.getrlimit(key)[1]
@@ -183,10 +191,12 @@ def _become(uid):
 
 # %% ../nbs/16_execution.ipynb #sb-inside
 def _inside(a, work, built, tell): # behind the walls: the process that runs the program
-    _call('prctl', 1, signal.SIGKILL, 0, 0, 0) if sys.platform == 'linux' else None   # end with the guard
+    # end with the guard
+    _call('prctl', 1, signal.SIGKILL, 0, 0, 0) if sys.platform == 'linux' else None
     if 'namespaces' in built: _mounts(work, a['disk'])
     elif _hidden(): # what the program names is read before the walls stand
-        for m in {*re.findall(r'^\s*(?:import|from)\s+(\w+)', a['code'], re.M)} & sys.stdlib_module_names:
+        for m in {*re.findall(r'^\s*(?:import|from)\s+(\w+)', a['code'],
+                              re.M)} & sys.stdlib_module_names:
             importlib.import_module(m)
     if a['uid']: _become(a['uid'])
     if 'landlock' in built: _landlock(work)
@@ -221,7 +231,8 @@ def _build(a): # what this system grants, tried in processes that end at once
     linux = sys.platform == 'linux'
     if root and 'user' not in skip and works(lambda: _become(_nobody())): built.append('user')
     if linux and 'namespaces' not in skip and works(ns): built.append('namespaces')
-    if linux and 'landlock' not in skip and works(lambda: _landlock(os.getcwd())): built.append('landlock')
+    if linux and 'landlock' not in skip and works(lambda: _landlock(os.getcwd())):
+        built.append('landlock')
     return built
 
 # %% ../nbs/16_execution.ipynb #sb-guard
@@ -248,6 +259,7 @@ def _guard(): # the script
     except BlockingIOError: text = ''
     os.write(report, json.dumps([built, text, code, bool(late)]).encode())
 
+# %% ../nbs/16_execution.ipynb #sb-sweep
 def _sweep(uid): # end every process of a user
     for _ in range(50):
         pid = os.fork()
@@ -259,7 +271,9 @@ def _sweep(uid): # end every process of a user
         time.sleep(.01)
 
 def _uid_of(p):
-    try: return p.stat().st_uid if (p/'stat').read_text().rsplit(')', 1)[1].split()[0] != 'Z' else None
+    try:
+        dead = (p/'stat').read_text().rsplit(')', 1)[1].split()[0] == 'Z'
+        return None if dead else p.stat().st_uid
     except OSError: return None
 
 # %% ../nbs/16_execution.ipynb #sb-listen
@@ -304,7 +318,8 @@ def run_code(code:str,                # a Python program
     got, over, rep = _start(a, seconds, output)
     out, err = (got[n][:output].decode(errors='replace') for n in ('out', 'err'))
     built, *rest = rep or (a['built'] or [], '', 0, True)
-    status, detail = ('output', f'more than {output} characters') if over == 'output' else _verdict(built, *rest, seconds)
+    if over == 'output': status, detail = 'output', f'more than {output} characters'
+    else: status, detail = _verdict(built, *rest, seconds)
     return Ran(status == 'ok', status, detail, out, err, time.monotonic() - t, (*built, 'limits'))
 
 # %% ../nbs/16_execution.ipynb #sb-start
@@ -312,26 +327,30 @@ def _start(a, seconds, cap): # -> what it printed, the limit that was hit, the g
     script = Path(find_spec('nano_dh').origin).parent/'execution.py'
     with tempfile.TemporaryDirectory(prefix='nano_dh_', ignore_cleanup_errors=True) as work:
         r, w = os.pipe()
-        p = subprocess.Popen([sys.executable, '-I', '-S', str(script), str(w)], cwd=work, pass_fds=[w],
+        p = subprocess.Popen([sys.executable, '-I', '-S', str(script), str(w)], cwd=work,
+                             pass_fds=[w],
                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                             env=dict(PATH=os.defpath, HOME=work, LANG='C.UTF-8'), start_new_session=True)
+                             env=dict(PATH=os.defpath, HOME=work, LANG='C.UTF-8'),
+                             start_new_session=True)
         os.close(w)
         try:
             p.stdin.write(json.dumps(a).encode()); p.stdin.close()
-            got, over = _listen(dict(out=p.stdout, err=p.stderr, rep=r), time.monotonic() + seconds + 5, cap)
+            got, over = _listen(dict(out=p.stdout, err=p.stderr, rep=r),
+                                time.monotonic() + seconds + 5, cap)
             if over: p.terminate()
             try: p.wait(3)
             except subprocess.TimeoutExpired: p.kill(); p.wait()
         finally: p.kill(); p.stdout.close(); p.stderr.close(); os.close(r)
     return got, over, json.loads(got['rep']) if got['rep'] else None
 
+# %% ../nbs/16_execution.ipynb #sb-walls
 def _walls(a, key): # the layers of this system; refuses if they are too few
     built = _start(dict(a, code='', built=None), 10., 1 << 16)[2]
     built = built[0] if built else []
     enough = ('user' if os.getuid() == 0 else 'namespaces') in built
     if not enough: raise SandboxError(
-        f'this system holds a program by limits{" and Landlock"*("landlock" in built)} alone: start as '
-        'root, or allow user namespaces, or pass trust=True if you trust the program')
+        f'this system holds a program by limits{" and Landlock"*("landlock" in built)} alone: '
+        'start as root, or allow user namespaces, or pass trust=True if you trust the program')
     return built
 
 # %% ../nbs/16_execution.ipynb #sb-main

@@ -21,7 +21,8 @@ from .engine import Engine, Request
 from .hybrid_model import HybridConfig, HybridModel
 from .launch import n_gpus
 from .sft import ChatTrainer, FinetuneConfig, finetune, newest
-from .tasks import TASKS, Task, chat, last_number, open_task, render_for_completion, say, tool
+from .tasks import (TASKS, Task, chat, last_number, open_task, render_for_completion, say,
+                           tool)
 from .tokenizer import Tokenizer
 from .train import Late, PlanError, PretrainConfig, Report, pretrain, read_metrics
 
@@ -52,6 +53,7 @@ class Rollouts:
         return Rollouts(pad(self.x, 0), pad(self.y, -1), torch.nn.functional.pad(self.adv, (0, n)),
                         pad(self.logp, 0.), self.rewards)
 
+# %% ../nbs/23_rl.ipynb #pack
 def pack_rollouts(prompts:list,  # token ids of each question
                   groups:list,   # for each question its finished Streams
                   rewards:Tensor, # (prompts, samples)
@@ -84,6 +86,7 @@ def rollout(engine, prompts:list, # token ids of each question
     engine.run(ss)
     return [ss[i:i+n] for i in range(0, len(ss), n)]
 
+# %% ../nbs/23_rl.ipynb #refresh
 def refresh(engine, model): # after the weights of `model` have changed
     "Let an engine forget what it has read, and take new weights if it has a copy of its own"
     slabs = engine.slabs; engine.release(); engine.slabs = slabs
@@ -99,7 +102,8 @@ class Tiny(Task):
     "'12 times 34': which of five signs is meant? Held-out questions have other pairs of numbers"
     name, kind = 'tiny', 'generate'
     signs = dict(plus='+', minus='-', times='*', over='//', modulo='%')
-    def __init__(self, split:str='train', size:int=1000): self.split, self.index = split, range(size)
+    def __init__(self, split:str='train', size:int=1000):
+        self.split, self.index = split, range(size)
     def example(self, i):
         r = random.Random(f'tiny {self.split} {i}'); test = self.split != 'train'
         while True:
@@ -109,8 +113,10 @@ class Tiny(Task):
     def talk(self, a, word, b, sign):
         call = tool(f'{a}{sign}{b}')
         return chat(f'{a} {word} {b}', [*call, say(call[1]['text'])])
-    def evaluate(self, conv, text): return last_number(text) == conv['messages'][-1]['content'][1]['text']
+    def evaluate(self, conv, text):
+        return last_number(text) == conv['messages'][-1]['content'][1]['text']
 
+# %% ../nbs/23_rl.ipynb #blind
 class Blind(Tiny):
     "The same questions, answered by somebody who takes the right sign one time in four"
     name, share = 'blind', .25
@@ -125,13 +131,15 @@ TASKS |= dict(tiny=Tiny, blind=Blind)
 # %% ../nbs/23_rl.ipynb #warm
 def tiny_base(name:str='tiny-base', seed:int=0) -> Path: # its checkpoint
     "An untrained model of two layers, with a tokenizer for the tiny task"
-    text = [' '.join(p['text'] for p in [dict(text=c['messages'][0]['content']), *c['messages'][1]['content']])
+    text = [' '.join(p['text'] for p in [dict(text=c['messages'][0]['content']),
+                                         *c['messages'][1]['content']])
             for c in Tiny(size=3000)]
     cfg = HybridConfig.from_depth(2, pattern='GL', vocab_size=384, sequence_len=64)
     tok = Tokenizer.train(text, 384, name='tiny'); model = HybridModel(cfg, seed)
     return save_checkpoint(runs_dir()/name, 0, model, tokenizer=tok,
                            meta=dict(train=dict(stage='tiny', total_batch_size=2048)))
 
+# %% ../nbs/23_rl.ipynb #warm2
 def tiny_start(seed:int=0, device:str='', log=lambda rec: None,
                demos:int=16000 # demonstrations, each seen once
               ) -> str:        # the run that RL starts from
@@ -139,9 +147,12 @@ def tiny_start(seed:int=0, device:str='', log=lambda rec: None,
     name = f'tiny-start-{seed}'
     with file_lock(runs_dir()/name):
         if latest_step(runs_dir()/name) is None:
-            cfg = FinetuneConfig(run=name, base=str(tiny_base(f'tiny-base-{seed}', seed)), stage='mid',
-                                 tasks=f'blind@{demos}', val_tasks='blind/test@200', total_batch_size=2048, epochs=1.,
-                                 device_batch_size=32, prompts='', nproc=0, seed=seed, device=device, compile='off')
+            cfg = FinetuneConfig(run=name, base=str(tiny_base(f'tiny-base-{seed}', seed)),
+                                 stage='mid',
+                                 tasks=f'blind@{demos}', val_tasks='blind/test@200',
+                                 total_batch_size=2048, epochs=1.,
+                                 device_batch_size=32, prompts='', nproc=0, seed=seed,
+                                 device=device, compile='off')
             finetune(cfg, log)
     return name
 
@@ -155,7 +166,7 @@ def drift(new:Tensor, old:Tensor # log-probabilities of drawn tokens, by trainin
     d = (new - old).double()
     if not len(d): return dict(drift=0., drift_max=0., kl=0.)
     return dict(drift=d.abs().mean().item(), drift_max=d.abs().max().item(),
-                kl=(d.exp() - 1 - d).mean().item())             # Schulman's estimate, never negative
+                kl=(d.exp() - 1 - d).mean().item())  # Schulman's estimate, never negative
 
 # %% ../nbs/23_rl.ipynb #pass
 def pass_at_k(n:int,     # answers that were judged
@@ -192,14 +203,17 @@ def resolved(self:RLConfig) -> RLConfig:
     gpu = c.device in ('', 'cuda') and n_gpus() > 0
     c.base = str(find_checkpoint(c.base)) if c.base else newest('sft', 'mid')
     m = c.model_config(); c.depth, c.pattern, c.vocab_size = m.n_layer, m.pattern, m.vocab_size
-    for k, v in dict(max_seq_len=m.sequence_len, max_tokens=24 if tiny else 256, nproc=n_gpus() if gpu else 1,
+    for k, v in dict(max_seq_len=m.sequence_len, max_tokens=24 if tiny else 256,
+                     nproc=n_gpus() if gpu else 1,
                      eval_questions=1000 if tiny else 200, lr_frac=.25 if tiny else .05,
-                     num_iterations=150 if tiny else 400, eval_every=20, save_every=100, max_hours=168.,
+                     num_iterations=150 if tiny else 400, eval_every=20, save_every=100,
+                     max_hours=168.,
                      device_batch_size=32, epochs=1.).items():
         if getattr(c, k) == -1: setattr(c, k, v)
     if c.questions % max(1, c.nproc):
-        raise ValueError(f'questions {c.questions} do not divide over {c.nproc} ranks; take a multiple')
-    c.total_batch_size = c.questions*c.samples          # what the records count is answers, not tokens
+        raise ValueError(f'questions {c.questions} do not divide over {c.nproc} ranks; '
+                         'take a multiple')
+    c.total_batch_size = c.questions*c.samples  # what the records count is answers, not tokens
     c.device = c.device or get_device().type; c.compile = 'off'; c._rates()
     c.run = c.run or f"rl-{c.task}-{time.strftime('%Y%m%d-%H%M%S')}"
     return c
@@ -210,7 +224,8 @@ class Questions:
     def __init__(self, trainer, task): self.t, self.task, self.index = trainer, task, 0
     def __iter__(self): return self
     def close(self): self.index = self.index
-    def state_dict(self): return dict(identity=self.task.name, row=self.index, index=self.index, streams={})
+    def state_dict(self):
+        return dict(identity=self.task.name, row=self.index, index=self.index, streams={})
     def load_state_dict(self, s): self.index = s['index']
 
     def __next__(self) -> Rollouts:
@@ -244,13 +259,15 @@ class RLTrainer(ChatTrainer):
         return prompts, rollout(self.engine, prompts, n, c.max_tokens, c.temperature, c.top_k, seed)
 
     def sums(self, *xs): # over ranks
-        t = torch.tensor(xs, dtype=torch.float64, device='cpu' if self.device.type == 'mps' else self.device)
+        t = torch.tensor(xs, dtype=torch.float64, device='cpu'
+                         if self.device.type == 'mps' else self.device)
         if self.world > 1: dist.all_reduce(t)
         return t.tolist()
 
 # %% ../nbs/23_rl.ipynb #step
 @patch
-def train_step(self:RLTrainer, b:Rollouts) -> Tensor: # (2,) summed loss and drawn tokens of all ranks
+# (2,) summed loss and drawn tokens of all ranks
+def train_step(self:RLTrainer, b:Rollouts) -> Tensor:
     "One optimizer step; no step where no group has anything to say"
     c, began = self.cfg, time.perf_counter(); new, old, loss = [], [], 0.
     count = self.sums((b.y >= 0).sum().item())[0]
@@ -265,15 +282,18 @@ def train_step(self:RLTrainer, b:Rollouts) -> Tensor: # (2,) summed loss and dra
         self.opt.schedule(self.step - 1, c.num_iterations, c.warmup_steps, c.warmdown_ratio,
                           c.final_lr_frac, c.schedule)
         self.opt.step(); self.opt.zero_grad()
-    self.record(b, drift(torch.cat(new), torch.cat(old)) if new else {}, time.perf_counter() - began)
+    self.record(b, drift(torch.cat(new), torch.cat(old)) if new else {},
+                time.perf_counter() - began)
     return torch.tensor(self.sums(loss) + [max(count, 1.)], dtype=torch.float64)
 
+# %% ../nbs/23_rl.ipynb #record
 @patch
 def record(self:RLTrainer, b, far, seconds):
     "Write down a step; stop all ranks when the time is over"
     c = self.cfg; n, right, kept, tokens = self.sums(
         b.rewards.numel(), b.rewards.sum().item(), (b.adv != 0).sum().item(), self.roll_tokens)
-    self.log(reward=right/n, kept=kept/n, answer_tokens=tokens/n, roll_s=self.roll_seconds, train_s=seconds,
+    self.log(reward=right/n, kept=kept/n, answer_tokens=tokens/n, roll_s=self.roll_seconds,
+             train_s=seconds,
              samples_s=n/(self.roll_seconds + seconds), **far)
     late = self.sums(float(c.minutes > 0 and time.perf_counter() - self.began > 60*c.minutes))[0]
     if late: c.num_iterations = self.step
@@ -283,13 +303,16 @@ def record(self:RLTrainer, b, far, seconds):
 def evaluate(self:RLTrainer):
     "Held-out questions: the mean reward, which is pass@1, and pass@k"
     c, k = self.cfg, self.cfg.eval_samples
-    convs = [self.held[i] for i in range(self.rank, min(c.eval_questions, len(self.held)), self.world)]
+    convs = [self.held[i] for i in range(self.rank, min(c.eval_questions, len(self.held)),
+                                         self.world)]
     prompts, groups = self.answer(convs, k, seed=10**6 + c.seed)
     right = [sum(bool(self.held.evaluate(v, s.text)) for s in g) for v, g in zip(convs, groups)]
-    n, *got = self.sums(len(convs), *(sum(pass_at_k(k, r, j) for r in right) for j in range(1, k + 1)))
+    n, *got = self.sums(len(convs), *(sum(pass_at_k(k, r,
+                                                    j) for r in right) for j in range(1, k + 1)))
     p = got[0]/n
     self.log(val_reward=p, val_reward_stderr=math.sqrt(max(p*(1 - p), 1e-4)/n), questions=int(n),
-             **{f'pass_{j}': g/n for j, g in enumerate(got, 1) if k > 1 and j in (1, 2, 4, 8, 16, k)},
+             **{f'pass_{j}': g/n for j, g in enumerate(got,
+                                                       1) if k > 1 and j in (1, 2, 4, 8, 16, k)},
              examples=[self.tok.decode(s.tokens) for g in groups[:3] for s in g[:1]])
 
 def rl(cfg:RLConfig, # may have fields left open
@@ -304,12 +327,12 @@ class RLReport(Report):
     def add(self, r:dict):
         s, n = r['step'], self.cfg.num_iterations
         if 'reward' in r and (s % self.every == 0 or s in (1, n)):
-            print(f"step {s:>4}/{n}  reward {r['reward']:.3f}  {r['kept']:.0%} of the answers used  "
+            print(f"step {s:>4}/{n}  reward {r['reward']:.3f}  {r['kept']:.0%} of answers used  "
                   f"{r['samples_s']:.1f} answers/s  drift {r.get('drift', 0):.1e}")
         if 'val_reward' in r:
             rest = '  '.join(f'{k}: {v:.3f}' for k, v in r.items() if k.startswith('pass_'))
-            print(f"step {s:>4}/{n}  held-out reward {r['val_reward']:.3f} +- {r['val_reward_stderr']:.3f}"
-                  f" over {r['questions']:,} questions  {rest}")
+            print(f"step {s:>4}/{n}  held-out reward {r['val_reward']:.3f} +- "
+                  f"{r['val_reward_stderr']:.3f} over {r['questions']:,} questions  {rest}")
         if 'note' in r: print(r['note'])
     def figure(self):
         "Reward of rollouts and held-out, and answers a second"
@@ -320,4 +343,5 @@ class RLReport(Report):
         return Image(curve.draw_now())
     def next(self):
         return (f"the first held-out answers:\n  " + '\n  '.join(self.last('examples', [])) +
-                f"\nto judge it:\n  papermill runs/chat_eval.ipynb runs/out/chat_eval.ipynb -p model {self.cfg.run}")
+                f"\nto judge it:\n  papermill runs/chat_eval.ipynb runs/out/chat_eval.ipynb "
+                f"-p model {self.cfg.run}")

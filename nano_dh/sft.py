@@ -37,7 +37,8 @@ def whole_fit(waiting:list,      # Pieces, the longest waiting first; those used
     "Fill one row with whole conversations; the rest stays BOS"
     row, placed, starts, at = np.full(size, bos, np.int32), [], [], 0
     n, gone = np.array([len(p) for p in waiting]), 2**62
-    while len(placed) < min(len(waiting), max_docs or size) and (not placed or n.min() <= size - at):
+    while len(placed) < min(len(waiting), max_docs or size) and (not placed
+                                                                 or n.min() <= size - at):
         k = 0 if not placed else int(np.where(n <= size - at, n, 0).argmax())
         p, n[k], waiting[k] = waiting[k], gone, None
         row[at+1:at+len(p)] = p.ids
@@ -88,11 +89,13 @@ class ChatStream(Stream):
 # %% ../nbs/22_sft.ipynb #chatpacker
 class ChatPacker(Packer):
     "One rank's share of the batches of conversations"
-    def __init__(self, task, tok, batch_rows, seq_len, seed=0, rank=0, world_size=1, long_chats='crop'):
+    def __init__(self, task, tok, batch_rows, seq_len, seed=0, rank=0, world_size=1,
+                 long_chats='crop'):
         if N_STREAMS % world_size or batch_rows % world_size:
             raise ValueError(f'{world_size} ranks must divide {N_STREAMS} streams and the '
                              f'{batch_rows} rows of a batch')
-        self.rank, self.world, self.batch_rows, self.size = rank, world_size, batch_rows, seq_len + 1
+        self.rank, self.world = rank, world_size
+        self.batch_rows, self.size = batch_rows, seq_len + 1
         self.row = self.index = 0; self.row_docs, self.bos = max(16, seq_len//16), tok.bos_id
         own = [0] if self.once else range(rank, N_STREAMS, world_size)
         docs = ChatTokens(task, tok, seq_len, not self.once, seed, own, self.n_streams, long_chats)
@@ -112,12 +115,14 @@ class ChatLoader(Loader):
                  batch_rows:int=64,      # rows of a global batch, over all ranks
                  seq_len:int=2048,       # T
                  seed:int=0, rank:int=0, world_size:int=1, device='cpu',
-                 documents:bool=True,    # give the borders, so that conversations do not see each other
+                 # give the borders, so that conversations do not see each other
+                 documents:bool=True,
                  long_chats:str='crop',  # longer than a row: 'crop' or 'drop'
                  state:dict|None=None, prefetch:int=2):
         self.device, self.documents, self.prefetch = torch.device(device), documents, prefetch
         make = ChatPacker if split == 'train' else ChatEvalPacker
-        self._make = lambda: make(task, tokenizer, batch_rows, seq_len, seed, rank, world_size, long_chats)
+        self._make = lambda: make(task, tokenizer, batch_rows, seq_len, seed, rank, world_size,
+                                  long_chats)
         self.load_state_dict(state)
 
     def __next__(self):
@@ -144,30 +149,38 @@ class ChatTrainer(Trainer):
         super().restore()
         if self.step == 0: self.evaluate()
 
-    def train_step(self, batch):
-        "One optimizer step; the loss is a mean over the supervised tokens of all ranks"
-        c = self.cfg; dt = torch.float32 if self.device.type == 'mps' else torch.float64
-        total = torch.stack([torch.zeros((), device=self.device, dtype=dt), (batch.y >= 0).sum().to(dt)])
-        if self.world > 1: dist.all_reduce(total)                   # now the count of all
-        scale = (self.world/total[1].clamp_min(1)).float()          # the optimizer averages over ranks
-        for mb in batch.micro(c.device_batch_size):
-            cu = dict(cu_seqlens=mb.cu_seqlens, cu_seqlens_cpu=mb.cu_seqlens_cpu)
-            loss = self.fwd(mb.x, targets=mb.y, reduction='sum', **(cu if c.doc_mask else {}))
-            (loss*scale).backward(); total[0] += loss.detach()
-        if self.world > 1: dist.all_reduce(total[:1])
-        self.opt.schedule(self.step, c.num_iterations, c.warmup_steps, c.warmdown_ratio,
-                          c.final_lr_frac, c.schedule)
-        self.opt.step(); self.opt.zero_grad(); self.step += 1
-        return total
+# %% ../nbs/22_sft.ipynb #chatstep2
+@patch
+def train_step(self:ChatTrainer, batch) -> torch.Tensor: # (2,) summed loss and targets of all ranks
+    "One optimizer step; the loss is a mean over the supervised tokens of all ranks"
+    c = self.cfg; dt = torch.float32 if self.device.type == 'mps' else torch.float64
+    total = torch.stack([torch.zeros((), device=self.device, dtype=dt),
+                         (batch.y >= 0).sum().to(dt)])
+    if self.world > 1: dist.all_reduce(total)                   # now the count of all
+    scale = (self.world/total[1].clamp_min(1)).float()  # the optimizer averages over ranks
+    for mb in batch.micro(c.device_batch_size):
+        cu = dict(cu_seqlens=mb.cu_seqlens, cu_seqlens_cpu=mb.cu_seqlens_cpu)
+        loss = self.fwd(mb.x, targets=mb.y, reduction='sum', **(cu if c.doc_mask else {}))
+        (loss*scale).backward(); total[0] += loss.detach()
+    if self.world > 1: dist.all_reduce(total[:1])
+    self.opt.schedule(self.step, c.num_iterations, c.warmup_steps, c.warmdown_ratio,
+                      c.final_lr_frac, c.schedule)
+    self.opt.step(); self.opt.zero_grad(); self.step += 1
+    return total
 
 # %% ../nbs/22_sft.ipynb #presets
-STAGES = dict( # tasks: with local files or the hub, on a GPU; those that need neither; times over them; learning rate
-    mid=dict(full='smoltalk mmlu/train@100000 gsm8k/train:2 simplespelling@100000 spellingbee@50000 '
+# full: from the hub or local files; own: needs neither; epochs; learning rates x lr_frac
+STAGES = dict(
+    mid=dict(full='smoltalk mmlu/train@100000 gsm8k/train:2 simplespelling@100000 '
+                  'spellingbee@50000 '
                   'sums@10000 identity@1000:2',
-             own='sums@2500 simplespelling@400 spellingbee@400 identity@1000', epochs=1., lr_frac=1.),
-    sft=dict(full='smoltalk@20000 arc_easy/train arc_challenge/train gsm8k/train simplespelling@300 '
+             own='sums@2500 simplespelling@400 spellingbee@400 identity@1000', epochs=1.,
+             lr_frac=1.),
+    sft=dict(full='smoltalk@20000 arc_easy/train arc_challenge/train gsm8k/train '
+                  'simplespelling@300 '
                   'spellingbee@300 sums@1000 identity@1000',
-             own='sums@1000 simplespelling@200 spellingbee@200 identity@600', epochs=1., lr_frac=.3))
+             own='sums@1000 simplespelling@200 spellingbee@200 identity@600', epochs=1.,
+             lr_frac=.3))
 HELD_OUT = 'sums/test@200 simplespelling/test@100 identity/test'
 
 # %% ../nbs/22_sft.ipynb #cfg
@@ -180,14 +193,14 @@ class FinetuneConfig(PretrainConfig):
     stage: str = 'mid'        # 'mid' or 'sft'
     base: str = ''            # run or checkpoint to start from; '': the newest of the stage before
     tasks: str = ''           # mixture, such as 'gsm8k:2 sums@500 my.jsonl'; '': that of the stage
-    val_tasks: str = ''       # held-out conversations for bpb; '': 'smoltalk/test', or what needs no files
+    val_tasks: str = ''       # held-out conversations for bpb; '': those of the mixture's kind
     epochs: float = -1.       # times over the mixture; -1: that of the stage
     long_chats: str = 'crop'  # conversations longer than a row: 'crop' or 'drop'
     doc_mask: bool = True     # keep attention and recurrence inside conversations
     lr_frac: float = -1.      # learning rates, as a part of those of pretraining
     weight_decay: float = 0.  # of the block matrices
     warmup_steps: int = 10
-    prompts: str = 'Who are you?|What is 12 + 34?|What is the capital of France?' # questions, split at |
+    prompts: str = 'Who are you?|What is 12 + 34?|What is the capital of France?'
 
 # %% ../nbs/22_sft.ipynb #cfg2
 @patch
@@ -200,13 +213,15 @@ def newest(*stages) -> str: # path of the checkpoint; '' if there is none
     "The run of the latest of these stages that was saved last"
     of = lambda r: r['meta'].get('train', {}).get('stage', 'base')
     for s in stages:
-        if found := [r for r in list_runs() if of(r) == s]: return str(find_checkpoint(found[-1]['name']))
+        if found := [r for r in list_runs() if of(r) == s]:
+            return str(find_checkpoint(found[-1]['name']))
     raise PlanError(f'{runs_dir()} holds no run of {" or ".join(stages)}; train one: make pretrain')
 
 @patch
 def model_config(self:FinetuneConfig) -> HybridConfig: return _config_of(self.base)
 @patch
-def scaling(self:FinetuneConfig): # learning rates as they are: a batch below LR_FLOOR counts as that
+# learning rates as they are: a batch below LR_FLOOR counts as that
+def scaling(self:FinetuneConfig):
     return PretrainConfig.scaling(self) | dict(weight_decay=self.weight_decay, total_tokens=None)
 
 def _base_meta(path): return json.loads((Path(path)/'meta.json').read_text())
@@ -224,7 +239,8 @@ def resolved(self:FinetuneConfig) -> FinetuneConfig:
     own = dict(depth=m.n_layer, pattern=m.pattern, vocab_size=m.vocab_size)
     for k in INHERITED: # not to be given, but a resolved configuration has them
         v, plain = getattr(c, k), getattr(FinetuneConfig, k)
-        if v not in (plain, own.get(k, plain)): raise ValueError(f'{k} comes with the base; leave it out')
+        if v not in (plain, own.get(k, plain)):
+            raise ValueError(f'{k} comes with the base; leave it out')
         setattr(c, k, own.get(k, plain))
     if c.max_seq_len == -1: c.max_seq_len = m.sequence_len
     c.tasks = c.tasks or s['full' if gpu else 'own']
@@ -248,17 +264,19 @@ def mean_tokens(task, tok, T, n=256): # of a conversation, cut at a row
     some = [task[i] for i in range(0, len(task), max(1, len(task)//n))]
     return float(np.mean([min(len(r), T + 1) for r in render_batch(some, tok)]))
 
+# %% ../nbs/22_sft.ipynb #steps
 @patch
 def _steps(self:FinetuneConfig, was, gpu): # batch and number of steps
-    for k, big, small in (('eval_tokens', 2**20, 2**15), ('max_hours', 168., 3.), ('nproc', n_gpus(), 1)):
+    for k, big, small in (('eval_tokens', 2**20, 2**15), ('max_hours', 168., 3.),
+                          ('nproc', n_gpus(), 1)):
         if getattr(self, k) == -1: setattr(self, k, big if gpu else small)
     self.device = self.device or get_device().type
     if self.compile == 'auto': self.compile = 'on' if gpu else 'off'
     task, tok = self.mixture('train'), Tokenizer.load(Path(self.base)/'tokenizer')
-    tokens = self.epochs*len(task)*mean_tokens(task, tok, self.max_seq_len)/.97    # rows are 97% full
+    tokens = self.epochs*len(task)*mean_tokens(task, tok, self.max_seq_len)/.97  # rows are 97% full
     unit = self.max_seq_len*max(1, self.nproc)
     if self.total_batch_size == -1:
-        most = min(was.get('total_batch_size', 2**19), tokens/60)                  # 60 steps or more
+        most = min(was.get('total_batch_size', 2**19), tokens/60)  # 60 steps or more
         self.total_batch_size = unit*2**max(0, int(math.log2(max(1, most/unit))))
     self._divide(32 if gpu else 8)
     if self.num_iterations == -1: self.num_iterations = max(1, round(tokens/self.total_batch_size))
@@ -274,22 +292,27 @@ class ChatPlan(Plan):
             run=f'{c.run_dir}' + f', continues at step {self.done}'*c.resume,
             base=f"{c.base}: depth {c.depth}, {c.pattern}, {self.params['total']:,} parameters",
             tasks=f"{c.tasks}: {len(c.mixture('train')):,} conversations, {c.epochs:g} epochs",
-            steps=f'{c.num_iterations:,} of {c.total_batch_size:,} tokens: {max(1, c.nproc)} ranks x '
-                  f'{c.grad_accum_steps} micro-batches x {c.device_batch_size} rows x {c.max_seq_len}; {lr}',
+            steps=f'{c.num_iterations:,} of {c.total_batch_size:,} tokens: {max(1, c.nproc)} ranks '
+                  f'x {c.grad_accum_steps} micro-batches x {c.device_batch_size} rows x '
+                  f'{c.max_seq_len}; {lr}',
             walls='conversations in a row do not see each other' if c.doc_mask else 'none in a row',
             time=f'about {_clock(self.seconds)} on {mc["name"]}').items())
 
+# %% ../nbs/22_sft.ipynb #mkplan
 def chat_plan(cfg:FinetuneConfig # may have fields left open
              ) -> ChatPlan:
     "What the run will do; PlanError if this machine cannot"
     c = cfg.resolved(); m, mc = _meta(c), machine(c.device)
     if not c.resume and (c.run_dir/'config.json').exists():
-        raise PlanError(f'Run {c.run} exists already. Continue it with resume True, or take another name.')
+        raise PlanError(f'Run {c.run} exists already. Continue it with resume True, or take '
+                        'another name.')
     done = (latest_step(c.run_dir) or 0) if c.resume else 0
-    flops = m.flops_per_token(c.max_seq_len)*c.total_tokens; ranks = c.nproc if c.device == 'cuda' else 1
+    flops = m.flops_per_token(c.max_seq_len)*c.total_tokens
+    ranks = c.nproc if c.device == 'cuda' else 1
     p = ChatPlan(c, m.param_counts(), done, c.epochs, flops,
                  flops*(1 - done/c.num_iterations)/(mc['flops']*MFU[c.device]*ranks), 0., mc)
-    if why := ' and '.join(_too_much(p)): raise PlanError(f'This run {why}; take fewer epochs or tasks')
+    if why := ' and '.join(_too_much(p)):
+        raise PlanError(f'This run {why}; take fewer epochs or tasks')
     return p
 
 # %% ../nbs/22_sft.ipynb #finetune
@@ -299,11 +322,13 @@ def finetune(cfg:FinetuneConfig, # may have fields left open
     "Train on conversations; what every rank runs"
     pretrain(cfg, emit, ChatTrainer)
 
+# %% ../nbs/22_sft.ipynb #writeanswers
 def write_answers(model, tok, prompts, n=64): # -> list of texts
     "Answer each question, with tools; calls and their results are shown"
     eng = Engine(model, tok)
     ids = [render_for_completion([dict(role='user', content=q)], tok) for q in prompts]
-    return [tok.decode(s.tokens) for s in eng.generate_batch(ids, temperature=0., max_tokens=n, tools=True)]
+    ss = eng.generate_batch(ids, temperature=0., max_tokens=n, tools=True)
+    return [tok.decode(s.tokens) for s in ss]
 
 # %% ../nbs/22_sft.ipynb #showchats
 def show_chats(cfg:FinetuneConfig, n:int=3) -> list: # Rendered, which shows its mask

@@ -22,7 +22,8 @@ from .tokenizer import Tokenizer
 # %% ../nbs/21_tasks.ipynb #check
 PARTS = ('text', 'python', 'output')
 
-class ConversationError(ValueError): "A malformed conversation; the message says which message and why"
+class ConversationError(ValueError):
+    "A malformed conversation; the message says which message and why"
 
 def _why_not(i, m, before): # what is wrong with message i; '' if nothing
     if not isinstance(m, dict) or not {'role', 'content'} <= m.keys():
@@ -37,6 +38,7 @@ def _why_not(i, m, before): # what is wrong with message i; '' if nothing
            or not isinstance(p.get('text'), str)]
     return f'part {bad[0]!r}: give type ({", ".join(PARTS)}) and text' if bad else ''
 
+# %% ../nbs/21_tasks.ipynb #messages
 def messages(conv:list|dict # messages, or a dict that has them under 'messages'
             ) -> list[dict]: # the messages
     "Check a conversation: an optional system text, then user and assistant in turn"
@@ -91,6 +93,7 @@ def render_batch(convs:list, tok:Tokenizer,
         out.append(Rendered(ids, mask, tok))
     return out
 
+# %% ../nbs/21_tasks.ipynb #render
 def render(conv, tok:Tokenizer) -> Rendered:
     "One conversation"
     return render_batch([conv], tok, 1)[0]
@@ -138,9 +141,11 @@ class Task:
         return text.strip()[:1] == conv['messages'][-1]['content']
     def __repr__(self): return f'{self.name}: {len(self):,} conversations ({self.kind})'
 
+# %% ../nbs/21_tasks.ipynb #help
 def chat(user:str, answer:str|list, **kw) -> dict: # kw: further keys of the conversation
     "One question and its answer"
-    return dict(messages=[dict(role='user', content=user), dict(role='assistant', content=answer)], **kw)
+    return dict(messages=[dict(role='user', content=user), dict(role='assistant', content=answer)],
+                **kw)
 
 def tool(expr:str, result:str|None=None) -> list: # two parts
     "A call of the calculator and what it says"
@@ -173,7 +178,8 @@ class Sums(Task):
         call = tool(f'{a}{op}{b}')
         ask = r.choice(self.asks).format(a, r.choice(self.ops[op]), b)
         return chat(ask, [*call, say(f"{a} {op} {b} = {call[1]['text']}")])
-    def evaluate(self, conv, text): return last_number(text) == conv['messages'][-1]['content'][1]['text']
+    def evaluate(self, conv, text):
+        return last_number(text) == conv['messages'][-1]['content'][1]['text']
 
 # %% ../nbs/21_tasks.ipynb #local
 def local_file(data:str|Path, *names) -> Path|None: # the first of these files below the folder
@@ -187,16 +193,18 @@ def read_jsonl(path:str|Path) -> list:
     "Rows of a .jsonl or .jsonl.gz file"
     opener = gzip.open if str(path).endswith('.gz') else open
     try:
-        with opener(path, 'rt', encoding='utf-8') as f: return [json.loads(l) for l in f if l.strip()]
+        with opener(path, 'rt', encoding='utf-8') as f:
+            return [json.loads(l) for l in f if l.strip()]
     except ValueError as e: raise ValueError(f'{path}: not one JSON value a line ({e})') from None
 
+# %% ../nbs/21_tasks.ipynb #hubrows
 def hub_rows(repo:str,   # owner/name, or a folder laid out like one
              config:str|None, split:str):
     "Rows of a data set, downloaded once by `datasets` and read from its cache afterwards"
     from datasets import load_dataset
     try: return load_dataset(str(repo), config, split=split)
     except (ConnectionError, OSError) as e:
-        raise ConnectionError(f'{repo} ({config}, {split}) is not cached and the hub does not answer '
+        raise ConnectionError(f'{repo} ({config}, {split}) is not cached, the hub does not answer '
                               f'({type(e).__name__}); set data to a folder that has it') from None
 
 # %% ../nbs/21_tasks.ipynb #rows
@@ -205,7 +213,7 @@ class Rows(Task):
     hub, config = '', None                  # where it is published
     splits = dict(train='train', test='test')
     def __init__(self, split:str='test',
-                 data:str='',               # folder with local files; '': NANO_DH_DATA, then the hub
+                 data:str='',  # folder with local files; '': NANO_DH_DATA, then the hub
                  hub:str=''                 # another repository, or a folder laid out like it
                 ):
         self.split = split; data = data or os.environ.get('NANO_DH_DATA', '')
@@ -213,7 +221,8 @@ class Rows(Task):
         self.rows = read_jsonl(path) if path else self.from_hub(hub or self.hub)
         self.origin, self.index = str(path or hub or self.hub), range(len(self.rows))
     def files(self): return ()              # names of local files
-    def from_hub(self, repo): return hub_rows(repo, self.config, self.splits.get(self.split, self.split))
+    def from_hub(self, repo):
+        return hub_rows(repo, self.config, self.splits.get(self.split, self.split))
     def example(self, i): return self.conversation(self.rows[i])
 
 # %% ../nbs/21_tasks.ipynb #choice
@@ -222,18 +231,21 @@ LETTERS = 'ABCDEFGHIJ'
 def ask_choice(question:str, choices:list, gold:int) -> dict: # a conversation, with n_choices
     "A question whose answer is a letter"
     lines = '\n'.join(f'{l}: {c}' for l, c in zip(LETTERS, choices))
-    return chat(f'{question}\n\n{lines}\n\nWhich letter is right?', LETTERS[gold], n_choices=len(choices))
+    return chat(f'{question}\n\n{lines}\n\nWhich letter is right?', LETTERS[gold],
+                n_choices=len(choices))
 
 class ARC(Rows):
     "Science questions of American schools (Clark et al., 2018, arXiv:1803.05457)"
     kind, chance, hub = 'choice', .25, 'allenai/ai2_arc'
     def __init__(self, level:str='easy', split:str='test', **kw):
-        if level not in ('easy', 'challenge'): raise ValueError(f'level {level!r}: easy or challenge')
+        if level not in ('easy', 'challenge'):
+            raise ValueError(f'level {level!r}: easy or challenge')
         self.name, self.config = f'arc_{level}', f'ARC-{level.title()}'
         super().__init__(split, **kw)
     def files(self): return [f'{self.name}.jsonl'] if self.split == 'test' else []
     def conversation(self, r):
-        if 'gold' in r: return ask_choice(r['query'].removeprefix('Question: '), r['choices'], r['gold'])
+        if 'gold' in r:
+            return ask_choice(r['query'].removeprefix('Question: '), r['choices'], r['gold'])
         c = r['choices']
         return ask_choice(r['question'], c['text'], c['label'].index(r['answerKey']))
 
@@ -273,29 +285,35 @@ class HumanEval(Rows):
     def files(self): return ['humaneval.jsonl', 'HumanEval.jsonl']
     def conversation(self, r):
         code = r['prompt'] + r['canonical_solution']
-        return chat(f"Complete this Python function.\n\n{r['prompt']}", f'```python\n{code}```', row=r)
+        return chat(f"Complete this Python function.\n\n{r['prompt']}", f'```python\n{code}```',
+                    row=r)
     def program(self, conv, text): # the program that decides
         r, m = conv['row'], re.search(r'```(?:python)?\n(.*?)```', text, re.S)
         code = m[1] if m else text
         head = r['prompt'].split('def ')[0]                         # its imports
-        whole = f'{head}\n{code}' if re.search(rf"def {r['entry_point']}\b", code) else r['prompt'] + code
+        whole = f'{head}\n{code}' if re.search(rf"def {r['entry_point']}\b",
+                                               code) else r['prompt'] + code
         return f"{whole}\n{r['test']}\ncheck({r['entry_point']})\n"
-    def evaluate(self, conv, text, seconds=5.): return run_code(self.program(conv, text), seconds=seconds).ok
+    def evaluate(self, conv, text, seconds=5.):
+        return run_code(self.program(conv, text), seconds=seconds).ok
 
 # %% ../nbs/21_tasks.ipynb #talk
 class SmolTalk(Rows):
     "Conversations of many sources (Allal et al., 2025, arXiv:2502.02737); locally any sft_*.jsonl"
     name, hub = 'smoltalk', 'HuggingFaceTB/smol-smoltalk'
-    def files(self): return [f'sft_{s}.jsonl' for s in dict(test=('val', 'test')).get(self.split, (self.split,))]
+    def files(self):
+        return [f'sft_{s}.jsonl' for s in dict(test=('val', 'test')).get(self.split, (self.split,))]
     def conversation(self, r): return dict(messages=r['messages'])
 
+# %% ../nbs/21_tasks.ipynb #custom
 class CustomJSON(Task):
     "Your own: a conversation a line, as a list of messages or a dict with `messages`"
     def __init__(self, path:str|Path, split:str='train'):
         self.rows = [r if isinstance(r, dict) else dict(messages=r) for r in read_jsonl(path)]
         for i, r in enumerate(self.rows):
             try: messages(r)
-            except ConversationError as e: raise ConversationError(f'{path}, line {i+1}: {e}') from None
+            except ConversationError as e:
+                raise ConversationError(f'{path}, line {i+1}: {e}') from None
         self.name, self.index = Path(path).name.split('.')[0], range(len(self.rows))
     def example(self, i): return self.rows[i]
 
@@ -305,6 +323,7 @@ def words(split:str='train') -> list[str]:
     test = split != 'train'
     return [w for w in package_data('words.txt').read_text().split() if _held(w) == test]
 
+# %% ../nbs/21_tasks.ipynb #spelling
 class SimpleSpelling(Task):
     "Spell a word"
     name, kind = 'simplespelling', 'generate'
@@ -327,8 +346,10 @@ class SpellingBee(SimpleSpelling):
     def example(self, i):
         r, w = self.draw(i); l = r.choice(w) if r.random() < .8 else r.choice('abcdefghilmnoprstuw')
         call = tool(f"'{w}'.count('{l}')")
-        return chat(r.choice(self.asks).format(w, l), [say(','.join(w) + '. '), *call, say(call[1]['text'])])
-    def evaluate(self, conv, text): return last_number(text) == conv['messages'][-1]['content'][-1]['text']
+        return chat(r.choice(self.asks).format(w, l), [say(','.join(w) + '. '), *call,
+                                                       say(call[1]['text'])])
+    def evaluate(self, conv, text):
+        return last_number(text) == conv['messages'][-1]['content'][-1]['text']
 
 # %% ../nbs/21_tasks.ipynb #mix
 class TaskSequence(Task):
@@ -350,7 +371,8 @@ class TaskMixture(TaskSequence):
     def where(self, i): return super().where(int(self.order[i]))
 
 # %% ../nbs/21_tasks.ipynb #spec
-TASKS = dict(arc_easy=ARC, arc_challenge=lambda **kw: ARC('challenge', **kw), mmlu=MMLU, gsm8k=GSM8K,
+TASKS = dict(arc_easy=ARC, arc_challenge=lambda **kw: ARC('challenge', **kw), mmlu=MMLU,
+             gsm8k=GSM8K,
              humaneval=HumanEval, smoltalk=SmolTalk, sums=Sums, simplespelling=SimpleSpelling,
              spellingbee=SpellingBee) # name -> class or function of (split, ...)
 
@@ -370,7 +392,10 @@ def open_task(name:str,         # a key of TASKS, or the path of a .jsonl file
     if size and size > len(t): raise ValueError(f'{name}: {size:,} wanted, it has {len(t):,}')
     return t[:size] if size else t
 
-def open_tasks(spec:str, split:str='train', data:str='') -> list[Task]: # 'gsm8k:2 sums@500 my.jsonl'
+# 'gsm8k:2 sums@500 my.jsonl'
+
+# %% ../nbs/21_tasks.ipynb #specs
+def open_tasks(spec:str, split:str='train', data:str='') -> list[Task]:
     "Tasks of a mixture; one with :n is in the list n times"
     out = []
     for word in spec.split():
