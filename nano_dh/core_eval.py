@@ -113,7 +113,8 @@ def prompts(task:Task, rows:list[dict], i:int # which question
     head = ''.join(_solved(task, rows[j]) + '\n\n' for j in shots)
     r, d = rows[i], task.delimiter
     if task.kind == 'multiple_choice': return [f"{head}{r['query']}{d}{c}" for c in r['choices']]
-    if task.kind == 'schema': return [f"{head}{c}{d}{r['continuation']}" for c in r['context_options']]
+    if task.kind == 'schema':
+        return [f"{head}{c}{d}{r['continuation']}" for c in r['context_options']]
     full = head + _solved(task, r)
     return [full[:len(full) - len(r['continuation'])].strip(), full]
 
@@ -168,7 +169,9 @@ def batches(sizes:list[int], # tokens of each
 def pad_rows(rows:list, multiple:int=1) -> Tensor: # (B, T) int64, zeros at the right
     "Rows of different lengths as one batch"
     T = -(-max(map(len, rows))//multiple)*multiple
-    return torch.from_numpy(np.stack([np.pad(np.asarray(r, np.int64), (0, T - len(r))) for r in rows]))
+    out = np.zeros((len(rows), T), np.int64)
+    for o, r in zip(out, rows): o[:len(r)] = r
+    return torch.from_numpy(out)
 
 def _targets(rows, starts, shift=0): # where the judged tokens are: batch row, place before, token
     at = [(b, t - 1 - shift, r[t]) for b, (r, s) in enumerate(zip(rows, starts))
@@ -180,7 +183,8 @@ class Scorer:
     def __init__(self, logits, # tokens (B, T) -> logits (B, T, vocab)
                  device='cpu', max_tokens:int=2**14, # of a batch
                  multiple:int=1): # lengths are rounded up to it
-        self.logits, self.device, self.max_tokens, self.multiple = logits, device, max_tokens, multiple
+        self.logits, self.device = logits, device
+        self.max_tokens, self.multiple = max_tokens, multiple
     def at(self, x, b, t): return self.logits(x)[b, t] # logits at some places
     @torch.no_grad()
     def __call__(self, items:list[Item]) -> list: # for each item (losses, right), lists by option
@@ -210,7 +214,8 @@ def oracle(items:list[Item], vocab:int):  # -> logits(tokens)
 # %% ../nbs/18_core_eval.ipynb #answers
 def correct(item:Item, losses, right) -> bool:
     "Was the question answered? Equal losses: the first option wins"
-    return right[0] if item.gold < 0 else min(range(len(losses)), key=losses.__getitem__) == item.gold
+    if item.gold < 0: return right[0]
+    return min(range(len(losses)), key=losses.__getitem__) == item.gold
 
 # %% ../nbs/18_core_eval.ipynb #model-scorer
 class ModelScorer(Scorer):
@@ -219,7 +224,8 @@ class ModelScorer(Scorer):
                  shared:bool=True, # read what options share once
                  max_tokens:int=0, # of a batch; 0: by device
                  least:int=64): # shared tokens that are worth two passes
-        self.model, self.least, gpu = model, least if shared else math.inf, model.wte.weight.is_cuda
+        self.model, self.least = model, least if shared else math.inf
+        gpu = model.wte.weight.is_cuda
         super().__init__(None, model.wte.weight.device, max_tokens or (2**17 if gpu else 2**13),
                          64 if gpu else 1)
     def at(self, x, b, t): return self.model.scores(self.model.stream(x)[b, t])
@@ -282,7 +288,7 @@ class CoreResult:
         whole = self.wanted == len(core_tasks()) and not self.missing
         few = f', first {self.max_items} questions of each' if self.max_items else ''
         left = f' (without {", ".join(self.missing)})' if self.missing else ''
-        return ('CORE' if whole else f'mean of {len(self.tasks)} of the 22 CORE tasks' + left) + few
+        return ('CORE' if whole else f'mean of {len(self.tasks)} of the 22 CORE tasks{left}') + few
 
 # %% ../nbs/18_core_eval.ipynb #result-str
 @patch
@@ -321,8 +327,9 @@ def evaluate_task(score,       # a scorer
                  for i, ps in zip(mine[a:a+chunk], text)]
         for it, got in zip(items, score(items)): ok[it.index] = correct(it, *got)
     acc = _all_ranks(ok).mean().item()
-    return dict(kind=task.kind, shots=task.shots, n=n, accuracy=acc, stderr=(acc*(1 - acc)/n)**.5,
-                baseline=task.baseline, centred=centred(acc, task.baseline), seconds=time.time() - t0)
+    return dict(kind=task.kind, shots=task.shots, n=n, accuracy=acc, baseline=task.baseline,
+                stderr=(acc*(1 - acc)/n)**.5, centred=centred(acc, task.baseline),
+                seconds=time.time() - t0)
 
 # %% ../nbs/18_core_eval.ipynb #evaluate-core
 def evaluate_core(score, encode,      # as for `evaluate_task`
@@ -337,11 +344,13 @@ def evaluate_core(score, encode,      # as for `evaluate_task`
     known, root, out, gone = tasks or core_tasks(), core_bundle(bundle), {}, []
     for n in (want := names.split() or list(known)):
         if n not in known:
-            raise ValueError(f'no task {n!r}, did you mean {closest(n, known)!r}? {", ".join(known)}')
+            near = closest(n, known)
+            raise ValueError(f'no task {n!r}, did you mean {near!r}? {", ".join(known)}')
         if (rows := load_task(root, known[n])) is None:
             gone.append(n); emit(f'{n}: not in this bundle; left out, not counted as 0'); continue
         r = out[n] = evaluate_task(score, encode, known[n], rows, max_items, max_len)
-        emit(f"{n}: {r['accuracy']:.4f} of {r['n']:,}, centred {r['centred']:+.4f}, {r['seconds']:.1f} s")
+        emit(f"{n}: {r['accuracy']:.4f} of {r['n']:,}, centred {r['centred']:+.4f}, "
+             f"{r['seconds']:.1f} s")
     if not out: raise ValueError(f'{root} has none of {want}; give another bundle')
     return CoreResult(out, gone, max_items, len(want))
 
@@ -367,7 +376,7 @@ class BaseEvalConfig:
     model: str = ''       # run name, folder of a run or a checkpoint; '' is the newest run
     step: int = -1        # of the checkpoint; -1 is the last
     data: str = ''        # text for bits per byte; '' is NANO_DH_DATA or the shipped sample
-    core: str = ''        # folder with the CORE bundle; '': see `core_bundle`; 'none' leaves it out
+    core: str = ''        # folder of the bundle; '': see `core_bundle`; 'none' leaves CORE out
     tasks: str = ''       # CORE tasks, such as 'copa winograd'; '' is all of them
     max_items: int = 500  # questions of each task; 0 is all
     max_docs: int = 100   # documents of each source for bits per byte; 0 is all
@@ -384,17 +393,19 @@ def settle(model): # choose the kernels that a GPU will use
 
 def base_eval(cfg:BaseEvalConfig, emit=print):
     "Bits per byte and CORE of a checkpoint; what every rank runs"
-    model, tok, meta = load_model(cfg.model, None if cfg.step < 0 else cfg.step, get_device(cfg.device))
-    enc, files = encoder(tok, model), []; settle(model)
+    step, first = None if cfg.step < 0 else cfg.step, dist_info().rank == 0
+    model, tok, meta = load_model(cfg.model, step, get_device(cfg.device))
+    enc, files, mix = encoder(tok, model), [], open_data(cfg.data); settle(model)
     with torch.inference_mode():
-        bpb = bpb_figures(evaluate_documents(model, tok, mix := open_data(cfg.data), max_docs=cfg.max_docs))
-    emit(dict(bpb=bpb)); first = dist_info().rank == 0
+        bpb = bpb_figures(evaluate_documents(model, tok, mix, max_docs=cfg.max_docs))
+    emit(dict(bpb=bpb))
     if first: files.append(write_record('bpb', bpb, meta, mix.name, max_docs=cfg.max_docs))
     if cfg.core != 'none':
         r = evaluate_core(ModelScorer(model, cfg.shared), enc, cfg.core, cfg.tasks, cfg.max_items)
         figures = dict(name=r.name, mean=r.mean, stderr=r.stderr, missing=r.missing, tasks=r.tasks)
         emit(dict(core=r.tasks, core_table=str(r)))
-        if first: files.append(write_record('core', figures, meta, 'CORE', max_items=cfg.max_items, shared=cfg.shared))
+        how = dict(max_items=cfg.max_items, shared=cfg.shared)
+        if first: files.append(write_record('core', figures, meta, 'CORE', **how))
     emit(dict(records=[str(f) for f in files]))
 
 def core_metric(model, tok, step, max_items:int=100) -> dict:

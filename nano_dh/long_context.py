@@ -52,8 +52,9 @@ def long_rows(texts,      # documents, or a file of them
         longest, n = max(longest, len(ids) + 1), min(per_doc, len(ids)//(length - 1))
         gap = len(ids)//n if n else 0
         rows += [[bos, *ids[i*gap:i*gap + length - 1]] for i in range(n)]
-    if not rows: raise ValueError(f'no document of {length:,} tokens, the longest has {longest:,}; '
-                                  'take a smaller length or longer documents')
+    if not rows:
+        raise ValueError(f'no document of {length:,} tokens, the longest has {longest:,}; '
+                         'take a smaller length or longer documents')
     return torch.tensor(rows)
 
 def long_texts(path:str|Path) -> list[str]:
@@ -67,7 +68,9 @@ def buckets(n:int,      # positions
             first:int=64 # end of the first bucket
            ) -> list[tuple[int, int]]: # [start, end) of each
     "Powers of two up to n"
-    ends = [first*2**i for i in range(max(1, math.ceil(math.log2(n/first)) + 1)) if first*2**i < n] + [n]
+    ends = [first]
+    while ends[-1] < n: ends.append(2*ends[-1])
+    ends[-1] = n
     return list(zip([0, *ends[:-1]], ends))
 
 @dataclass
@@ -97,15 +100,17 @@ def draw_positions(curves:list, # PositionCurve, several models
     for i, c in enumerate(curves):
         x = [b for _, b in c.edges]
         ax.plot(x, c.loss, 'o-', c=f'C{i}', ms=3, label=c.name)
-        ax.fill_between(x, *([m + k*s for m, s in zip(c.loss, c.stderr)] for k in (-1, 1)), color=f'C{i}', alpha=.2)
+        lo, hi = ([m + k*s for m, s in zip(c.loss, c.stderr)] for k in (-1, 1))
+        ax.fill_between(x, lo, hi, color=f'C{i}', alpha=.2)
         ax.axvline(c.train_len, c='k', lw=.5, ls=':')
-    ax.set_xscale('log', base=2); ax.set_xlabel('position (end of bucket)'); ax.set_ylabel('nats a token')
-    ax.legend(frameon=False, fontsize=8); return ax
+    ax.set_xscale('log', base=2); ax.set_xlabel('position (end of bucket)')
+    ax.set_ylabel('nats a token'); ax.legend(frameon=False, fontsize=8)
+    return ax
 
 # %% ../nbs/19_long_context.ipynb #forms
 NOISE = 'The day is long. The road goes on. A bird sings and is still. We come and we go. '
-WORDS = ('river stone lamp cloud garden bridge winter copper valley candle forest mirror island hammer '
-         'window silver basket thunder meadow pepper anchor violin saddle harbor').split()
+WORDS = ('river stone lamp cloud garden bridge winter copper valley candle forest mirror island '
+         'hammer window silver basket thunder meadow pepper anchor violin saddle harbor').split()
 
 @dataclass(frozen=True)
 class Needle:
@@ -117,16 +122,28 @@ class Needle:
 
 def _digits(r, n): return ''.join(r.choice('0123456789') for _ in range(n))
 
-def passkey(r): k = _digits(r, 5); return Needle((f'The pass key is {k}. Remember it: {k} is the pass key.',), 'What is the pass key? The pass key is', f' {k}', True)
-def _magic(r, what, v): w = r.choice(WORDS); return Needle((f'The magic {what} of the {w} is {v}.',), f'What is the magic {what} of the {w}? The magic {what} of the {w} is', f' {v}', False)
+def passkey(r):
+    k = _digits(r, 5); said = f'The pass key is {k}. Remember it: {k} is the pass key.'
+    return Needle((said,), 'What is the pass key? The pass key is', f' {k}', True)
+def _magic(r, what, v):
+    it = f'magic {what} of the {r.choice(WORDS)}'
+    return Needle((f'The {it} is {v}.',), f'What is the {it}? The {it} is', f' {v}', False)
 def number(r): return _magic(r, 'number', _digits(r, 7))
-def uuid(r): h = ''.join(r.choice('0123456789abcdef') for _ in range(32)); return _magic(r, 'code', '-'.join((h[:8], h[8:12], h[12:16], h[16:20], h[20:])))
+def uuid(r):
+    h = ''.join(r.choice('0123456789abcdef') for _ in range(32))
+    return _magic(r, 'code', '-'.join((h[:8], h[8:12], h[12:16], h[16:20], h[20:])))
 def variables(r):
-    a, b, c, d = r.sample('ABCDEFGHJKMNPQRSTUVWXYZ', 4); v = _digits(r, 5)
-    return Needle((f'VAR {a} = {v}.', f'VAR {b} = VAR {a}.', f'VAR {c} = VAR {b}.', f'VAR {d} = VAR {c}.'), f'Which value has VAR {d}? VAR {d} =', f' {v}', True)
-def copy_words(r): w = ' '.join(r.sample(WORDS, 8)); return Needle((f'Learn these words by heart: {w}.',), 'The words that you learnt by heart:', f' {w}', False)
+    *names, last = r.sample('ABCDEFGHJKMNPQRSTUVWXYZ', 4); v = _digits(r, 5)
+    links = [f'VAR {b} = VAR {a}.' for a, b in zip(names, names[1:] + [last])]
+    return Needle((f'VAR {names[0]} = {v}.', *links), f'Which value has VAR {last}? VAR {last} =',
+                  f' {v}', True)
+def copy_words(r):
+    w = ' '.join(r.sample(WORDS, 8))
+    return Needle((f'Learn these words by heart: {w}.',), 'The words that you learnt by heart:',
+                  f' {w}', False)
 
-NEEDLES = dict(passkey=passkey, number=number, uuid=uuid, variables=variables, copy=copy_words) # kind -> random.Random -> Needle
+# kind -> function of a random.Random
+NEEDLES = dict(passkey=passkey, number=number, uuid=uuid, variables=variables, copy=copy_words)
 
 # %% ../nbs/19_long_context.ipynb #row
 def needle_row(kind:str, tok,      # tokenizer
@@ -134,13 +151,16 @@ def needle_row(kind:str, tok,      # tokenizer
                length:int, depth:float, # 0 at the beginning, 1 before the question
                seed:int) -> tuple: # (length,) ids, and where the answer begins
     "Hide a needle, ask for it, answer"
-    if kind not in NEEDLES: raise ValueError(f'no needle {kind!r}, did you mean {closest(kind, NEEDLES)!r}?')
+    if kind not in NEEDLES:
+        raise ValueError(f'no needle {kind!r}, did you mean {closest(kind, NEEDLES)!r}?')
     n = NEEDLES[kind](random.Random(f'{kind} {seed}')); enc = tok.encode
     parts, q, a = [enc('\n' + p + '\n') for p in n.parts], enc('\n' + n.question), enc(n.answer)
     room = length - 1 - sum(map(len, parts)) - len(q) - len(a)
-    if room < 8*len(parts): raise ValueError(f'{kind} needs {length - room + 8*len(parts)} tokens; length {length}')
+    if (least := length - room + 8*len(parts)) > length:
+        raise ValueError(f'{kind} needs {least} tokens; length {length}')
     if n.noise: hay = enc(NOISE*(room//len(enc(NOISE)) + 2))
-    if len(hay) < room: raise ValueError(f'{len(hay):,} tokens of haystack, {room:,} are needed; give a longer text')
+    if len(hay) < room:
+        raise ValueError(f'{len(hay):,} tokens of haystack, {room:,} needed; give a longer text')
     spots = [round(room*(depth + (1 - depth)*i/len(parts))) for i in range(len(parts))]
     ids, last = [tok.bos_id], 0
     for s, p in zip(spots, parts): ids += hay[last:s] + p; last = s
@@ -168,8 +188,8 @@ def needle_grid(model, tok, hay:list, kind:str, lengths:list, depths:list, n:int
     for L in lengths:
         for d in depths:
             made = [needle_row(kind, tok, hay, L, d, 10**6 + s) for s in range(n)]
-            ok = [answered(model, torch.tensor([i for i, _ in made[a:a+rows]]), [s for _, s in made[a:a+rows]], piece)
-                  for a in range(0, n, rows)]
+            parts = [zip(*made[a:a+rows]) for a in range(0, n, rows)]
+            ok = [answered(model, torch.tensor(ids), starts, piece) for ids, starts in parts]
             out[L, d] = torch.cat(ok).float().mean().item()
     return out
 
@@ -180,29 +200,36 @@ def draw_grid(grid:dict, # (length, depth) -> share
     import matplotlib.pyplot as plt
     Ls, ds = (sorted({k[i] for k in grid}) for i in (0, 1))
     ax = ax or plt.subplots(figsize=(.55*len(Ls) + 1.4, .3*len(ds) + 1), layout='constrained')[1]
-    ax.imshow([[grid[L, d] for L in Ls] for d in ds], vmin=0, vmax=1, cmap='viridis', aspect='auto')
+    ax.imshow([[grid[L, d] for L in Ls] for d in ds], vmin=0, vmax=1, aspect='auto')
     for j, d in enumerate(ds):
         for i, L in enumerate(Ls):
-            v = grid[L, d]; ax.text(i, j, f'{100*v:.0f}', ha='center', va='center', fontsize=7, color='w' if v < .6 else 'k')
-    ax.set_xticks(range(len(Ls)), [f'{L:,}' for L in Ls], fontsize=7); ax.set_yticks(range(len(ds)), [f'{d:.0%}' for d in ds], fontsize=7)
+            v = grid[L, d]
+            ax.text(i, j, f'{100*v:.0f}', ha='center', va='center', fontsize=7,
+                    color='w' if v < .6 else 'k')
+    ax.set_xticks(range(len(Ls)), [f'{L:,}' for L in Ls], fontsize=7)
+    ax.set_yticks(range(len(ds)), [f'{d:.0%}' for d in ds], fontsize=7)
     ax.set_title(title, fontsize=9); return ax
 
 # %% ../nbs/19_long_context.ipynb #tune
-def needle_batch(tok, hay:list, kinds:list, length:int, rows:int, seed:int) -> tuple: # x, y, mask (rows, length-1)
+def needle_batch(tok, hay:list, kinds:list, length:int, rows:int, seed:int
+                ) -> tuple: # x, y, mask of the answers, each (rows, length-1)
     "Needles of random kinds at random depths, in random places of the text"
     r, made = random.Random(seed), []
     for i in range(rows):
         a = r.randrange(max(1, len(hay) - length))
-        made.append(needle_row(r.choice(kinds), tok, hay[a:a + length], length, r.random(), seed*rows + i))
+        kind, depth = r.choice(kinds), r.random()
+        made.append(needle_row(kind, tok, hay[a:a+length], length, depth, seed*rows + i))
     ids = torch.tensor([m for m, _ in made]); at = torch.arange(1, length)
     return ids[:, :-1], ids[:, 1:], at >= torch.tensor([s for _, s in made])[:, None]
 
-def learn_needles(model, tok, hay:list, kinds:list, steps:int=200, length:int|None=None, # default: training length
+def learn_needles(model, tok, hay:list, kinds:list, steps:int=200,
+                  length:int|None=None, # default: training length
                   rows:int=16, lr:float=1e-3, forward:Callable|None=None, # a compiled model
                   emit=print0, every:int=50, seed:int=0):
     "Fine-tune in place: ordinary loss plus the loss of the answers"
     dev, length = model.wte.weight.device, length or model.cfg.sequence_len
-    opt = torch.optim.AdamW(model.parameters(), lr, (.9, .95), weight_decay=0., fused=dev.type == 'cuda')
+    opt = torch.optim.AdamW(model.parameters(), lr, (.9, .95), weight_decay=0.,
+                            fused=dev.type == 'cuda')
     model.train()
     for s in range(steps):
         for p in opt.param_groups: p['lr'] = lr*min(1, (s + 1)/20, (steps - s)/(.5*steps))
@@ -210,7 +237,8 @@ def learn_needles(model, tok, hay:list, kinds:list, steps:int=200, length:int|No
         l = (forward or model)(x, targets=y, reduction='none').view(y.shape)
         answer = (l*on).sum()/on.sum(); (l.mean() + answer).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.); opt.step(); opt.zero_grad()
-        if s % every == 0 or s == steps - 1: emit(f'step {s + 1}: text {l.mean().item():.3f}, answers {answer.item():.3f} nats')
+        if s % every == 0 or s == steps - 1:
+            emit(f'step {s+1}: text {l.mean().item():.3f}, answers {answer.item():.3f} nats')
     return model.eval()
 
 # %% ../nbs/19_long_context.ipynb #config
@@ -237,14 +265,16 @@ def _grids(cfg, model, tok, hay, name, emit): # kind -> {'length depth': share}
     T, out = model.cfg.sequence_len, {}
     kinds, half = cfg.kinds.split(), len(hay)//2
     if kinds and cfg.learn_steps:
-        learn_needles(model, tok, hay[:half], kinds, cfg.learn_steps, T, cfg.learn_rows, cfg.learn_rate)
+        learn_needles(model, tok, hay[:half], kinds, cfg.learn_steps, T, cfg.learn_rows,
+                      cfg.learn_rate)
     lengths = [int(l) for l in cfg.lengths.split()] or [T//2*2**i for i in range(6)]
     depths = [i/max(1, cfg.depths - 1)*.9 for i in range(cfg.depths)]
     for k in kinds:
         ok = [l for l in lengths if l < half]
         g = needle_grid(model, tok, hay[half:], k, ok, depths, cfg.needles, cfg.piece, cfg.rows)
         out[k] = {f'{l} {d}': v for (l, d), v in g.items()}
-        print0(f'{name}, {k}: ' + ', '.join(f'{l} {sum(g[l, d] for d in depths)/len(depths):.2f}' for l in ok))
+        mean = lambda l: sum(g[l, d] for d in depths)/len(depths)
+        print0(f'{name}, {k}: ' + ', '.join(f'{l} {mean(l):.2f}' for l in ok))
         emit(dict(model=name, kind=k, grid=[[l, d, v] for (l, d), v in g.items()]))
     return out
 
@@ -255,8 +285,8 @@ def long_context(cfg:LongContextConfig, emit=print):
         model, tok, meta = load_model(name, device=get_device(cfg.device)); settle(model)
         name = name or Path(meta['path']).parent.name; N = cfg.factor*model.cfg.sequence_len + 1
         if tok is None: raise ValueError(f'{name} has no tokenizer; evaluate a run that saved one')
-        c = position_curve(Path(name).name, model, long_rows(docs, tok.encode, tok.bos_id, N, cfg.per_doc),
-                           piece=cfg.piece, rows=cfg.rows)
+        x = long_rows(docs, tok.encode, tok.bos_id, N, cfg.per_doc)
+        c = position_curve(Path(name).name, model, x, piece=cfg.piece, rows=cfg.rows)
         emit(dict(curve=asdict(c)))
         print0(f'{c.name}: ' + ', '.join(f'{b} {l:.3f}' for (_, b), l in zip(c.edges, c.loss)))
         hay = tok.encode(max(docs, key=len)); grids = _grids(cfg, model, tok, hay, c.name, emit)

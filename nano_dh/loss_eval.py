@@ -107,7 +107,7 @@ def document_rows(ids:list,    # tokens of a document, BOS first
                   seq_len:int  # targets of a row, at most
                  ) -> list:    # of (inputs, targets), lists of ids
     "Cut a document into rows; each of its tokens but the first is a target once"
-    return [(ids[a:a + seq_len], ids[a + 1:a + seq_len + 1]) for a in range(0, len(ids) - 1, seq_len)]
+    return [(ids[a:a+seq_len], ids[a+1:a+seq_len+1]) for a in range(0, len(ids)-1, seq_len)]
 
 def _documents(source, split, rank, world, most): # yields this rank's (number, text)
     i = 0
@@ -149,9 +149,10 @@ def evaluate_documents(model,       # as for `evaluate_bpb`
         for x, y, d in _grouped(rows, batch):
             l = model(x.to(dev), targets=y.to(dev), reduction='none')
             parts.append((d, row_sums(l.to(acc), y.to(acc), table).cpu()))
-        d, r = (torch.cat(p) for p in zip(*parts)) if parts else (torch.zeros(0).long(), torch.zeros(0, 3).double())
-        n = int(d.max()) + 1 if len(d) else 0
-        sums[s.name] = moments(torch.zeros(n, 3, dtype=torch.float64).index_add_(0, d, r))
+        n = 1 + max((int(d.max()) for d, _ in parts), default=-1)
+        units = torch.zeros(n, 3, dtype=torch.float64)                # a document each
+        for d, r in parts: units.index_add_(0, d, r)
+        sums[s.name] = moments(units)
     model.train(was)
     out = add_ranks({'': sum(sums.values())} | sums, acc)
     if not out.bytes: raise ValueError(f'{mixture.name} has no text in {split!r}; give other data')
@@ -172,12 +173,14 @@ def write_record(kind:str,     # 'bpb', 'core', 'long_context', 'mechanisms', ..
                  **settings    # whatever else decides the figures
                 ) -> Path:
     "One JSON file an evaluation"
-    if isinstance(model, dict): model = {k: model.get(k) for k in ('path', 'step', 'saved', 'model')}
+    if isinstance(model, dict):
+        model = {k: model.get(k) for k in ('path', 'step', 'saved', 'model')}
     gpu = torch.cuda.is_available() and torch.cuda.is_initialized()
+    device = torch.cuda.get_device_name() if gpu else f'cpu, {torch.get_num_threads()} threads'
+    machine = dict(nano_dh=nano_dh.__version__, torch=torch.__version__,
+                   python=platform.python_version(), device=device)
     rec = dict(kind=kind, time=time.strftime('%Y-%m-%dT%H:%M:%S'), model=model, data=data,
-               settings=settings, figures=figures, machine=dict(
-                   nano_dh=nano_dh.__version__, torch=torch.__version__, python=platform.python_version(),
-                   device=torch.cuda.get_device_name() if gpu else f'cpu, {torch.get_num_threads()} threads'))
+               settings=settings, figures=figures, machine=machine)
     folder = Path(folder or base_dir()/'records'); stamp = time.strftime('%Y%m%d-%H%M%S')
     name, n = f"{kind}-{stamp}", 0
     while (path := folder/f"{name}{f'-{n}' if n else ''}.json").exists(): n += 1

@@ -45,7 +45,8 @@ def running(n:int) -> Callable:
 S3 = [(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)]
 def s3_words(g, B, T):
     "Products of permutations of three things"
-    table = torch.tensor([[S3.index(tuple(a[i] for i in b)) for b in S3] for a in S3], device=g.device)
+    table = [[S3.index(tuple(a[i] for i in b)) for b in S3] for a in S3]
+    table = torch.tensor(table, device=g.device)
     x = _ints(g, 6, B, T); y = x.clone()
     for t in range(1, T): y[:, t] = table[y[:, t-1], x[:, t]]
     return x, y
@@ -63,7 +64,7 @@ def mqar(keys:int, values:int, every:int, a:float=.01) -> Callable:
         v = 1 + keys + _ints(g, values, B, n)
         x = torch.zeros(B, T, dtype=torch.int64, device=g.device); y = x - 1
         x[:, 0:2*n:2], x[:, 1:2*n:2] = k, v
-        p = (a - 1)*torch.arange(1, slots + 1, device=g.device).log()        # distinct places, by Gumbel
+        p = (a - 1)*torch.arange(1, slots + 1, device=g.device).log()    # distinct, by Gumbel
         u = torch.rand(B, slots, generator=g, device=g.device).clamp(1e-9, 1 - 1e-9)
         at = 2*n + 2*(p - (-u.log()).log()).topk(n).indices
         return x.scatter_(1, at, k), y.scatter_(1, at, v)
@@ -76,14 +77,15 @@ register_probe(Probe('mqar-hard', 257, 128, mqar(128, 128, 4), False, '32 pairs 
 def copying(n:int=32) -> Callable: # n different tokens
     "Repeat the first half"
     def make(g, B, T):
-        h = T//2; w = 1 + _ints(g, n, B, h); sep = torch.zeros(B, 1, dtype=torch.int64, device=g.device)
+        w = 1 + _ints(g, n, B, T//2); sep = torch.zeros_like(w[:, :1])
         return torch.cat([w, sep, w[:, :-1]], 1), torch.cat([torch.full_like(w, -1), w], 1)
     return make
 
 def distracted(n:int=16, pairs:int=4) -> Callable: # n keys, n values, n kinds of noise
     "Pairs, noise, then their keys again"
     def make(g, B, T):
-        k = torch.rand(B, n, generator=g, device=g.device).argsort(1)[:, :pairs]; v = n + _ints(g, n, B, pairs)
+        k = torch.rand(B, n, generator=g, device=g.device).argsort(1)[:, :pairs]
+        v = n + _ints(g, n, B, pairs)
         x = 2*n + _ints(g, n, B, T); y = torch.full_like(x, -1)
         x[:, 0:2*pairs:2], x[:, 1:2*pairs:2] = k, v
         order = torch.rand(B, pairs, generator=g, device=g.device).argsort(1)
@@ -100,9 +102,10 @@ def probe_model(pattern:str, probe:Probe, depth:int=4, d_model:int=64,
                 seed:int=0, device='cpu', **kw) -> HybridModel: # further HybridConfig fields
     "A small model for a probe"
     cfg = HybridConfig.from_depth(
-        depth, pattern.rstrip('-'), neg_eigval=pattern.endswith('-'), d_model=d_model, head_dim=head_dim,
-        head_k_dim=head_dim, head_v_dim=head_dim, vocab_size=probe.vocab, sequence_len=probe.train_len,
-        window=probe.train_len//4, value_embeds=False, mlp_ratio=2., activation='silu', **kw)
+        depth, pattern.rstrip('-'), neg_eigval=pattern.endswith('-'), d_model=d_model,
+        head_dim=head_dim, head_k_dim=head_dim, head_v_dim=head_dim, vocab_size=probe.vocab,
+        sequence_len=probe.train_len, window=probe.train_len//4, value_embeds=False,
+        mlp_ratio=2., activation='silu', **kw)
     with torch.device('meta'): model = HybridModel(cfg)
     model.to_empty(device=device).init_weights(seed)
     return model
@@ -125,10 +128,12 @@ def accuracy(model, probe:Probe, length:int, rows:int=256, seed:int=10**6, # of 
 class ProbeRun:
     "One model on its way through a probe"
     def __init__(self, pattern:str, probe:Probe, lr:float=3e-3, seed:int=0, steps:int=1000,
-                 batch:int=64, device='cpu', shares=((1/16, .25), (1/4, .15), (1/2, .15), (1, .45)), # (length, part of the steps)
+                 batch:int=64, device='cpu',
+                 shares=((1/16, .25), (1/4, .15), (1/2, .15), (1, .45)), # lengths, parts of steps
                  betas=(.9, .98), data=None, **kw): # kw: of `probe_model`
-        self.pattern, self.probe, self.lr, self.seed, self.steps, self.batch = pattern, probe, lr, seed, steps, batch
-        self.device, self.model = torch.device(device), probe_model(pattern, probe, seed=seed, device=device, **kw)
+        self.pattern, self.probe, self.lr, self.seed = pattern, probe, lr, seed
+        self.steps, self.batch, self.device, self.graph = steps, batch, torch.device(device), None
+        self.model = probe_model(pattern, probe, seed=seed, device=device, **kw)
         self.stages = [(max(8, int(s*probe.train_len)), round(f*steps)) for s, f in shares]
         self.data = data or (lambda T, n: probe_rows(probe, T, n, device=device))
         gpu, s = self.device.type == 'cuda', torch.arange(steps + 64)
@@ -175,7 +180,7 @@ def recorded(self:ProbeRun, T:int, n:int, stream): # -> function of no arguments
     with torch.no_grad():
         for t, o in zip(keep, old): t.copy_(o)
         for t in state() if fresh else (): t.zero_()
-    self.graph = graph                                   # lives as long as it is replayed
+    self.graph = graph                              # lives as long as it is replayed
     return graph.replay
 
 # %% ../nbs/20_mechanisms.ipynb #train-runs
@@ -194,6 +199,7 @@ def train_runs(runs:list, # ProbeRun, of equal numbers of steps
                 for f, s in zip(steps, streams):
                     with torch.cuda.stream(s) if gpu else nullcontext(): f()
             if gpu: torch.cuda.synchronize()
+        for r in part: r.graph = None
     return runs
 
 # %% ../nbs/20_mechanisms.ipynb #card
@@ -211,13 +217,15 @@ class CardCell:
 
 def probe_card(patterns:list, probes:list, lrs:list, seeds:int=3, steps:int=1000, device='cpu',
                factors=(1, 2, 4), # lengths to ask, in training lengths
-               group:int=8, record:bool=True, emit=print0, **kw) -> list: # of CardCell; kw: of `ProbeRun`
+               group:int=8, record:bool=True, emit=print0,
+               **kw) -> list: # of CardCell; kw: of `ProbeRun`
     "Train and ask everything"
     cells = []
     for p in (_known(p) for p in probes):
         store = {}
         def data(T, n, p=p): # the same rows for all patterns
-            return store[T, n] if (T, n) in store else store.setdefault((T, n), probe_rows(p, T, n, device=device))
+            if (T, n) not in store: store[T, n] = probe_rows(p, T, n, device=device)
+            return store[T, n]
         make = lambda pat, lr, s: ProbeRun(pat, p, lr, s, steps, device=device, data=data, **kw)
         first = train_runs([make(pat, lr, 0) for pat in patterns for lr in lrs], group, record)
         cells += _rest(p, patterns, first, make, seeds, factors, (group, record), emit)
@@ -226,19 +234,22 @@ def probe_card(patterns:list, probes:list, lrs:list, seeds:int=3, steps:int=1000
 # %% ../nbs/20_mechanisms.ipynb #card-rest
 def _known(name):
     if name in PROBES: return PROBES[name]
-    raise ValueError(f'no probe {name!r}, did you mean {closest(name, PROBES)!r}? {", ".join(PROBES)}')
+    near = closest(name, PROBES)
+    raise ValueError(f'no probe {name!r}, did you mean {near!r}? {", ".join(PROBES)}')
 
 def _rest(p, patterns, first, make, seeds, factors, group, emit):
     ask = lambda r: {k: accuracy(r.model, p, k*p.train_len) for k in factors}
     tried = {pat: {r.lr: (ask(r), r) for r in first if r.pattern == pat} for pat in patterns}
     best = {pat: max(t, key=lambda lr: sum(t[lr][0].values())) for pat, t in tried.items()}
-    more = train_runs([make(pat, best[pat], s) for pat in patterns for s in range(1, seeds)], *group)
+    others = [make(pat, best[pat], s) for pat in patterns for s in range(1, seeds)]
+    more = train_runs(others, *group)
     out = []
     for pat in patterns:
         asked = [tried[pat][best[pat]][0]] + [ask(r) for r in more if r.pattern == pat]
-        c = CardCell(pat, p.name, best[pat], {lr: t[0][factors[0]] for lr, t in tried[pat].items()},
-                     {k: [a[k] for a in asked] for k in factors})
-        emit(f'{p.name:10} {pat:6} lr {c.lr:g}  ' + '  '.join(f'{k}x {c.text(k)}' for k in factors))
+        first = {lr: t[0][factors[0]] for lr, t in tried[pat].items()}
+        c = CardCell(pat, p.name, best[pat], first, {k: [a[k] for a in asked] for k in factors})
+        text = '  '.join(f'{k}x {c.text(k)}' for k in factors)
+        emit(f'{p.name:10} {pat:6} lr {c.lr:g}  {text}')
         out.append(c)
     return out
 
@@ -251,9 +262,9 @@ def draw_card(cells:list, # of `probe_card`
     pats, probes = ([*dict.fromkeys(getattr(c, k) for c in cells)] for k in ('pattern', 'probe'))
     ax, w = ax or plt.subplots(figsize=(8, 2.6), layout='constrained')[1], .8/len(pats)
     for i, pat in enumerate(pats):
-        a = [next(c.acc[factor] for c in cells if (c.pattern, c.probe) == (pat, p)) for p in probes]
+        a = [c.acc[factor] for p in probes for c in cells if (c.pattern, c.probe) == (pat, p)]
         x, m = [j + (i - (len(pats) - 1)/2)*w for j in range(len(probes))], [mean(v) for v in a]
-        err = [[max(0, q - min(v)) for q, v in zip(m, a)], [max(0, max(v) - q) for q, v in zip(m, a)]]
+        err = [[max(0, s*(q - f(v))) for q, v in zip(m, a)] for s, f in ((1, min), (-1, max))]
         ax.bar(x, m, w*.92, yerr=err, error_kw=dict(lw=.8), label=pat)
     ax.set_xticks(range(len(probes)), probes); ax.set_ylim(0, 1.02)
     ax.set_title(f'{factor} x training length', fontsize=9); return ax
@@ -283,7 +294,8 @@ def can_record(device, emit=print0, **kw) -> bool:
     try: a, b = train_runs([make()])[0], train_runs([make()], record=False)[0]
     except RuntimeError as e:
         emit(f'steps are not recorded here: {str(e).splitlines()[0]}'); return False
-    gap = max((p - q).abs().max().item() for p, q in zip(a.model.parameters(), b.model.parameters()))
+    pairs = zip(a.model.parameters(), b.model.parameters())
+    gap = max((p - q).abs().max().item() for p, q in pairs)
     emit(f'recorded and unrecorded training differ by {gap:.1e} in a weight after {a.steps} steps')
     return gap < 1e-2
 
@@ -297,11 +309,12 @@ def mechanisms(cfg:MechanismsConfig, emit=print):
     for name in cfg.probes.split():
         if time.time() - begun + took > 60*cfg.minutes: left.append(name); continue
         t = time.time()
-        new = probe_card(cfg.patterns.split(), [name], lrs, cfg.seeds, cfg.steps, dev, group=cfg.group,
-                         record=record, batch=cfg.batch, **size)
+        new = probe_card(cfg.patterns.split(), [name], lrs, cfg.seeds, cfg.steps, dev,
+                         group=cfg.group, record=record, batch=cfg.batch, **size)
         took = time.time() - t; cells += new; print0(f'{name}: {took:.0f} s')
         for c in new: emit(dict(cell=asdict(c)))
     if left: print0(f'no time for {", ".join(left)}; raise minutes')
     figures = {f'{c.probe} {c.pattern}': asdict(c) for c in cells}
-    emit(dict(records=[str(write_record('mechanisms', figures, f'depth {cfg.depth}, width {cfg.d_model}',
-              cfg.probes, recorded=record, seconds=time.time() - begun, left_out=left, **asdict(cfg)))]))
+    how = asdict(cfg) | dict(recorded=record, seconds=time.time() - begun, left_out=left)
+    models = f'depth {cfg.depth}, width {cfg.d_model}'
+    emit(dict(records=[str(write_record('mechanisms', figures, models, cfg.probes, **how))]))
