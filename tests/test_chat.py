@@ -138,6 +138,17 @@ def test_parameters_of_the_notebooks_are_fields(nb):
         assert fs[n].type.__name__ == t and (eval(d) == fs[n].default or n == 'stage'), l
 
 @pytest.mark.slow
+def test_chat_eval_is_the_same_on_two_ranks(tmp_path, monkeypatch):
+    from nano_dh.chat_eval import ChatEvalConfig, chat_eval
+    from nano_dh.launch import run_ranks
+    monkeypatch.setenv('NANO_DH_BASE_DIR', str(tmp_path)); b = base(tmp_path)
+    losses(tmp_path, base=b, run='a', num_iterations=30, warmup_steps=5, tasks='identity@100')
+    cfg = ChatEvalConfig(model='a', tasks='identity sums@11', max_tokens=24, nproc=2, device='cpu').resolved()
+    one, two = [], [*run_ranks(chat_eval, cfg, 2, 'cpu')]; chat_eval(cfg, one.append)
+    for x, y in zip(one, two): assert all(x[k] == y[k] for k in x if k in ('task', 'n', 'right', 'accuracy', 'chat_core'))
+    assert [x.get('n') for x in two] == [12, 11, None]
+
+@pytest.mark.slow
 def test_the_three_notebooks_in_a_row(tmp_path):
     base(tmp_path); env = environ(tmp_path)
     for nb, kw in (('midtrain', dict(tasks='sums@100 identity@50', num_iterations=6)), ('sft', dict(tasks='identity@100', num_iterations=4)),
