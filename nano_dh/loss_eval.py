@@ -118,16 +118,16 @@ def _documents(source, split, rank, world, most): # yields this rank's (number, 
             if most and i == most: return
 
 # %% ../nbs/11_loss_eval.ipynb #padded-batch
-def _batch(rows): # [(inputs, targets, document)] -> x, y padded to the longest, documents
-    T = max(len(y) for _, y, _ in rows)
+def _batch(rows, unit): # [(inputs, targets, document)] -> x, y padded to units, documents
+    T = -(-max(len(y) for _, y, _ in rows)//unit)*unit
     fit = lambda r, v: r[:T] + [v]*(T - len(r[:T]))
     x, y = (torch.tensor([fit(r[k], v) for r in rows]) for k, v in ((0, 0), (1, -1)))
     return x, y, torch.tensor([d for _, _, d in rows])
 
-def _grouped(rows, n): # batches of n rows; similar lengths out of every 64 batches
+def _grouped(rows, n, unit=1): # batches of n rows; similar lengths out of every 64 batches
     while block := list(islice(rows, 64*n)):
         block.sort(key=lambda r: -len(r[1]))
-        for a in range(0, len(block), n): yield _batch(block[a:a + n])
+        for a in range(0, len(block), n): yield _batch(block[a:a+n], unit)
 
 # %% ../nbs/11_loss_eval.ipynb #eval-docs
 @torch.no_grad()
@@ -146,7 +146,7 @@ def evaluate_documents(model,       # as for `evaluate_bpb`
     for s in mixture.sources:
         docs = _documents(s, split, me.rank, me.world_size, max_docs); parts = []
         rows = ((x, y, i) for i, t in docs for x, y in document_rows(tok.encode(t, bos=True), T))
-        for x, y, d in _grouped(rows, batch):
+        for x, y, d in _grouped(rows, batch, 64 if dev.type == 'cuda' else 1): # few shapes
             l = model(x.to(dev), targets=y.to(dev), reduction='none')
             parts.append((d, row_sums(l.to(acc), y.to(acc), table).cpu()))
         n = 1 + max((int(d.max()) for d, _ in parts), default=-1)

@@ -203,3 +203,16 @@ def test_evaluation_of_a_checkpoint(tmp_path, monkeypatch):
     out = {k: v for r in recs for k, v in r.items()}; bpb, core = (json.loads(Path(f).read_text()) for f in out['records'])
     assert bpb['figures']['bpb'] == out['bpb']['bpb'] and bpb['model']['step'] == 5 and bpb['machine']['torch'] == torch.__version__
     assert core['figures']['tasks']['copa']['n'] == 6 and len(core['figures']['missing']) == 21 and 'mean of 1 of the 22' in core['figures']['name']
+
+# --- long context -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('kw', [dict(preset='nanochat', window=24), dict(pattern='GGGL', pos='partial'), dict(pattern='GGGL', pos='full')], ids=str)
+def test_pieces_of_a_long_row_are_the_whole(kw):
+    "Window, smear, backout and positions, beyond the training length; losses and needles"
+    from nano_dh.long_context import answered, needle_row, position_losses
+    tok = byte_tokenizer(); m = small_model(tok.vocab_size, sequence_len=64, **kw)
+    ids, start = needle_row('number', tok, tok.encode('Once upon a time. '*30), 300, .4, 0); x = torch.tensor([ids, ids[::-1]])
+    whole = m(x[:, :-1], targets=x[:, 1:], reduction='none').view(2, -1).detach()
+    for piece in (37, 128): assert (position_losses(m, x, piece, rows=1) - whole).abs().max() < 1e-4
+    x[:, -1] = m(x[:, :-1])[:, -1].argmax(-1)
+    assert answered(m, x, [299, 299], piece=50).tolist() == [True, True] and answered(m, x, [start, 299], piece=50).tolist()[1]
