@@ -180,7 +180,7 @@ STAGES = dict(
                   'simplespelling@300 '
                   'spellingbee@300 sums@1000 identity@1000',
              own='sums@1000 simplespelling@200 spellingbee@200 identity@600', epochs=1.,
-             lr_frac=.3))
+             lr_frac=.1))
 HELD_OUT = 'sums/test@200 simplespelling/test@100 identity/test'
 
 # %% ../nbs/22_sft.ipynb #cfg
