@@ -157,7 +157,7 @@ def needle_row(kind:str, tok,      # tokenizer
     parts, q, a = [enc('\n' + p + '\n') for p in n.parts], enc('\n' + n.question), enc(n.answer)
     room = length - 1 - sum(map(len, parts)) - len(q) - len(a)
     if (least := length - room + 8*len(parts)) > length:
-        raise ValueError(f'{kind} needs {least} tokens; length {length}')
+        raise ValueError(f'{kind} needs {least} tokens, the row has {length}; take longer rows')
     if n.noise: hay = enc(NOISE*(room//len(enc(NOISE)) + 2))
     if len(hay) < room:
         raise ValueError(f'{len(hay):,} tokens of haystack, {room:,} needed; give a longer text')

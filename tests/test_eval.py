@@ -216,3 +216,26 @@ def test_pieces_of_a_long_row_are_the_whole(kw):
     for piece in (37, 128): assert (position_losses(m, x, piece, rows=1) - whole).abs().max() < 1e-4
     x[:, -1] = m(x[:, :-1])[:, -1].argmax(-1)
     assert answered(m, x, [299, 299], piece=50).tolist() == [True, True] and answered(m, x, [start, 299], piece=50).tolist()[1]
+
+# --- the notebooks ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.slow
+def test_run_notebooks(tmp_path):
+    "Each runs from its parameters to its figures, with a tiny checkpoint"
+    import subprocess
+    from nano_dh.checkpoint import save_checkpoint
+    from tiny_run import PAPERMILL, ROOT, environ
+    tok, bundle, env = byte_tokenizer(), write_bundle(tmp_path/'b'), environ(tmp_path/'base')
+    f = bundle/core_tasks()['copa'].uri; f.parent.mkdir(); f.write_text('\n'.join(json.dumps(dict(query=f'{i} is', choices=['a', 'the'], gold=i % 2)) for i in range(9)))
+    save_checkpoint(tmp_path/'run', 5, small_model(tok.vocab_size, sequence_len=160), tokenizer=tok); (tmp_path/'book.txt').write_text('It was a long day, and nothing happened. '*200)
+    given = dict(base_eval=dict(model=tmp_path/'run', core=bundle, max_docs=1),
+                 long_context=dict(models=tmp_path/'run', texts=tmp_path/'book.txt', factor=2, kinds='number', learn_steps=1, learn_rows=1, lengths='160 200', depths=2, needles=2),
+                 mechanisms=dict(probes='parity', patterns='G- L', lrs='1e-2 3e-3', seeds=2, steps=8, depth=1, d_model=32))
+    for name, kw in given.items():
+        p = [x for k, v in kw.items() for x in ('-p' if isinstance(v, int) else '-r', k, str(v))]
+        out = tmp_path/f'{name}.ipynb'
+        r = subprocess.run([PAPERMILL, '--no-progress-bar', '--cwd', str(ROOT), str(ROOT/'runs'/f'{name}.ipynb'), str(out), *p, '-p', 'device', 'cpu'], env=env, capture_output=True, text=True)
+        assert r.returncode == 0, r.stderr[-2000:]
+        assert 'image/png' in out.read_text()
+    kinds = sorted(json.loads(f.read_text())['kind'] for f in (tmp_path/'base'/'records').iterdir())
+    assert kinds == ['bpb', 'core', 'long_context', 'mechanisms']
