@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from torch import Tensor
-import pyarrow.parquet as pq
 from .core import closest, get_device, print0
 from .dataset import read_file
 from .hybrid_model import HybridModel
