@@ -65,7 +65,7 @@ def answer_choices(model, tok, convs:list, # of a task of kind 'choice'
     dev = model.wte.weight.device
     while order:
         b = order[:max(1, batch_tokens//len(ids[order[0]]))]; order = order[len(b):]
-        x = torch.zeros(len(b), len(ids[b[0]]), dtype=torch.int64)
+        x = torch.zeros(len(b), -(-len(ids[b[0]])//64)*64, dtype=torch.int64)    # few shapes
         for row, i in zip(x, b): row[:len(ids[i])] = torch.tensor(ids[i])
         n = torch.tensor([len(ids[i]) for i in b]).to(dev)
         z = model(x.to(dev), lengths=n, last_only=True)[:, -1].cpu()[:, letters]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'advantages', 'Rollouts', 'pack_rollouts', 'rollout', 'refresh', 'Tiny', 'Blind', 'tiny_base', 'tiny_start',
-           'make_start', 'drift', 'pass_at_k', 'RLConfig', 'Questions', 'RLTrainer', 'rl', 'RLReport']
+           'make_start', 'drift', 'token_losses', 'pass_at_k', 'RLConfig', 'Questions', 'RLTrainer', 'rl', 'RLReport']
 
 # %% ../nbs/23_rl.ipynb #imp
 import json, math, random, time
@@ -14,6 +14,7 @@ import torch, torch.distributed as dist
 from torch import Tensor
 from fastcore.basics import patch
 from .checkpoint import find_checkpoint, latest_step, load_model, runs_dir, save_checkpoint
+from .cross_entropy import linear_cross_entropy
 from .core import checked, compute_dtype, dist_info, file_lock, get_device, human, set_seed
 from .dataloader import shuffled
 from .decode import inference_copy
@@ -168,6 +169,14 @@ def drift(new:Tensor, old:Tensor # log-probabilities of drawn tokens, by trainin
     return dict(drift=d.abs().mean().item(), drift_max=d.abs().max().item(),
                 kl=(d.exp() - 1 - d).mean().item())  # Schulman's estimate, never negative
 
+# %% ../nbs/23_rl.ipynb #tokenlosses
+def token_losses(model, x:Tensor, y:Tensor # (N, T) inputs; targets, -1 where they do not count
+                ) -> Tensor:               # (number of targets,) float32, differentiable
+    "Minus the log-probability of every target, from logits in float32 as the engine has them"
+    on = y >= 0; h, w = model.stream(x)[on], model.head_weight
+    if h.dtype in (torch.bfloat16, torch.float16): h, w = h.float(), w.to(h.dtype)
+    return linear_cross_entropy(h, w, y[on], model.cfg.softcap, 'none', model.cfg.vocab_size)
+
 # %% ../nbs/23_rl.ipynb #pass
 def pass_at_k(n:int,     # answers that were judged
               right:int, # of them
@@ -246,12 +255,16 @@ class RLTrainer(ChatTrainer):
     def open(self):
         c = self.cfg
         self.model, self.tok, _ = load_model(c.base, device=self.device); self.model.train()
-        self.peak, self.began = None, time.perf_counter()
+        self.began = time.perf_counter()
         self.questions, self.held = (open_task(c.task, s, c.data) for s in ('train', 'test'))
         self.engine = Engine(self.model, self.tok, max_rows=256, prefix_bytes=0)
         if c.task == 'tiny': self.questions = type(self.questions)('train', 20000)
 
     def make_loader(self, split, rows): return Questions(self, self.questions)
+
+    def restore(self):
+        self.peak = None              # FLOPs a token say nothing here
+        super().restore()
 
     def answer(self, convs, n, seed): # -> prompts, groups of finished Streams
         c = self.cfg; refresh(self.engine, self.model)
@@ -272,11 +285,11 @@ def train_step(self:RLTrainer, b:Rollouts) -> Tensor:
     c, began = self.cfg, time.perf_counter(); new, old, loss = [], [], 0.
     count = self.sums((b.y >= 0).sum().item())[0]
     for x, y, adv, logp in b.micro(c.device_batch_size):
-        x, y = x.to(self.device), y.to(self.device); on = y >= 0
-        nll = self.fwd(x, targets=y, reduction='none').view(y.shape)
-        l = (nll*on*adv.to(self.device)[:, None]).sum()
+        if not (on := y >= 0).any(): continue                    # rows that only fill up
+        nll = token_losses(self.fwd, x.to(self.device), y.to(self.device))
+        l = (nll*adv[:, None].expand(y.shape)[on].to(self.device)).sum()
         (l*self.world/count).backward()
-        loss += l.item(); new.append(-nll.detach()[on].cpu()); old.append(logp[on.cpu()])
+        loss += l.item(); new.append(-nll.detach().cpu()); old.append(logp[on])
     self.step += 1
     if count:
         self.opt.schedule(self.step - 1, c.num_iterations, c.warmup_steps, c.warmdown_ratio,
