@@ -82,10 +82,12 @@ def answers(engine, convs:list,
     ids = [render_for_completion(c, engine.tokenizer) for c in convs]
     room = engine.max_len
     ids = [i for i in ids] if room is None else [i[-(room - max_tokens):] for i in ids]
-    streams = engine.generate_batch(ids, n=n, max_tokens=max_tokens, temperature=temperature,
-                                    top_k=top_k,
-                                    seed=seed, tools=tools)
-    return [streams[i:i+n] for i in range(0, len(streams), n)]
+    out, at_once = [], max(1, engine.max_rows//n)          # a full engine reads prompts slowly
+    for a in range(0, len(ids), at_once):
+        ss = engine.generate_batch(ids[a:a+at_once], n=n, max_tokens=max_tokens, seed=seed,
+                                   temperature=temperature, top_k=top_k, tools=tools)
+        out += [ss[i:i+n] for i in range(0, len(ss), n)]
+    return out
 
 # %% ../nbs/24_chat_eval.ipynb #eval
 def evaluate_task(model, tok, task:Task, # this rank's model
@@ -150,7 +152,7 @@ def chat_eval(cfg:ChatEvalConfig, # resolved
              ) -> None:
     "Judge a model on several tasks; what every rank runs"
     model, tok, meta = load_model(cfg.model, device=get_device(cfg.device))
-    engine, scores, records = Engine(model, tok), [], []
+    engine, scores, records = Engine(model, tok, max_rows=256), [], []
     for task in open_tasks(cfg.tasks, 'test', cfg.data):
         s, some = evaluate_task(model, tok, task, max_tokens=cfg.max_tokens, keep=cfg.keep,
                                 engine=engine)

@@ -80,12 +80,14 @@ def rollout(engine, prompts:list, # token ids of each question
             max_tokens:int=256, temperature:float=1., top_k:int=0,
             seed:int=0, tools:bool=True
            ) -> list:             # of lists of finished Streams
-    "Answer each question n times"
-    ss = [engine.submit(Request(p, max_tokens=max_tokens, temperature=temperature, top_k=top_k,
-                                seed=(seed*len(prompts) + i)*n + j, tools=tools, logprobs=0))
-          for i, p in enumerate(prompts) for j in range(n)]
-    engine.run(ss)
-    return [ss[i:i+n] for i in range(0, len(ss), n)]
+    "Answer each question n times, as many at once as the engine has rows"
+    out, at_once = [], max(1, engine.max_rows//n)
+    for a in range(0, len(prompts), at_once):
+        ss = [engine.submit(Request(p, max_tokens=max_tokens, temperature=temperature, top_k=top_k,
+                                    seed=(seed*len(prompts) + i)*n + j, tools=tools, logprobs=0))
+              for i, p in enumerate(prompts[a:a+at_once], a) for j in range(n)]
+        engine.run(ss); out += [ss[i:i+n] for i in range(0, len(ss), n)]
+    return out
 
 # %% ../nbs/23_rl.ipynb #refresh
 def refresh(engine, model): # after the weights of `model` have changed
@@ -257,7 +259,8 @@ class RLTrainer(ChatTrainer):
         self.model, self.tok, _ = load_model(c.base, device=self.device); self.model.train()
         self.began = time.perf_counter()
         self.questions, self.held = (open_task(c.task, s, c.data) for s in ('train', 'test'))
-        self.engine = Engine(self.model, self.tok, max_rows=256, prefix_bytes=0)
+        rows = min(1024, max(64, c.questions*c.samples//self.world))
+        self.engine = Engine(self.model, self.tok, max_rows=rows, prefix_bytes=0)
         if c.task == 'tiny': self.questions = type(self.questions)('train', 20000)
 
     def make_loader(self, split, rows): return Questions(self, self.questions)
