@@ -363,10 +363,11 @@ def step(self:Engine) -> bool: # whether anything is left to do
     for slab, i, row in self.rows():
         if row.stream.cancelled: self._leave(slab, i, 'cancelled')
     self._admit()
+    drew = False
     for slab in self.slabs:
         live = [(i, r) for i, r in enumerate(slab.rows) if r and r.asked < r.stream.limit]
-        if live: self._results(slab, live, slab.next(live))
-    self._collect(self.lag if self.rows() else 0)
+        if live: drew = True; self._results(slab, live, slab.next(live))
+    self._collect(self.lag if drew else 0)      # nothing newer is coming: read all
     return self.busy
 
 @patch(as_prop=True)
@@ -408,12 +409,14 @@ class GraphSlab(Slab):
     def enter(self, i, row, state):
         super().enter(i, row, state); d, r = self.dec, row.stream.request
         for t, v in ((d.temp, r.temperature), (d.top_k, r.top_k), (d.top_p, r.top_p),
-                     (d.min_p, r.min_p), (d.key, seed_key(r.seed)), (d.live, 1)): t[i] = v
+                     (d.min_p, r.min_p), (d.key, seed_key(r.seed)),
+                     (d.live, int(row.asked < row.stream.limit))): t[i] = v
 
     def leave(self, i): super().leave(i); self.dec.live[i] = 0
 
     def first(self, i, row, z):
         self.dec.draw(z, 0., i, i+1)
+        if row.stream.limit == 1: self.dec.live[i] = 0
         return self.fetch([(i, row)], i, i+1, z, 0.)
 
     def next(self, live):
