@@ -20,7 +20,7 @@ from .dataloader import shuffled
 from .decode import inference_copy
 from .engine import Engine, Request
 from .hybrid_model import HybridConfig, HybridModel
-from .launch import n_gpus
+from .launch import LiveCurve, n_gpus
 from .sft import ChatTrainer, FinetuneConfig, finetune, newest
 from .tasks import (TASKS, Task, chat, last_number, open_task, render_for_completion, say,
                            tool)
@@ -351,10 +351,11 @@ class RLReport(Report):
                   f"{r['val_reward_stderr']:.3f} over {r['questions']:,} questions  {rest}")
         if 'note' in r: print(r['note'])
     def figure(self):
-        "Reward of rollouts and held-out, and answers a second"
+        "Reward of rollouts and held-out (pass@1), pass@k, and answers a second"
         from IPython.display import Image
-        from nano_dh.launch import LiveCurve
-        curve = LiveCurve(('reward', 'val_reward', 'samples_s'), every=math.inf, figsize=(10, 2.6))
+        k = self.cfg.eval_samples
+        panels = ('reward', 'val_reward', *([f'pass_{k}'] if k > 1 else []), 'samples_s')
+        curve = LiveCurve(panels, every=math.inf, figsize=(10, 2.6))
         for r in self.records: curve.add(r)
         return Image(curve.draw_now())
     def next(self):

@@ -224,7 +224,12 @@ LOCAL = ('resume', 'nproc', 'device', 'compile', 'max_hours', 'gpu_hour_price') 
 @patch
 def continued(self:PretrainConfig) -> PretrainConfig:
     "The configuration of the run that is resumed, with what was given now on top"
+    stage = lambda f: json.loads(f.read_text()).get('stage', 'base')     # the kind of its run
     old = sorted(runs_dir().glob(f"{self.run or '*'}/config.json"), key=lambda f: f.stat().st_mtime)
+    mine = [f for f in old if stage(f) == getattr(self, 'stage', 'base')]
+    if self.run and old and not mine:
+        raise ValueError(f'run {self.run} is of stage {stage(old[0])}; resume it where it was started')
+    old = mine
     if not old:
         if self.run: return replace(self)             # killed before it began
         raise FileNotFoundError(f'resume True, but {runs_dir()} holds no run; leave resume out')

@@ -93,6 +93,15 @@ def test_resume_is_exact(tmp_path, monkeypatch):
     assert losses(tmp_path, base=b, run='cut', num_iterations=2) != []
     assert losses(tmp_path, base=b, run='cut', num_iterations=4, resume=True) == whole[2:]
 
+def test_resume_takes_a_run_of_its_own_kind(tmp_path, monkeypatch):
+    from nano_dh.train import PretrainConfig
+    monkeypatch.setenv('NANO_DH_BASE_DIR', str(tmp_path)); b = base(tmp_path)
+    losses(tmp_path, base=b, run='first', num_iterations=1); losses(tmp_path, base=b, run='second', stage='sft', num_iterations=1)
+    assert FinetuneConfig(resume=True, num_iterations=2).resolved().run == 'first'
+    assert FinetuneConfig(resume=True, num_iterations=2, stage='sft').resolved().run == 'second'
+    with pytest.raises(FileNotFoundError, match='holds no run'): PretrainConfig(resume=True).resolved()
+    with pytest.raises(ValueError, match='of stage mid'): PretrainConfig(resume=True, run='first').resolved()
+
 def test_inherited_and_misspelt_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv('NANO_DH_BASE_DIR', str(tmp_path)); b = base(tmp_path)
     with pytest.raises(ValueError, match='depth comes with the base'): FinetuneConfig(base=b, depth=8).resolved()
