@@ -104,13 +104,14 @@ def evaluate_task(model, tok, task:Task, # this rank's model
         got = [g[0] for g in answers(engine or Engine(model, tok), convs, max_tokens=max_tokens)]
         raw, shown = [s.text for s in got], [tok.decode(s.tokens) for s in got]
     ok = [bool(task.evaluate(c, a)) for c, a in zip(convs, raw)]
-    counts = torch.tensor([len(ok), sum(ok)], device=model.wte.weight.device)
-    if dist.is_initialized() and me.world_size > 1: dist.all_reduce(counts)
-    n, right = counts.tolist()
-    chance = sum(1/c['n_choices'] for c in convs)/max(1,
-                                                      len(convs)) if task.kind == 'choice' else 0.
+    guess = sum(1/c['n_choices'] for c in convs) if task.kind == 'choice' else 0.
+    counts = torch.tensor([len(ok), sum(ok), guess], dtype=torch.float64)
+    if dist.is_initialized() and me.world_size > 1:
+        dist.all_reduce(counts := counts.to(model.wte.weight.device))
+    n, right, guess = counts.tolist()
     some = [(c['messages'][-2]['content'], a, o) for c, a, o in zip(convs, shown, ok)][:keep]
-    return Score(task.name, task.kind, n, right, chance, time.perf_counter() - t), some
+    return Score(task.name, task.kind, int(n), int(right), guess/max(1, n),
+                 time.perf_counter() - t), some
 
 # %% ../nbs/24_chat_eval.ipynb #cfg
 ALL = 'arc_easy arc_challenge mmlu gsm8k humaneval spellingbee'
