@@ -8,7 +8,7 @@ STAMP := $(shell date +%Y%m%d-%H%M%S)
 EXTRA := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo dev,gpu || echo dev)
 RUN    = mkdir -p runs/out && $(V)/papermill --log-output --progress-bar --cwd .
 
-.PHONY: pretrain finetune tokenizer test install docs clean-notebooks
+.PHONY: pretrain finetune tokenizer bench inference eval test install docs clean-notebooks
 
 pretrain: .venv/.ready     ## train a model (default: depth 4 on the shipped sample) and write the executed notebook
 	$(RUN) runs/pretrain.ipynb runs/out/pretrain-$(STAMP).ipynb $(P)
@@ -20,6 +20,15 @@ finetune: .venv/.ready     ## mid-train, fine-tune and judge the newest pretrain
 
 tokenizer: .venv/.ready    ## train a tokenizer and compare its compression
 	$(RUN) runs/tokenizer.ipynb runs/out/tokenizer-$(STAMP).ipynb $(P)
+
+bench: .venv/.ready        ## speed of kernels, models and training steps on this machine
+	$(RUN) runs/bench.ipynb runs/out/bench-$(STAMP).ipynb $(P)
+
+inference: .venv/.ready    ## speed and memory of answering
+	$(RUN) runs/inference.ipynb runs/out/inference-$(STAMP).ipynb $(P)
+
+eval: .venv/.ready         ## bits per byte by source and CORE of the newest pretrained model
+	$(RUN) runs/base_eval.ipynb runs/out/base_eval-$(STAMP).ipynb $(P)
 
 test: .venv/.ready         ## every chapter and every test
 	$(V)/python -m pytest $(P)

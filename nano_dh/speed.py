@@ -129,7 +129,7 @@ def draw_roof(ax,       # of matplotlib
 # %% ../nbs/14b_speed.ipynb #model
 def time_model(cfg:PretrainConfig, # of `job`
                emit=print,
-               rounds:int=20,
+               rounds:int=60,
                trace:str=''        # where to write a profiler's trace of three steps, for Perfetto
               ) -> None:
     "Emit the speed and memory of forward and backward"
@@ -178,12 +178,15 @@ def time_kernels(cfg:PretrainConfig, # of `job`; its heads and tokens count
     "Emit forward and backward milliseconds of each backend at each length"
     dev, m = get_device(cfg.device), cfg.model_config(); dt = compute_dtype(dev)
     heads = m.n_qk_head, m.n_v_head, m.head_k_dim, m.head_v_dim
-    for T in seq_lens:
-        for name in available_backends(dev, *heads[2:], dt):
-            rows = max(1, cfg.total_batch_size//T)
-            try: ms = time_backend(name, dev, rows, T, *heads, dt)
-            except torch.OutOfMemoryError: ms = math.nan, math.nan
-            emit(dict(backend=name, seq_len=T, rows=rows, forward=ms[0], backward=ms[1]))
+    names = available_backends(dev, *heads[2:], dt)
+    for T in sorted(seq_lens):
+        rows, ms = max(1, cfg.total_batch_size//T), {}
+        for name in names:
+            try: ms[name] = time_backend(name, dev, rows, T, *heads, dt)
+            except torch.OutOfMemoryError: ms[name] = math.nan, math.nan
+            f, b = ms[name]
+            emit(dict(backend=name, seq_len=T, rows=rows, forward=f, backward=b))
+        names = [n for n in names if sum(ms[n]) < 100*min(map(sum, ms.values()))] # the rest is told
 
 # %% ../nbs/14b_speed.ipynb #roofline
 def time_parts(cfg:PretrainConfig, emit=print) -> None:
@@ -214,7 +217,8 @@ def time_steps(cfg:PretrainConfig, # fields may be open: the planned batch, rank
               ) -> dict: # tok_s of the middle step, its spread; loss of each step
     "Speed of real optimizer steps on all ranks"
     name = f'bench-{time.time_ns()}'
-    c = replace(cfg, run=name, num_iterations=10*(warmup + steps), eval_every=0, save_every=0).resolved()
+    c = replace(cfg, run=name, num_iterations=10*(warmup + steps), eval_every=0, save_every=0)
+    c = c.resolved()
     recs, ranks = [], run_ranks(pretrain, c, c.nproc, c.device)
     try:
         for r in ranks:
