@@ -216,8 +216,8 @@ def resolved(self:RLConfig) -> RLConfig:
     m = c.model_config(); c.depth, c.pattern, c.vocab_size = m.n_layer, m.pattern, m.vocab_size
     for k, v in dict(max_seq_len=m.sequence_len, max_tokens=24 if tiny else 256,
                      nproc=n_gpus() if gpu else 1,
-                     eval_questions=1000 if tiny else 200, lr_frac=.25 if tiny else .05,
-                     num_iterations=150 if tiny else 400, eval_every=20, save_every=100,
+                     eval_questions=1000 if tiny else 200, lr_frac=.15 if tiny else .05,
+                     num_iterations=200 if tiny else 400, eval_every=20, save_every=100,
                      max_hours=168.,
                      device_batch_size=32, epochs=1.).items():
         if getattr(c, k) == -1: setattr(c, k, v)
