@@ -227,7 +227,7 @@ class MuonAdamW:
                  clip:float=0., # largest global gradient norm; 0: no clipping
                  compile:bool|None=None, # fuse Muon with torch.compile; None: on CUDA only
                  reduce_dtype:torch.dtype|None=None, # between ranks; None: the state's
-                 shard_numel:int=1024, # AdamW tensors smaller than this are replicated
+                 shard_numel:int=2**15, # AdamW tensors up to this size are replicated
                  rank:int|None=None, world:int|None=None): # None: of the process group, if any
         on = dist.is_available() and dist.is_initialized()
         self.rank = rank if rank is not None else dist_info().rank if on else 0
@@ -237,6 +237,7 @@ class MuonAdamW:
         self.step_t, self.grad_norm = torch.zeros((), device=self.device), self._scalar(0.)
         self.param_groups, self.buckets = [], []
         for g in groups: self._add_group(dict(g), shard_numel, reduce_dtype)
+        self.buckets.sort(key=lambda b: b.group['kind'] == 'muon') # last: hides others' messages
         for b in self.buckets: b.state = self._new_state(b)
         self._muon = muon_update
         if compile or compile is None and self.device.type == 'cuda': self._compile()
@@ -257,7 +258,7 @@ def _add_group(self:MuonAdamW, g, shard_numel, reduce_dtype):
     by = {}
     for n,p in zip(g['names'], g['params']):
         if g['kind'] == 'muon': key = ('stack', p.dtype, tuple(p.shape))
-        elif p.ndim > 1 and p.numel() >= shard_numel: key = ('rows', n)
+        elif p.ndim > 1 and p.numel() > shard_numel: key = ('rows', n)
         else: key = ('flat', p.dtype)
         by.setdefault(key, []).append((n, p))
     for key,items in by.items():
@@ -482,7 +483,8 @@ def build_optimizer(model:nn.Module, # with `param_roles()`
                     total_batch_size:int=REF_BATCH, # tokens a step
                     total_tokens:int|None=None, # of the run; None: REF_TOKENS
                     ns_dtype:torch.dtype|None=None, # None: `default_ns_dtype`
-                    clip:float=0., compile:bool|None=None, reduce_dtype=None, # see `MuonAdamW`
+                    clip:float=0., compile:bool|None=None, reduce_dtype=None,
+                    shard_numel:int=2**15, # these four: see `MuonAdamW`
                     lrs:dict={}, # delta_lr, conv_lr, norm_lr, small_lr of `adamw_settings`
                     **muon # fields of `MuonOptions`
                    ) -> MuonAdamW:
@@ -499,4 +501,4 @@ def build_optimizer(model:nn.Module, # with `param_roles()`
         new = dict(spec[r], lr=spec[r]['lr']*b, role=r, params=[], names=[])
         g = groups.setdefault((r, tuple(p.shape) if r == 'matrix' else ()), new)
         g['params'].append(p); g['names'].append(n)
-    return MuonAdamW(list(groups.values()), clip, compile, reduce_dtype)
+    return MuonAdamW(list(groups.values()), clip, compile, reduce_dtype, shard_numel)

@@ -9,7 +9,7 @@ def make(dtype, **kw):
     cfg = HybridConfig.from_depth(4, d_model=128, head_dim=32, head_k_dim=32, head_v_dim=32, n_head=4, n_v_head=4,
                                   n_qk_head=2, vocab_size=256, sequence_len=T)
     model = HybridModel(cfg, seed=1).to(dtype)
-    return model, build_optimizer(model, total_batch_size=2**13, **kw)
+    return model, build_optimizer(model, total_batch_size=2**13, shard_numel=1024, **kw)
 
 def batch(i):
     g = torch.Generator().manual_seed(i)
@@ -47,7 +47,7 @@ def odd(rank, world):
     ps = {n: torch.nn.Parameter(torch.randn(s, generator=gen)) for n, s in shapes.items()}
     part = lambda ns: dict(names=list(ns), params=[ps[n] for n in ns], weight_decay=.1)
     opt = MuonAdamW([part('abc') | dict(kind='muon', lr=.02, momentum=.95, options=MuonOptions()),
-                     part(['wte', 'v']) | dict(kind='adamw', lr=.1, betas=(.8, .95), eps=1e-8)])
+                     part(['wte', 'v']) | dict(kind='adamw', lr=.1, betas=(.8, .95), eps=1e-8)], shard_numel=1024)
     for _ in range(3):
         for p in ps.values(): p.grad = torch.randn(p.shape, generator=gen)
         if world > 1 and rank: ps['v'].grad = None                     # an unused parameter counts as zero
