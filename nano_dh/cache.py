@@ -20,9 +20,11 @@ from .hybrid_model import HybridConfig, HybridModel, ModelState, _tensors
 # %% ../nbs/15_cache.ipynb #slots-c
 def slot_names(model:HybridModel) -> list[set]: # for each layer the fields with a slot a token
     "Which tensors of a state grow with the text; (B, slots, ...)"
-    shapes = [[{k: t.shape for k, t in _tensors(b.mixer.init_state(1, n, 'meta', torch.float32)).items()}
-               for b in model.blocks] for n in (3, 5)]
-    return [{k for k in a if a[k] != b[k]} for a, b in zip(*shapes)]
+    def shapes(b, n):
+        s = b.mixer.init_state(1, n, 'meta', torch.float32)
+        return {k: t.shape for k, t in _tensors(s).items()}
+    pairs = [(shapes(b, 3), shapes(b, 5)) for b in model.blocks]
+    return [{k for k in a if a[k] != b[k]} for a, b in pairs]
 
 # %% ../nbs/15_cache.ipynb #view
 @patch
@@ -89,13 +91,14 @@ def fingerprint(model:HybridModel) -> str: # 16 hex digits
     return h.hexdigest()[:16]
 
 # %% ../nbs/15_cache.ipynb #save
-STATE_FORMAT = 'nano_dh state 1'
+STATE_FORMAT = 'nano_dh state 2'
 
 class StateError(RuntimeError):
     "A saved state that cannot be used; the message says which file and why"
 
-def _digest(tensors): # of named tensors, in the order of their names
-    h = hashlib.blake2b(digest_size=16)
+def _digest(tensors, head): # of named tensors, in the order of their names, and of the header
+    head = [head.get(k) for k in ('format', 'model', 'n', 'meta')]
+    h = hashlib.blake2b(json.dumps(head).encode(), digest_size=16)
     for k in sorted(tensors):
         t = tensors[k].contiguous()
         h.update(f'{k} {t.dtype} {tuple(t.shape)}'.encode() + t.view(torch.uint8).numpy().data)
@@ -113,9 +116,8 @@ def save_state(self:HybridModel,
     for i, (s, names) in enumerate(zip(state.layers, slot_names(self))):
         for k, t in _tensors(s).items(): out[f'layers.{i}.{k}'] = t[:, :n] if k in names else t
     out = {k: t.detach().cpu().contiguous() for k, t in (out | _tensors(state)).items()}
-    head = dict(format=STATE_FORMAT, model=fingerprint(self), n=str(n), digest=_digest(out),
-                meta=json.dumps(meta or {}))
-    atomic_write(path, save(out, head))
+    head = dict(format=STATE_FORMAT, model=fingerprint(self), n=str(n), meta=json.dumps(meta or {}))
+    atomic_write(path, save(out, dict(head, digest=_digest(out, head))))
     return Path(path)
 
 # %% ../nbs/15_cache.ipynb #load
@@ -135,16 +137,18 @@ def load_state(self:HybridModel,
     except Exception as e: refuse(f'not a whole safetensors file ({str(e).splitlines()[0]:.80})')
     if head.get('format') != STATE_FORMAT:
         refuse(f"format {head.get('format')!r}, this version reads {STATE_FORMAT!r}")
-    if head['model'] != (mine := fingerprint(self)):
-        refuse(f"made by model {head['model']}, this one is {mine}; load the checkpoint it was made with")
-    if _digest(got) != head['digest']: refuse('damaged, its checksum is wrong; save it again')
+    if (its := head.get('model')) != (mine := fingerprint(self)):
+        refuse(f'made by model {its}, this one is {mine}; load the checkpoint it was made with')
+    if _digest(got, head) != head.get('digest'):
+        refuse('damaged, its checksum is wrong; save it again')
     return self._state_from(got, int(head['n']), device, dtype), json.loads(head['meta'])
 
 @patch
 def _state_from(self:HybridModel, got, n, device=None, dtype=None): # named tensors -> state
     state = self.init_state(len(got['pos']), max(n, 1), device, dtype)
     for i, (s, names) in enumerate(zip(state.layers, slot_names(self))):
-        for k, t in _tensors(s).items(): (t[:, :n] if k in names else t).copy_(got[f'layers.{i}.{k}'])
+        for k, t in _tensors(s).items():
+            (t[:, :n] if k in names else t).copy_(got[f'layers.{i}.{k}'])
     for k, t in _tensors(state).items(): t.copy_(got[k])
     state.n = n
     return state
@@ -232,8 +236,10 @@ def add(self:PrefixCache,
     key = _keys(tokens[:n+1])[n]
     if key in self.snaps: self.snaps.move_to_end(key); return self.snaps[key]
     a = parent.n if parent else 0
-    def part(s, names): return {k: (t[:, a:n] if k in names else t).clone() for k, t in _tensors(s).items()}
-    snap = Snapshot(n, parent, [part(s, g) for s, g in zip(state.layers, self.names)], part(state, ()), 0)
+    def part(s, names):
+        return {k: (t[:, a:n] if k in names else t).clone() for k, t in _tensors(s).items()}
+    layers = [part(s, g) for s, g in zip(state.layers, self.names)]
+    snap = Snapshot(n, parent, layers, part(state, ()), 0)
     snap.nbytes = sum(t.nbytes for d in (*snap.layers, snap.own) for t in d.values())
     return self._keep(key, snap)
 
@@ -266,7 +272,8 @@ def prefill(model:HybridModel,
     for end in cuts(at, len(tokens), GRID if exact else piece, fresh or exact):
         z = model(x[:, at:end], state=state, last_only=True)[:, -1]
         at, keep = end, end % STRIDE == 0 or end == (len(tokens)-1)//GRID*GRID
-        if fresh and keep and 0 < end < len(tokens): snap = cache.add(tokens, end, state, snap) or snap
+        if fresh and keep and end < len(tokens):
+            snap = cache.add(tokens, end, state, snap) or snap
         yield z if at == len(tokens) else None
 
 def read_prompt(model, tokens, state, cache=None, **kw) -> Tensor: # logits (1, vocab)

@@ -45,7 +45,7 @@ class Request:
     "A prompt and how to continue it"
     prompt: list             # token ids
     max_tokens: int = 256    # at most so many new ones
-    temperature: float = 1.  # 0 takes the likeliest
+    temperature: float = 1.  # 0 takes the likeliest, as does anything below 1e-5
     top_k: int = 0           # among the k likeliest; 0 is all
     top_p: float = 1.        # among the likeliest that hold this share of probability
     min_p: float = 0.        # among those at least so likely, relative to the likeliest
@@ -60,6 +60,7 @@ class Request:
     def __post_init__(self):
         self.prompt = [int(t) for t in self.prompt]
         if isinstance(self.stop, str): self.stop = (self.stop,)
+        if 0 < self.temperature < 1e-5: self.temperature = 0. # logits divided by it overflow
         def need(ok, text): ok or _bad(text)
         need(self.prompt, 'empty prompt; give at least one token')
         need(self.max_tokens >= 1, f'max_tokens {self.max_tokens}; at least 1')
@@ -126,7 +127,7 @@ class Stream:
     def __init__(self, engine, request:Request, id:int):
         self.engine, self.request, self.id = engine, request, id
         self.tokens, self.logprobs, self.tops = [], [], []
-        self.reason, self.state, self.cancelled, self.cached = None, None, False, 0
+        self.reason, self.state, self.cancelled = None, None, False # stop, length, cancelled, error
         self._text, self._pieces, self._kind, self._seen = [], deque(), 'text', 0   # rendered
         self._call, self._forced = None, deque()                                    # tools
         self._out = TextStream(engine.tokenizer, request.stop) if engine.tokenizer else None
@@ -160,11 +161,12 @@ def _render(self:Stream): # tokens that were not looked at yet -> pieces; True i
         i, t = self._seen, self.tokens[self._seen]
         self._seen += 1
         text, hit = self._out.push(t, t in self._ends()) if self._out else ('', False)
-        if self.done and self._seen == len(self.tokens) and self._out and not hit: text += self._out.flush()
-        self._kind = {ids[0]: 'python', ids[1]: 'text', ids[2]: 'output', ids[3]: 'text'}.get(t, self._kind)
+        last = self.done and self._seen == len(self.tokens)
+        if last and self._out and not hit: text += self._out.flush()
+        self._kind = dict(zip(ids, ('python', 'text', 'output', 'text'))).get(t, self._kind)
         if self._kind == 'text': self._text.append(text)
-        lp = self.logprobs[i] if i < len(self.logprobs) else None
-        self._pieces.append(Piece(text, t, self._kind, lp, self.tops[i] if i < len(self.tops) else None))
+        lp, top = (v[i] if i < len(v) else None for v in (self.logprobs, self.tops))
+        self._pieces.append(Piece(text, t, self._kind, lp, top))
         if hit: return True
 
 @patch
@@ -224,8 +226,8 @@ class Engine:
     def __init__(self, model:HybridModel,
                  tokenizer=None,           # for text, stop strings and tools
                  max_rows:int=64,          # requests that decode at once
-                 max_bytes:int|None=None,  # of their states; default 4 GB, on CUDA 80% of what is free
-                 max_len:int|None=None,    # tokens a row; default: none for NoPE, else the training length
+                 max_bytes:int|None=None,  # of their states; default 4 GB, CUDA 80% of what is free
+                 max_len:int|None=None,    # tokens a row; default: none for NoPE, else as trained
                  prefix_bytes:int=1 << 30, # of the prefix cache; 0 is off
                  exact:bool=False,         # on CPU: the same bits in any company
                  group:int=4,              # exact: rows that are computed together
@@ -259,17 +261,25 @@ def submit(self:Engine, request:Request) -> Stream:
     before, limit = r.state.n if r.state else 0, self.max_len
     n = before + len(r.prompt)
     if limit and n >= limit:
-        raise ValueError(f'prompt of {n:,} tokens, this model reads up to {limit - 1:,} and answers; '
-                         'shorten it, or raise max_len')
+        raise ValueError(f'prompt of {n:,} tokens, this model reads up to {limit - 1:,} and '
+                         'answers; shorten it, or raise max_len')
     s.limit = min(r.max_tokens, limit - n if limit else r.max_tokens)
     s.need = self._capacity(n + s.limit)
     if (b := self.model.state_bytes(s.need, self._group())) > self.max_bytes:
         raise ValueError(f'{n + s.limit:,} tokens need {human(b, unit="B")}, max_bytes is '
                          f'{human(self.max_bytes, unit="B")}; ask for fewer tokens')
-    if (r.stop or r.tools) and self.tokenizer is None:
-        raise ValueError('stop strings and tools need text; give the engine a tokenizer')
-    self.queue.append(s)
+    self._possible(r); self.queue.append(s)
     return s
+
+@patch
+def _possible(self:Engine, r): # what would fail later would fail for everybody
+    V, a, b = self.model.cfg.vocab_size, min(r.prompt), max(r.prompt)
+    if a < 0 or b >= V:
+        raise ValueError(f'token {a if a < 0 else b} in the prompt; this model knows 0 to {V-1:,}')
+    if r.stop and self.tokenizer is None:
+        raise ValueError('stop strings need text; give the engine a tokenizer')
+    if r.tools and self.tool_ids is None:
+        raise ValueError('tools need a tokenizer with <|python_start|> and the other three')
 
 @patch
 def _capacity(self:Engine, n): return bucket(n, 1024 if self.graphs else 64)
@@ -300,18 +310,20 @@ def _slab(self:Engine, rows, cap):
 def _place(self:Engine, need): # -> slab, index of a free row for `need` tokens; None: wait
     live = len(self.rows())
     if live >= self.max_rows: return None
-    fits = lambda rows, cap, beside=0: self.model.state_bytes(cap, rows) + beside <= self.max_bytes
+    beside = self.nbytes() if live else 0                   # while rows move, both are there
+    fits = lambda rows, cap: self.model.state_bytes(cap, rows) + beside <= self.max_bytes
     if self.exact: # groups of one shape, of requests of one capacity
         for s in self.slabs:
             if s.capacity == need and s.free() is not None: return s, s.free()
-        if not fits(self.group, need, self.nbytes()): return None
+        if not fits(self.group, need): return None
         self.slabs.append(self._slab(self.group, need))
         return self.slabs[-1], 0
     s = self.slabs[0] if self.slabs else None
     if s is None or s.free() is None or s.capacity < need:
         cap = max(need, s.capacity if live else 0)
         wish = self.max_rows if self.graphs else min(self.max_rows, bucket(live + 1, 1))
-        rows = next((n for n in (wish, bucket(live + 1, 1), live + 1) if n <= self.max_rows and fits(n, cap)), 0)
+        sizes = [n for n in (wish, bucket(live + 1, 1), live + 1) if n <= self.max_rows]
+        rows = next((n for n in sizes if fits(n, cap)), 0)
         if not rows: return None
         self._regrow(rows, cap)
     return self.slabs[0], self.slabs[0].free()
@@ -333,10 +345,13 @@ def _admit(self:Engine):
     busy = bool(self.rows())
     while True:
         if self.reading is None:
-            while self.queue and self.queue[0].cancelled: self._end(self.queue.popleft(), 'cancelled')
+            while self.queue and self.queue[0].cancelled:
+                self._end(self.queue.popleft(), 'cancelled')
             if not self.queue or self._place(self.queue[0].need) is None: return
             self.reading = self.queue.popleft(); self.reads = self._read(self.reading)
-        if next(self.reads, 'done') == 'done': self.reading = self.reads = None
+        try: done = next(self.reads, 'done') == 'done'
+        except BaseException: self._end(self.reading, 'error'); self.reading = None; raise
+        if done: self.reading = self.reads = None
         if busy: return
 
 @patch
@@ -344,13 +359,16 @@ def _read(self:Engine, s): # reads a prompt; yields after each piece
     r = s.request
     if self._last and r.state is None and self._last[0] == r.prompt: _, state, z = self._last
     else:
-        state = self.model.init_state(1, bucket(len(r.prompt))) if r.state is None else r.state.fork(1)
-        cache = self.prefix if r.state is None else None
-        for z in prefill(self.model, r.prompt, state, cache, piece=self.piece, exact=self.exact):
+        new = r.state is None
+        state = self.model.init_state(1, bucket(len(r.prompt))) if new else r.state.fork(1)
+        cache, how = self.prefix if new else None, dict(piece=self.piece, exact=self.exact)
+        for z in prefill(self.model, r.prompt, state, cache, **how):
             if z is None: yield
             if s.cancelled: return self._end(s, 'cancelled')
-        if r.state is None: self._last = r.prompt, state, z
-    while (place := self._place(s.need)) is None: yield
+        if new: self._last = r.prompt, state, z
+    while (place := self._place(s.need)) is None:
+        if s.cancelled: return self._end(s, 'cancelled')
+        yield
     slab, i = place
     slab.enter(i, row := Row(s, state.n), state)
     self._results(slab, [(i, row)], slab.first(i, row, z))
@@ -395,7 +413,8 @@ def next(self:Slab, live):
     on[[i for i, _ in live]] = 1
     if not self.exact: view.n = max(r.fed for r in self.rows if r)
     every = len(live) == n and not self.exact
-    z = self.model(self.tok[:n, None], state=view, lengths=None if every else on.to(self.tok.device))
+    lengths = None if every else on.to(self.tok.device)
+    z = self.model(self.tok[:n, None], state=view, lengths=lengths)
     for _, r in live: r.fed += 1
     return self.draw(live, z[[i for i, _ in live], 0])
 
@@ -408,7 +427,8 @@ class GraphSlab(Slab):
 
     def enter(self, i, row, state):
         super().enter(i, row, state); d, r = self.dec, row.stream.request
-        for t, v in ((d.temp, r.temperature), (d.top_k, r.top_k), (d.top_p, r.top_p),
+        k = min(r.top_k, self.model.cfg.vocab_size)
+        for t, v in ((d.temp, r.temperature), (d.top_k, k), (d.top_p, r.top_p),
                      (d.min_p, r.min_p), (d.key, seed_key(r.seed)),
                      (d.live, int(row.asked < row.stream.limit))): t[i] = v
 
@@ -429,7 +449,8 @@ class GraphSlab(Slab):
 
     def fetch(self, live, a, b, z, cap): # start copying the results to the CPU
         host = torch.empty(2, b-a, dtype=torch.float64, pin_memory=self.tok.is_cuda)
-        host.copy_(torch.stack([self.tok[a:b].double(), self.dec.lp[a:b].double()]), non_blocking=True)
+        both = torch.stack([t[a:b].double() for t in (self.tok, self.dec.lp)])
+        host.copy_(both, non_blocking=True)
         if any(r.stream.request.logprobs for _, r in live):
             z = z[:, :self.model.cfg.vocab_size]
             z = cap*torch.tanh(z/cap) if cap else z.clone()
@@ -469,7 +490,7 @@ def _collect(self:Engine, keep): # read back all but the newest results
                 if not self.lag: self._set(s, t)
             if (k := s.request.logprobs) is not None:
                 s.logprobs.append(None if forced else own[j])
-                if k: s.tops.append(list(zip(top.indices[j, :k].tolist(), top.values[j, :k].tolist())))
+                if k: s.tops.append([*zip(*(t[j, :k].tolist() for t in (top.indices, top.values)))])
             reason = s._accept(t)
             if reason: self._leave(*self._where(s), reason)
             elif s._forced and self.lag: self._set(s, s._forced[0])
@@ -488,7 +509,9 @@ def _leave(self:Engine, slab, i, reason): # free a row; the last one moves into 
         before = s.request.state.n if s.request.state else 0
         rest = (s.request.prompt + s.tokens)[row.fed - before:]
         s.state = self.model.take(slab.state, i, row.fed)
-        if rest: self.model(torch.tensor([rest], device=self.device), state=s.state, last_only=True)
+        if rest:
+            x = torch.tensor([rest], device=self.device)
+            self.model(x, state=s.state, last_only=True)
     slab.leave(i)
     if self.exact: self.slabs = [x for x in self.slabs if any(x.rows)]
     elif (last := slab.used - 1) > i: slab.move(slab, last, i)

@@ -80,6 +80,125 @@ for cols, vocab, cap in ((96, 90, 15.), (128, 128, 0.), (96, 96, 50.), (200, 190
 print('fine')''', TRITON_INTERPRET='1'))
     assert out == 'fine'
 
+INTERPRET = """
+import os, sys, torch
+import triton.runtime.interpreter as I
+patch_tensor = I._patch_lang_tensor
+def patched(tensor, scope): # NumPy 2.4 makes no number of an array that holds one
+    patch_tensor(tensor, scope); scope.set_attr(tensor, '__index__', lambda self: int(self.handle.data.item()))
+I._patch_lang_tensor = patched
+import nano_dh.cache, nano_dh.decode as D
+from nano_dh.hybrid_model import HybridConfig, HybridModel
+torch.set_grad_enabled(False)
+FEW = dict(programs=4, block=32, attend_programs=4, attend_bn=8, delta_bv=64) # small blocks and few programs: every
+MANY = dict(attend_programs=4, attend_bn=16, delta_bv=8)                     # loop has an end that is not full
+D.TUNE['few'].update(FEW); D.TUNE['many'].update(MANY)
+SIZE = dict(vocab_size=70, sequence_len=64, d_model=64, head_dim=16, head_k_dim=16, head_v_dim=16, window=24, mlp_ratio=2.)
+def make(depth=2, seed=1, noise=.1, **kw):
+    g = torch.Generator().manual_seed(seed)
+    m = HybridModel(HybridConfig.from_depth(depth, **{**SIZE, **kw})).requires_grad_(False)
+    for p in m.parameters(): p.add_(torch.randn(p.shape, generator=g), alpha=noise)
+    return m
+"""
+
+STEP = INTERPRET + """
+KINDS = dict(GL=dict(pattern='GL', kv_group=2), nanochat=dict(preset='nanochat', pattern='SL'),
+             odd=dict(pattern='GL', d_model=80, head_dim=10, head_v_dim=20, head_k_dim=12, pos='partial', attn_gate='elementwise', mlp_ratio=1.5),
+             conversation=dict(preset='conversation', vocab_size=64, neg_eigval=True), GGGL=dict(depth=4), gelu=dict(pattern='G', activation='gelu', resid_scalars=False),
+             wide=dict(depth=4, preset='nanochat', kv_group=4), bfloat16=dict(pattern='GL'))
+for name in sys.argv[2:]:
+    kw = dict(KINDS[name]); m = make(**kw); half = name == 'bfloat16'; V = m.cfg.vocab_size
+    c = D.inference_copy(m, torch.bfloat16 if half else torch.float32)
+    for R in map(int, sys.argv[1].split(',')):
+        x = torch.randint(0, V, (R, 45), generator=torch.Generator().manual_seed(R)); ref = c(x)
+        a, n = c.init_state(R, 64), [41 - 3*r for r in range(R)]         # rows of different lengths, the last asleep
+        for r in range(R):
+            one = c.init_state(1, 64); c(x[r:r+1, :n[r]], state=one); c.put(a, r, one)
+        a.n = None; d = D.Decoder(c, a, torch.zeros(R, dtype=torch.int64)); assert d.fused
+        if R > 2: awake = R - 1; d.live[:awake] = 1
+        else: awake = R; d.live.fill_(1)
+        was = [t[awake:].clone() for t in a.tensors()]; worst = 0.
+        for k in range(2):
+            d.tok.copy_(torch.stack([x[r, n[r]+k] for r in range(R)])); z, cap = d.logits(R); z = z[:, :V]
+            z = cap*torch.tanh(z/cap) if cap else z
+            want = torch.stack([ref[r, n[r]+k] for r in range(awake)])
+            worst = max(worst, (z[:awake] - want).abs().max().item())
+        assert a.pos.tolist() == [n[r] + 2*(r < awake) for r in range(R)]
+        assert all(torch.equal(t[awake:], w) for t, w in zip(a.tensors(), was)), 'a sleeping row changed'
+        assert worst < (.15 if half else 2e-5), (name, R, worst)
+        print(name, R, 'rows', f'{worst:.1e} of {want.abs().max():.1f}')
+print('fine')"""
+
+SAMPLE = INTERPRET + """
+from types import SimpleNamespace as N
+from nano_dh.engine import Request, sample, seed_key
+m = D.inference_copy(make(pattern='G'), torch.float32); V, R = 70, 3
+full = lambda v, dt=torch.int64: torch.full((R,), v, dtype=dt)
+d = D.Decoder(m, N(pos=full(0)), full(0)); wrong = n = 0
+z = 3*torch.randn(R, 128, generator=torch.Generator().manual_seed(0)); z[:, V:] = 99.   # the padding is never drawn
+for j, (k, p, mp, T, cap) in enumerate([(0, 1., 0., 1., 0.), (7, 1., 0., 1., 5.), (70, .9, 0., .7, 0.), (1, 1., 0., 1., 0.), (0, 1e-4, 0., 1., 0.),
+        (0, 1., 1., 1., 0.), (0, 1., .2, 2., 15.), (500, .999999, 1e-6, 1., 0.), (20, .8, .05, 1.3, 3.), (5, .5, .1, 0., 15.), (69, 1., 0., 1e-5, 0.)]):
+    d.temp.fill_(T); d.top_k.fill_(k); d.top_p.fill_(p); d.min_p.fill_(mp); d.live.fill_(1); d.live[2] = 0; d.tok.fill_(-5)
+    seeds = [(1 << 40) + 977*j + i for i in range(R)]; at = [3, 10**6, 2**31 + 5]
+    d.key.copy_(torch.tensor([seed_key(s) for s in seeds])); d.state.pos.copy_(torch.tensor(at))
+    d.draw(z, cap, 0, R); zz = (cap*torch.tanh(z/cap) if cap else z)[:, :V]
+    want = [int(sample(zz[i], Request([1], temperature=T, top_k=k, top_p=p, min_p=mp, seed=seeds[i]), at[i])) for i in range(R)]
+    wrong += sum(a != b for a, b in zip(want[:2], d.tok.tolist())); n += 2; assert d.tok[2] == -5
+    lp = zz.log_softmax(-1)[torch.arange(2), d.tok[:2]]
+    torch.testing.assert_close(d.lp[:2], lp, rtol=1e-5, atol=2e-5)
+assert wrong == 0, (wrong, n)
+print('fine')"""
+
+ENGINE = INTERPRET + """
+from dataclasses import replace
+import nano_dh.engine as E
+from nano_dh.engine import Engine, Request
+from nano_dh.tokenizer import Tokenizer
+TOK = Tokenizer([bytes([i]) for i in range(256)]); sp = TOK.special
+m = make(2, pattern='GL', vocab_size=TOK.vocab_size, d_model=32, mlp_ratio=1.)
+rs = [Request(list(range(5*k, 6*k + 2)), max_tokens=3 + k % 4, seed=k, stop_tokens=tuple(range(100 + k, 130)), top_k=(0, 20)[k % 2],
+              top_p=(1., .9)[k % 3 == 0], temperature=(1., 0.)[k % 5 == 4], logprobs=(None, 2)[k == 2], keep=k == 3) for k in range(6)]
+rs.append(Request([9], max_tokens=1, stop_tokens=()))
+got = []
+for graphs in (False, True):
+    e = Engine(m, TOK, max_rows=3, graphs=graphs, prefix_bytes=0); assert e.lag == int(graphs)
+    ss = [e.submit(replace(r)) for r in rs]; steps = 0
+    while e.busy: e.step(); steps += 1; ss[5].cancelled |= steps == 9
+    assert not e.rows() and not e.pending; e.release(); assert e.nbytes() == 0
+    got.append(ss)
+for i, (a, b) in enumerate(zip(*got)):
+    assert len({a.reason, b.reason}) == 1 or i == 5, (i, a.reason, b.reason)
+    k = min(len(a.tokens), len(b.tokens)); assert a.tokens[:k] == b.tokens[:k] and (i == 5 or len(a.tokens) == len(b.tokens)), i
+    if a.logprobs: torch.testing.assert_close(torch.tensor(a.logprobs), torch.tensor(b.logprobs), rtol=1e-4, atol=1e-4)
+    if a.state:
+        assert a.state.n == b.state.n
+        for x, y in zip(a.state.tensors(), b.state.tensors()): torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+print('fine')"""
+
+def interpreted(code, *args):
+    p = python(f'import sys; sys.argv = {["-", *args]!r}\n' + code, TRITON_INTERPRET='1')
+    out = p.communicate(timeout=900)[0]; print(out)
+    assert p.returncode == 0 and out.endswith('fine\n'), out
+
+@needs_triton
+@pytest.mark.parametrize('kind', ['GL', 'nanochat', 'odd'])
+def test_decoding_step_interpreted(kind):
+    "Few rows and many, of different lengths, one asleep; sizes that fill no block"
+    interpreted(STEP, '1,3', kind)
+
+@needs_triton
+def test_sampling_interpreted(): interpreted(SAMPLE)
+
+@needs_triton
+def test_engine_on_kernels_interpreted():
+    "The engine as on a GPU, results a step late: the same texts as with the plain forward"
+    interpreted(ENGINE)
+
+@pytest.mark.slow
+@needs_triton
+@pytest.mark.parametrize('kind', ['GL', 'nanochat', 'odd', 'conversation', 'GGGL', 'gelu', 'wide', 'bfloat16'])
+def test_decoding_step_interpreted_long(kind): interpreted(STEP, '1,2,3,6', kind)
+
 def test_checked_once_a_node(tmp_path):
     "Two ranks ask at the same time: one checks, both get its answer"
     code = f'''
