@@ -1,0 +1,391 @@
+"""The web page in a real Chromium, against the real server in its own process.
+`python tests/test_web.py` writes the hashes of the style and the script into the page's content security policy."""
+import base64, hashlib, json, re, shutil, socket, subprocess, sys, time, urllib.request
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+import pytest, torch
+from tiny_run import environ
+
+PAGE = Path(__file__).resolve().parent.parent/'nano_dh'/'web'/'index.html'
+CHROMIUM = shutil.which('chromium')
+try: from playwright.sync_api import expect, sync_playwright
+except ImportError: sync_playwright = None
+browsing = pytest.mark.skipif(not (CHROMIUM and sync_playwright and find_spec('nano_dh.serve')),
+                              reason='needs chromium, the playwright package and the server')
+MARKUP = 'x <img src=x onerror="window.hacked=1"> <script>window.hacked=2</script> <b onmouseover=alert(1)>bold</b> &amp;'
+
+# ---- the file itself
+
+def policy(html): # the page with the hashes of its style and script
+    for tag in ('style', 'script'):
+        inside = re.search(rf'<{tag}[^>]*>(.*?)</{tag}>', html, re.S)[1]
+        digest = base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()
+        html = re.sub(rf"{tag}-src 'sha256-[^']*'", f"{tag}-src 'sha256-{digest}'", html)
+    return html
+
+def test_policy_is_strict_and_up_to_date():
+    html = PAGE.read_text()
+    assert policy(html) == html, 'the page was changed: python tests/test_web.py'
+    csp = dict(d.strip().split(' ', 1) for d in re.search(r'Content-Security-Policy" content="([^"]*)"', html)[1].split(';'))
+    assert csp['default-src'] == csp['base-uri'] == csp['form-action'] == "'none'" and csp['connect-src'] == "'self'"
+    assert csp['require-trusted-types-for'] == "'script'" and 'unsafe' not in str(csp) and '*' not in str(csp)
+
+def test_one_file_that_asks_nobody_else():
+    html = PAGE.read_text()
+    assert not re.search(r'innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function|srcdoc', html)
+    assert not re.search(r'\son\w+="|\sstyle="|<(link|script|img|iframe)[^>]*(src|href)="(?!data:)', html)
+    assert set(re.findall(r'https?://[^\s\'"]+', html)) == {'http://www.w3.org/2000/svg'}      # a name, not an address
+
+# ---- a server and a browser
+
+def checkpoint(base): # a model of a moment that talks in letters and never ends by itself
+    from nano_dh.checkpoint import save_checkpoint
+    from nano_dh.hybrid_model import HybridConfig, HybridModel
+    from nano_dh.tokenizer import Tokenizer
+    tok = Tokenizer({bytes([i]): i for i in range(256)})
+    m = HybridModel(HybridConfig.from_depth(2, pattern='GL', vocab_size=tok.vocab_size, sequence_len=1024, d_model=64, head_dim=32, head_k_dim=32,
+                                            head_v_dim=32), 0)
+    g = torch.Generator().manual_seed(1)
+    for p in m.parameters(): p.data += .05*torch.randn(p.shape, generator=g)
+    m.lm_head.weight.data.zero_()
+    for c in b'abcdefghijklmnopqrstuvwxyz    ,.\n': m.lm_head.weight.data[c] = torch.randn(64, generator=g)
+    return save_checkpoint(Path(base)/'runs'/'tiny', 0, m, tokenizer=tok, meta=dict(train=dict(stage='sft', total_batch_size=256)))
+
+@contextmanager
+def serving(base, port=None): # -> its address
+    if port is None:
+        with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+    log = open(Path(base)/'server.log', 'a')
+    p = subprocess.Popen([sys.executable, '-m', 'nano_dh.serve', '--port', str(port)], env=environ(base), stdout=log, stderr=log)
+    url = f'http://127.0.0.1:{port}'
+    try:
+        for _ in range(300):
+            try: urllib.request.urlopen(f'{url}/health', timeout=1); break
+            except OSError: assert p.poll() is None, Path(log.name).read_text()[-2000:]; time.sleep(.1)
+        yield url
+    finally: p.terminate(); p.wait(20); log.close()
+
+@pytest.fixture(scope='module')
+def base(tmp_path_factory): d = tmp_path_factory.mktemp('web'); checkpoint(d); return d
+@pytest.fixture(scope='module')
+def url(base):
+    with serving(base) as u: yield u
+
+@pytest.fixture(scope='module')
+def browser():
+    with sync_playwright() as p:
+        b = p.chromium.launch(executable_path=CHROMIUM, args=['--no-sandbox'])
+        yield b
+        b.close()
+
+@pytest.fixture
+def page(browser, url): # whatever goes wrong in the page fails the test
+    context = browser.new_context(viewport=dict(width=1280, height=800), reduced_motion='reduce')
+    context.set_default_timeout(8000)
+    p, wrong = context.new_page(), []
+    p.on('pageerror', lambda e: wrong.append(str(e)))
+    p.on('dialog', lambda d: (wrong.append(f'dialog {d.message}'), d.dismiss()))
+    p.on('console', lambda m: wrong.append(m.text) if m.type == 'error' and not re.search('Failed to load resource|TrustedHTML', m.text) else None)
+    p.on('request', lambda r: wrong.append(f'asks {r.url}') if not r.url.startswith(('http://127.0.0.1:', 'data:', 'blob:')) else None)
+    p.goto(url)
+    yield p
+    assert not p.is_closed() and p.evaluate('window.hacked') is None
+    context.close()
+    assert not wrong, wrong
+
+# ---- what a person does
+
+def box(page): return page.get_by_label('Message', exact=True)
+def say(page, text): box(page).fill(text); box(page).press('Enter')
+def done(page): expect(page.locator('#send')).to_be_visible(); expect(page.locator('article.assistant .foot').last).to_be_visible()
+def ask(page, text, **settings):
+    if settings: sample(page, **settings)
+    say(page, text); done(page)
+def sample(page, system=None, **kw):
+    page.get_by_role('button', name='Settings').click()
+    if system is not None: page.get_by_label('System prompt').fill(system)
+    for k, v in kw.items(): page.locator(f'[name={k}]').fill(str(v))
+    page.keyboard.press('Escape')
+def words(page): return [a.locator('.body').inner_text() for a in page.locator('article').all()]
+def sent(page, act): # the request that follows
+    with page.expect_request('**/v1/chat/completions') as r: act()
+    return r.value.post_data_json
+
+def events(*deltas, usage=None, error=None, end=True): # what a server streams
+    out = [dict(choices=[dict(index=0, delta=d)]) for d in deltas]
+    if error: out.append(dict(error=dict(message=error)))
+    if usage: out.append(dict(choices=[], usage=usage))
+    return ''.join(f'data: {json.dumps(o)}\n\n' for o in out) + 'data: [DONE]\n\n'*end
+def script(page, *replies): # the next answers come from here: dicts of route.fulfill
+    left = list(replies)
+    page.route('**/v1/chat/completions', lambda r: r.fulfill(**{'content_type': 'text/event-stream', **left.pop(0)}))
+    return left
+def looks(page, tmp_path, name): page.screenshot(path=tmp_path/f'{name}.png'); assert (tmp_path/f'{name}.png').stat().st_size > 5000
+
+@browsing
+def test_send_and_stream(page, tmp_path):
+    page.evaluate('''() => { window.seen = []; new MutationObserver(() => { const b = document.querySelector('.assistant .body.busy');
+        if (b) seen.push(b.textContent.length); }).observe(document.getElementById('log'), {childList: true, subtree: true, characterData: true}) }''')
+    sample(page, max_tokens=150, system='Be brief.')
+    body = sent(page, lambda: say(page, 'Tell me'))
+    assert body['messages'] == [dict(role='system', content='Be brief.'), dict(role='user', content='Tell me')] and body['max_tokens'] == 150
+    done(page)
+    seen = page.evaluate('seen')
+    assert len(set(seen)) > 3 and seen == sorted(seen)                         # it grew while it was written
+    assert words(page)[0] == 'Tell me' and len(words(page)[1]) > 100
+    expect(page.locator('.facts')).to_contain_text(re.compile(r'150 tokens · [\d.]+ tokens/s'))
+    expect(page.locator('#context')).to_contain_text(re.compile(r'\d+ (of [\d,]+ )?tokens of context'))
+    looks(page, tmp_path, 'desktop')
+
+@browsing
+def test_stop(page, url):
+    sample(page, max_tokens=800)
+    say(page, 'On and on')
+    expect(page.locator('.assistant .body')).not_to_be_empty()
+    page.get_by_role('button', name='Stop').click()
+    done(page)
+    got = words(page)[1]
+    expect(page.locator('.facts')).to_have_text('stopped')
+    page.wait_for_timeout(200)
+    assert words(page)[1] == got and 0 < len(got) < 800
+    ask(page, 'And then?', max_tokens=5)                                        # goes on from what was said
+    assert len(words(page)) == 4
+
+@browsing
+def test_regenerate(page):
+    ask(page, 'Once', max_tokens=40)
+    first = words(page)
+    page.get_by_role('button', name='Regenerate').click(); done(page)
+    second = words(page)
+    assert len(second) == 2 and second[0] == 'Once' and second[1] != first[1]   # a new seed
+    ask(page, 'Twice', seed=7)
+    third = words(page)
+    page.get_by_role('button', name='Regenerate').click(); done(page)
+    assert words(page) == third and len(third) == 4                             # the same seed
+
+@browsing
+def test_edit(page):
+    sample(page, max_tokens=10)
+    for t in ('first', 'second'): ask(page, t)
+    page.locator('article.user').first.hover()
+    page.get_by_role('button', name='Edit').first.click()
+    expect(page.get_by_label('Edit the message')).to_be_focused()
+    page.get_by_label('Edit the message').fill('changed')
+    body = sent(page, lambda: page.locator('.edit').get_by_role('button', name='Send').click())
+    done(page)
+    assert [m['content'] for m in body['messages']] == ['changed'] and len(words(page)) == 2 and words(page)[0] == 'changed'
+    expect(page.locator('#title')).to_have_text('changed')
+
+@browsing
+def test_reload_and_several_chats(page):
+    sample(page, max_tokens=10, system='Here only.')
+    ask(page, 'One chat'); one = words(page)
+    page.get_by_role('button', name='New chat').click()
+    expect(page.locator('article')).to_have_count(0)
+    ask(page, 'Another chat', system=''); other = words(page)
+    page.reload()
+    expect(page.locator('article')).to_have_count(2)
+    assert words(page) == other and page.locator('[name=max_tokens]').input_value() == '10'
+    page.locator('#chats').get_by_text('One chat').click()
+    assert words(page) == one and page.locator('#system').input_value() == 'Here only.'
+    page.reload()
+    expect(page.locator('#title')).to_have_text('One chat')                     # the one that was open
+
+@browsing
+def test_reload_in_the_middle(page):
+    sample(page, max_tokens=800)
+    say(page, 'Long')
+    expect(page.locator('.assistant .body')).to_have_text(re.compile('.{20}', re.S))
+    page.reload()
+    expect(page.locator('.facts')).to_have_text('stopped')
+    assert len(words(page)[1]) > 10
+    expect(page.get_by_role('button', name='Regenerate')).to_be_visible()
+
+@browsing
+def test_dark_mode(page, tmp_path):
+    ask(page, 'Night', max_tokens=60)
+    shade = lambda: sum(map(int, re.findall(r'\d+', page.evaluate('getComputedStyle(document.body).backgroundColor'))[:3]))
+    toggle = page.get_by_role('button', name='Dark mode')
+    assert shade() > 600
+    page.emulate_media(color_scheme='dark'); assert shade() < 150
+    expect(toggle).to_have_attribute('aria-pressed', 'true')
+    looks(page, tmp_path, 'desktop-dark')
+    toggle.click(); assert shade() > 600
+    page.reload(); assert shade() > 600                                         # remembered against the system
+    toggle.click(); page.reload(); assert shade() < 150
+    page.emulate_media(color_scheme='light'); assert shade() > 600              # and follows it again
+
+@browsing
+def test_markup_stays_text(page):
+    ask(page, MARKUP, max_tokens=5)                                             # from the user, through the real server
+    assert words(page)[0] == MARKUP
+    fence = f'```html\n{MARKUP}\n```'
+    script(page, dict(body=events(*[dict(content=c) for c in MARKUP], dict(content=f'\n\n**{MARKUP}** `{MARKUP}`\n{fence}'),
+                                  dict(nano_dh=dict(part='python', text=MARKUP)), dict(nano_dh=dict(part='output', text=MARKUP)), error=MARKUP)))
+    ask(page, f'{MARKUP} again')                                                # from the model: text, code, tool, error
+    a = page.locator('article.assistant').last
+    assert a.locator('p').first.inner_text() == MARKUP
+    assert [x.inner_text() for x in a.locator('pre').all()] == [MARKUP]*3
+    expect(a.locator('.problem')).to_contain_text(MARKUP)
+    page.reload()
+    assert words(page)[0] == MARKUP                                             # from storage
+    for t in ('img', 'script', 'b', 'iframe'): assert page.locator(f'main {t}').count() == 0
+    with pytest.raises(Exception, match='TrustedHTML|Trusted'): page.evaluate("document.body.innerHTML = '<img src=x>'")
+
+@browsing
+def test_tools_apart(page):
+    tool = [dict(content='Let me see. '), dict(nano_dh=dict(part='python', text='6*')), dict(nano_dh=dict(part='python', text='7')),
+            dict(nano_dh=dict(part='output', text='42')), dict(content='It is 42.')]
+    script(page, dict(body=events(*tool)), dict(body=events(dict(content='Yes.'))))
+    ask(page, 'six by seven?')
+    assert page.locator('.body > p').all_inner_texts() == ['Let me see.', 'It is 42.']
+    assert page.locator('figure.python pre').inner_text() == '6*7' and page.locator('figure.output pre').inner_text() == '42'
+    body = sent(page, lambda: say(page, 'sure?')); done(page)
+    assert body['messages'][1] == dict(role='assistant', content=[dict(type='text', text='Let me see. '), dict(type='python', text='6*7'),
+                                       dict(type='output', text='42'), dict(type='text', text='It is 42.')])
+
+@browsing
+def test_keyboard(page):
+    page.keyboard.type('two')                                                   # the message has the focus from the start
+    page.keyboard.press('Shift+Enter'); page.keyboard.type('lines')
+    sample(page, max_tokens=800); box(page).focus()
+    body = sent(page, lambda: page.keyboard.press('Enter'))
+    assert body['messages'][0]['content'] == 'two\nlines' and box(page).input_value() == ''
+    expect(page.locator('.assistant .body')).not_to_be_empty()
+    page.keyboard.press('Escape')
+    expect(page.locator('.facts')).to_have_text('stopped')
+    page.keyboard.press('ArrowUp')
+    edit = page.get_by_label('Edit the message')
+    expect(edit).to_be_focused(); assert edit.input_value() == 'two\nlines'
+    page.keyboard.press('Escape'); expect(edit).to_have_count(0); expect(box(page)).to_be_focused()
+    page.keyboard.press('Shift+Tab')
+    assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == 'solid'
+    nameless = page.evaluate('''() => [...document.querySelectorAll('button, input, textarea, select')].filter(e =>
+        !(e.ariaLabel || e.textContent.trim() || e.labels?.length)).map(e => e.outerHTML)''')
+    assert not nameless
+
+@browsing
+@pytest.mark.parametrize('width', [360, 390])
+def test_phone(page, tmp_path, width):
+    page.set_viewport_size(dict(width=width, height=844))
+    long = 'w'*120 + '\n```python\n' + 'x = ' + '1 + '*60 + '1\n```\n' + '**a** `' + 'c'*90 + '`'
+    script(page, dict(body=events(dict(content=long), dict(nano_dh=dict(part='python', text='9'*200)), dict(content='\n\nAll said.'),
+                                  usage=dict(prompt_tokens=1234, completion_tokens=512, nano_dh=dict(cached_tokens=1000, tokens_per_second=123.4,
+                                             context_used=1746, context_limit=2048)))))
+    ask(page, 'v'*150)
+    fits = lambda: page.evaluate('document.documentElement.scrollWidth <= innerWidth && document.getElementById("scroll").scrollWidth <= innerWidth')
+    assert fits()
+    looks(page, tmp_path, f'phone-{width}')
+    page.get_by_role('button', name='Chats').click()
+    expect(page.get_by_role('button', name='New chat')).to_be_focused(); assert fits()
+    page.keyboard.press('Escape')
+    expect(page.get_by_role('button', name='New chat')).to_be_hidden()
+    for name in ('Settings', 'Memory'):
+        page.get_by_role('button', name=name).click()
+        b = page.locator('dialog[open]').bounding_box()
+        assert b['x'] >= 0 and b['x'] + b['width'] <= width and fits()
+        page.keyboard.press('Escape')
+    for e in page.locator('header button:visible, #composer button:visible').all(): assert e.bounding_box()['height'] >= 32
+    page.emulate_media(color_scheme='dark'); looks(page, tmp_path, f'phone-{width}-dark')
+
+@browsing
+def test_scrolls_only_at_the_bottom(page):
+    page.set_viewport_size(dict(width=600, height=400))
+    sample(page, max_tokens=3000)
+    place = lambda: page.evaluate('(s => [s.scrollTop, s.scrollHeight - s.clientHeight - s.scrollTop])(document.getElementById("scroll"))')
+    say(page, 'A lot')
+    page.wait_for_selector('.assistant .body:has-text(" ")')
+    while place()[0] < 60: page.wait_for_timeout(20)                            # it follows
+    expect(page.locator('#down')).to_be_hidden()
+    page.evaluate('document.getElementById("scroll").scrollTop = 0')
+    before = len(words(page)[1]); page.wait_for_timeout(150)
+    assert len(words(page)[1]) > before and place()[0] == 0                     # it stays where one reads
+    page.locator('#down').click()
+    expect(page.locator('#down')).to_be_hidden(); assert place()[1] < 48
+    page.keyboard.press('Escape'); done(page)
+
+@browsing
+def test_full_queue_counts_down(page):
+    full = dict(status=429, headers={'Retry-After': '1'}, content_type='application/json', body=json.dumps(dict(error=dict(message='full'))))
+    left = script(page, full, full, full, dict(body=events(dict(content='At last.'))))
+    say(page, 'Hello?')
+    expect(page.locator('.wait')).to_contain_text(re.compile(r'queue is full. Trying again in \d s'))
+    expect(page.locator('#stop')).to_be_visible()
+    while len(left) > 1: page.locator('.wait button').click(); page.wait_for_timeout(50)
+    done(page)                                                                  # the last time by itself
+    assert words(page)[1] == 'At last.'
+    script(page, full); page.get_by_role('button', name='Regenerate').click()
+    expect(page.locator('.wait')).to_be_visible(); page.keyboard.press('Escape'); done(page)
+    expect(page.locator('.facts')).to_have_text('stopped')
+
+@browsing
+def test_errors_are_said_and_can_be_retried(page):
+    bad = dict(status=400, content_type='application/json', body=json.dumps(dict(error=dict(message='prompt of 9 tokens; shorten it'))))
+    script(page, bad, dict(body=events(dict(content='half '), error='The engine stopped.')), dict(body=events(dict(content='half '), end=False)),
+           dict(body=events(dict(content='whole'))))
+    said, retry = page.locator('.problem'), page.get_by_role('button', name='Retry')
+    for i, sentence in enumerate(['prompt of 9 tokens; shorten it', 'The engine stopped.', 'The connection broke in the middle of the answer.']):
+        say(page, 'Well?') if i == 0 else retry.click()
+        expect(said).to_contain_text(sentence)
+        assert words(page) == ['Well?', 'half' if i else '']
+    retry.click(); done(page)
+    assert words(page) == ['Well?', 'whole']; expect(said).to_have_count(0)
+
+@browsing
+def test_no_server(page):
+    page.route(re.compile('/(v1|health)'), lambda r: r.abort())
+    say(page, 'Anybody?')
+    expect(page.locator('.problem')).to_contain_text('No answer from the server')
+    expect(page.locator('#banner')).to_contain_text('Trying again')
+    page.unroute(re.compile('/(v1|health)')); page.unroute_all()
+    expect(page.locator('#banner')).to_be_hidden()
+    sample(page, max_tokens=5)
+    page.get_by_role('button', name='Retry').click(); done(page)
+    assert len(words(page)[1]) > 0
+
+@browsing
+def test_key_is_asked_for_and_kept_in_the_tab(page):
+    def guard(r):
+        ok = r.request.headers.get('authorization') == 'Bearer open sesame'
+        r.fulfill(content_type='text/event-stream', body=events(dict(content='Welcome.'))) if ok else \
+            r.fulfill(status=401, content_type='application/json', body=json.dumps(dict(error=dict(message='key'))))
+    page.route('**/v1/chat/completions', guard)
+    say(page, 'Hi')
+    page.locator('#key').fill('wrong'); page.keyboard.press('Enter')
+    expect(page.locator('#key-say')).to_have_text('That key was not accepted.')
+    page.locator('#key').fill('open sesame'); page.keyboard.press('Enter')
+    done(page); assert words(page)[1] == 'Welcome.'
+    page.reload(); ask(page, 'Again'); assert words(page)[3] == 'Welcome.'
+    assert 'sesame' not in page.evaluate('JSON.stringify(localStorage)')
+
+@browsing
+def test_memory(page, base, tmp_path):
+    def memory(): page.get_by_role('button', name='Memory').click()
+    def last(): # what the newest answer says it did not read again
+        return map(int, re.search(r'From memory: (\d+) of (\d+) prompt tokens', page.locator('.remembered').last.inner_text()).groups())
+    ask(page, 'Remember this: ' + 'a thing of note, '*20, max_tokens=60)
+    before = words(page)
+    memory(); page.get_by_role('button', name='Save this conversation').click()
+    expect(page.locator('#memory-say')).to_contain_text(re.compile(r'Saved [\d.]+ [KM]B'))
+    with page.expect_download() as d: page.get_by_role('button', name='Download').click()
+    d.value.save_as(tmp_path/'memory'); assert (tmp_path/'memory').stat().st_size > 10_000
+    page.reload(); memory()
+    page.get_by_role('button', name='Resume', exact=True).click()               # it lies in the browser
+    expect(page.locator('dialog[open]')).to_have_count(0)
+    assert words(page) == before and page.locator('#chats li').count() == 1
+    ask(page, 'Go on')
+    kept, of = last(); assert kept > 300 and of - kept < 40
+    (tmp_path/'bad').write_bytes(b'not a state')
+    memory(); page.locator('#file').set_input_files(tmp_path/'bad')
+    expect(page.locator('#memory-say')).not_to_have_text(re.compile('^(Resuming …)?$'))
+    with serving(base) as new:                                                  # a server that never saw this chat, and a file
+        page.goto(new)
+        assert page.locator('article').count() == 0
+        memory(); page.locator('#file').set_input_files(tmp_path/'memory')
+        expect(page.locator('dialog[open]')).to_have_count(0)
+        assert words(page) == before
+        ask(page, 'Go on', max_tokens=20)
+        kept, of = last(); assert kept > 300 and of - kept < 40
+
+if __name__ == '__main__': PAGE.write_text(policy(PAGE.read_text())); print(f'{PAGE}: hashes written')
