@@ -119,7 +119,7 @@ def one_layer(pattern): return make(1, pattern=pattern, d_model=32, head_dim=16,
 EVENT = st.tuples(st.integers(1, 90), st.integers(1, 12), st.integers(0, 3), st.sampled_from(['submit', 'submit', 'cancel', 'step', 'step']))
 def schedule(events, pattern, exact, rows, lag):
     m = one_layer(pattern)
-    e = Engine(m, TOK, exact=exact, max_rows=rows, max_bytes=3*m.state_bytes(128, 4), prefix_bytes=20_000)
+    e = Engine(m, TOK, exact=exact, max_rows=rows, max_bytes=m.state_bytes(128, 6), prefix_bytes=20_000)
     e.lag, make_slab = lag, e._slab       # lag 1: results are read a step later, as on a GPU
     def counted(rows, cap): # while a slab grows, the old one is still there
         assert e.nbytes() + m.state_bytes(cap, rows) <= e.max_bytes

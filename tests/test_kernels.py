@@ -157,7 +157,7 @@ from nano_dh.tokenizer import Tokenizer
 TOK = Tokenizer([bytes([i]) for i in range(256)]); sp = TOK.special
 m = make(2, pattern='GL', vocab_size=TOK.vocab_size, d_model=32, mlp_ratio=1.)
 rs = [Request(list(range(5*k, 6*k + 2)), max_tokens=3 + k % 4, seed=k, stop_tokens=tuple(range(100 + k, 130)), top_k=(0, 20)[k % 2],
-              top_p=(1., .9)[k % 3 == 0], temperature=(1., 0.)[k % 5 == 4], logprobs=(None, 2)[k == 2], keep=k == 3) for k in range(6)]
+              top_p=(1., .9)[k % 3 == 0], temperature=(1., 0.)[k % 5 == 4], logprobs=(None, 2)[k == 2], keep=k != 2) for k in range(6)]
 rs.append(Request([9], max_tokens=1, stop_tokens=()))
 got = []
 for graphs in (False, True):
@@ -170,7 +170,7 @@ for i, (a, b) in enumerate(zip(*got)):
     assert len({a.reason, b.reason}) == 1 or i == 5, (i, a.reason, b.reason)
     k = min(len(a.tokens), len(b.tokens)); assert a.tokens[:k] == b.tokens[:k] and (i == 5 or len(a.tokens) == len(b.tokens)), i
     if a.logprobs: torch.testing.assert_close(torch.tensor(a.logprobs), torch.tensor(b.logprobs), rtol=1e-4, atol=1e-4)
-    if a.state:
+    if a.state and i != 5:
         assert a.state.n == b.state.n
         for x, y in zip(a.state.tensors(), b.state.tensors()): torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
 print('fine')"""
