@@ -166,7 +166,8 @@ def lineage(run:str|Path='' # run or checkpoint; '' is the newest run
     return out
 
 # %% ../nbs/27_report.ipynb #stage
-FIGURES = dict(loss='train loss', val_bpb='val bpb', val_reward='held-out reward', core='CORE')
+FIGURES = dict(loss='train loss', val_bpb='val bpb', reward='reward', core='CORE',
+               val_reward='held-out reward')
 
 def _thin(xs, n=200): # at most about n of a list, with both ends
     k = max(1, -(-len(xs)//n))
@@ -193,7 +194,8 @@ def stage_figures(path:str|Path # a checkpoint
                 seconds=meta.get('seconds', 0.), speed=speed[len(speed)//2],
                 ranks=meta['world_size'], saved=meta['saved'], torch=meta['torch'],
                 nano_dh=meta['nano_dh'], curves={k: v for k, v in curves.items() if v},
-                figures={k: e for k in FIGURES if (e := _ends(rs, k))})
+                figures={k: e for k in FIGURES if (e := _ends(rs, k))
+                         and (k, t.get('stage')) != ('loss', 'rl')})     # which says nothing there
 
 # %% ../nbs/27_report.ipynb #judged
 def _records(run): # kind -> newest record of a checkpoint of this run
@@ -360,7 +362,7 @@ def time_table(self:Card) -> str: # Markdown
     rows = [[t['stage'], t['status'], duration(t['seconds']), t['tries'],
              t['commit'] or 'not recorded', t['machine']] for t in self['time']]
     total = sum(t['seconds'] for t in self['time'])
-    what = 'from start to end' if self['whole'] else 'of training steps alone'
+    what = 'in all stages, start-up included' if self['whole'] else 'of training steps alone'
     cost = (f"{self['gpu_hours']:.2f} GPU hours at ${self['price']:g} each: ${self['cost']:.2f}"
             if self['gpu_hours'] else 'No GPU, no cost.')
     return _table(['stage', 'status', 'time', 'attempts', 'commit', 'machine'], rows) + \
@@ -403,8 +405,9 @@ def markdown(self:Card, figure:str='' # file name of the figure to show
     parts = [f"# {self['name']}", self.head(), '## Scores', self.score_table(), '## Stages',
              self.stage_table(), *([f'![curves]({figure})\n'] if figure else []),
              '## Time and cost', self.time_table()]
+    code = lambda x: '`' + x.replace('`', "'") + '`'      # text of the model stays text
     if self['answers']: parts += ['## Answers', _table(['task', 'question', 'answer', ''], [
-        [k, q, a, 'right' if ok else 'wrong'] for k, q, a, ok in self['answers']])]
+        [k, code(q), code(a), 'right' if ok else 'wrong'] for k, q, a, ok in self['answers']])]
     if self['missing']: parts += ['## Missing', *(f'- {m}' for m in self['missing']), '']
     parts += ['## Machine and code of this report', self.machine_table(),
               f"Made {self['made']}.\n"]
