@@ -6,8 +6,7 @@
 __all__ = ['FEW', 'TUNE', 'inference_copy', 'Decoder', 'fits']
 
 # %% ../nbs/15b_decode.ipynb #imports
-import copy, torch, torch.nn.functional as F
-from dataclasses import dataclass
+import os, torch, torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor
 from .deltanet import EPS, Linear, GatedDeltaNet, norm
@@ -51,7 +50,9 @@ def _mix_kernel(x, y, x0, a, b, n, i, d, eps, ADD: tl.constexpr, MIX: tl.constex
     at, live = tl.program_id(0)*d + c, c < d
     s = tl.load(x + at, mask=live, other=0.).to(tl.float32)
     if ADD: s += tl.load(y + at, mask=live, other=0.).to(tl.float32)
-    if MIX: s = tl.load(a + i)*s + tl.load(b + i)*tl.load(x0 + at, mask=live, other=0.).to(tl.float32)
+    if MIX:
+        begin = tl.load(x0 + at, mask=live, other=0.).to(tl.float32)
+        s = tl.load(a + i)*s + tl.load(b + i)*begin
     tl.store(x + at, s.to(x.dtype.element_ty), mask=live)
     r = tl.rsqrt(tl.sum(s*s, 0)/d + eps)
     tl.store(n + at, (s*r).to(n.dtype.element_ty), mask=live)
@@ -75,8 +76,9 @@ def _act_kernel(x, n, ACT: tl.constexpr, BN: tl.constexpr):
 
 # %% ../nbs/15b_decode.ipynb #conv-kernel
 @lazy_jit
-def _conv_step_kernel(p, w, state, ve, tok, live, qk, v, N, V0, eps, H: tl.constexpr, HV: tl.constexpr,
-                      K: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, VE: tl.constexpr):
+def _conv_step_kernel(p, w, state, ve, tok, live, qk, v, N, V0, eps, H: tl.constexpr,
+                      HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BD: tl.constexpr,
+                      VE: tl.constexpr):
     h, b, d = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.arange(0, BD)
     c, n = tl.where(h < 2*H, h*K, 2*H*K + (h - 2*H)*V) + d, tl.where(h < 2*H, K, V)
     ok, C = d < n, 2*H*K + HV*V
@@ -321,20 +323,21 @@ class Decoder:
     "One token for the rows of a static state: the launches of a step, and their recording"
     def __init__(self, model:HybridModel, # from `inference_copy`
                  state,                   # its `n` is None
-                 tok:Tensor):             # (rows,) int64, the last token of each row; replaced by the next
+                 tok:Tensor):             # (rows,) int64 last token of each row; then the next
         self.model, self.state, self.tok, self.graphs, self.pool = model, state, tok, {}, None
         dev, new = tok.device, lambda v, dt: torch.full_like(tok, v, dtype=dt)
         self.temp, self.top_p, self.min_p = (new(v, torch.float32) for v in (1, 1, 0))
-        self.live, self.top_k, self.key = (new(0, dt) for dt in (torch.int64, torch.int32, torch.int64))
-        self.lp, self.table = new(0, torch.float32), model.rope.table if model.rope else None
-        self.one = torch.zeros(1, device=dev)
+        self.live, self.key = (new(0, torch.int64) for _ in range(2))
+        self.top_k, self.lp = new(0, torch.int32), new(0, torch.float32)
+        self.table, self.one = model.rope.table if model.rope else None, torch.zeros(1, device=dev)
         self.fused = fits(model)
 
 def fits(model:HybridModel) -> bool:
-    "Whether the step written out here is that of this model"
+    "Whether the step written out here is that of this model, and its kernels run here"
     cfg, kinds = model.cfg, {type(b.mixer) for b in model.blocks}
-    return (HAS_TRITON and kinds <= {GatedDeltaNet, GatedAttention} and cfg.conv_size == 4
-            and all(hasattr(b.mixer, 'fused') for b in model.blocks))
+    runs = model.wte.weight.is_cuda or os.environ.get('TRITON_INTERPRET') == '1'
+    return (HAS_TRITON and runs and kinds <= {GatedDeltaNet, GatedAttention}
+            and cfg.conv_size == 4 and all(hasattr(b.mixer, 'fused') for b in model.blocks))
 
 # %% ../nbs/15b_decode.ipynb #launch
 def _pow2(n): return 1 << (n-1).bit_length()
@@ -353,7 +356,8 @@ def _mix(self:Decoder, x, y=None, x0=None, i=0): # x += y, mixed with x0; return
 @patch
 def _skinny(self:Decoder, x, w, norm=False, act=0, res=None, x0=None, i=0, dtype=None):
     (r, D), N, m, t = x.shape, len(w), self.model, _tune(len(x))
-    y, BN = torch.empty(r, N, device=x.device, dtype=dtype or x.dtype), min(16, _floor2(N//t['programs']))
+    y = torch.empty(r, N, device=x.device, dtype=dtype or x.dtype)
+    BN = min(16, _floor2(N//t['programs']))
     even = D & -D                                        # its largest power of two
     BD = min(even if even >= 128 else _pow2(D), t['block'])
     a, b = (m.resid_lambdas, m.x0_lambdas) if x0 is not None else (self.one, self.one)
@@ -366,10 +370,12 @@ def _skinny(self:Decoder, x, w, norm=False, act=0, res=None, x0=None, i=0, dtype
 def _embed(self:Decoder, r, mixed): # the stream, and its beginning for all layers
     m, cfg, tok = self.model, self.model.cfg, self.tok[:r]
     if not cfg.smear:
-        x = torch.empty(r, cfg.d_model, device=tok.device, dtype=m.dtype); x0 = torch.empty_like(x)
+        x = torch.empty(r, cfg.d_model, device=tok.device, dtype=m.dtype)
+        x0 = torch.empty_like(x)
         mix = mixed and cfg.resid_scalars
         a, b = (m.resid_lambdas, m.x0_lambdas) if mix else (self.one, self.one)
-        _embed_kernel[(r,)](tok, m.wte.weight, x, x0, a, b, cfg.d_model, EPS, mix, _pow2(cfg.d_model))
+        d = cfg.d_model
+        _embed_kernel[(r,)](tok, m.wte.weight, x, x0, a, b, d, EPS, mix, _pow2(d))
         return x, x0 if cfg.resid_scalars else None
     x = self._smear(norm(m.wte(tok).to(m.dtype)), r)
     x0 = x.clone() if cfg.resid_scalars else None
@@ -382,14 +388,14 @@ def _recall(self:Decoder, m, s, p, ve): # Gated DeltaNet: p (r, all projections)
     H, HV, K, V, (r, N) = m.n_qk_head, m.n_v_head, m.head_k_dim, m.head_v_dim, p.shape
     Z0 = 2*H*K + HV*V; A0 = Z0 + HV*V
     qk, v = p.new_empty(r, 2*H, K), p.new_empty(r, HV, V)
-    _conv_step_kernel[(2*H + HV, r)](p, m.conv_weight, s.conv, p if ve is None else ve, self.tok, self.live,
-                                     qk, v, N, A0 + 2*HV, 1e-6, H, HV, K, V, _pow2(max(K, V)),
-                                     ve is not None, num_warps=1)
+    _conv_step_kernel[(2*H + HV, r)](
+        p, m.conv_weight, s.conv, p if ve is None else ve, self.tok, self.live, qk, v, N,
+        A0 + 2*HV, 1e-6, H, HV, K, V, _pow2(max(K, V)), ve is not None, num_warps=1)
     o, t = torch.empty_like(v), _tune(r)
     BV = min(t['delta_bv'], _pow2(V)); whole = BV >= V
     _delta_kernel[(-(-V//BV), r*HV)](
-        p, qk, v, m.A_log, m.dt_bias, s.S, o, m.o_norm, self.live, N, A0, Z0, m.beta_max, K**-.5, EPS,
-        H, HV, K, V, _pow2(K), BV, whole, num_warps=t['delta_warps'])
+        p, qk, v, m.A_log, m.dt_bias, s.S, o, m.o_norm, self.live, N, A0, Z0, m.beta_max, K**-.5,
+        EPS, H, HV, K, V, _pow2(K), BV, whole, num_warps=t['delta_warps'])
     if whole: return o.view(r, -1)
     y = torch.empty_like(v)
     _gate_kernel[(HV, r)](o, p, m.o_norm, y, N, Z0, EPS, HV, V, _pow2(V), num_warps=1)
@@ -406,7 +412,7 @@ def _attend(self:Decoder, m, s, p, ve): # attention: p (r, all projections) -> (
                                    H, HK, D, rot, BD, ve is not None, num_warps=1)
     tune, y = _tune(r), torch.empty_like(q)
     S = min(64, _floor2(tune['attend_programs']//(r*H)))  # enough programs to fill the machine
-    part, ml = q.new_empty(r, H, S, D, dtype=torch.float32), q.new_empty(r, H, S, 2, dtype=torch.float32)
+    part, ml = (q.new_empty(r, H, S, n, dtype=torch.float32) for n in (D, 2))
     window = (1 << 30) if m.window is None else m.window
     gate = 0 if n_gate == 0 else 1 if n_gate == H else 2
     _attend_kernel[(S, H, r)](
@@ -417,7 +423,7 @@ def _attend(self:Decoder, m, s, p, ve): # attention: p (r, all projections) -> (
 
 # %% ../nbs/15b_decode.ipynb #layer
 @patch
-def _mixer(self:Decoder, i, p): # projections (r, N) -> what the mixer of layer i read, and its last matrix
+def _mixer(self:Decoder, i, p): # projections (r, N) -> what mixer i read, and its last matrix
     m, b = self.model, self.model.blocks[i].mixer
     ve = m.value_embeds[str(i)].weight if m.cfg.has_value_embed(i) else None
     gdn = isinstance(b, GatedDeltaNet)
@@ -465,7 +471,8 @@ def logits(self:Decoder, r:int) -> tuple[Tensor, float]: # (r, >= vocab) float32
     s.pos[:r] += self.live[:r]
     if few: return self._skinny(x, m.head_weight, norm=True, dtype=torch.float32), cfg.softcap
     n = self._mix(x, y)
-    if n.is_cuda and n.dtype.itemsize == 2: return torch.mm(n, m.head_weight.mT, out_dtype=torch.float32), cfg.softcap
+    if n.is_cuda and n.dtype.itemsize == 2:
+        return torch.mm(n, m.head_weight.mT, out_dtype=torch.float32), cfg.softcap
     return F.linear(n.float(), m.head_weight.float()), cfg.softcap
 
 @patch
@@ -480,11 +487,12 @@ def _smear(self:Decoder, x, r):
 @patch
 def draw(self:Decoder, z:Tensor, cap:float, a:int, b:int):
     "The next token of rows a to b, and its log probability, from their logits (b-a, >= vocab)"
-    N, cut = self.model.cfg.vocab_size, lambda *ts: [t[a:b] for t in ts]
+    N = self.model.cfg.vocab_size
+    rows = [t[a:b] for t in (self.key, self.state.pos, self.tok, self.lp, self.live, self.temp,
+                             self.top_k, self.top_p, self.min_p)]
     with on_device(z):
-        _sample_kernel[(b-a,)](z, *cut(self.key, self.state.pos, self.tok, self.lp, self.live, self.temp,
-                                       self.top_k, self.top_p, self.min_p), N, z.stride(0), cap, cap != 0,
-                               _pow2(N), num_warps=32 if N > 16384 else 8)
+        _sample_kernel[(b-a,)](z, *rows, N, z.stride(0), cap, cap != 0, _pow2(N),
+                               num_warps=32 if N > 16384 else 8)
 
 @patch
 def step(self:Decoder, r:int):
