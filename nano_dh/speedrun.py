@@ -80,7 +80,8 @@ def flags(params:dict) -> list: # of papermill
 
 def shown(path) -> str: # relative where that is shorter
     "A path as one would type it here"
-    p = os.path.relpath(path); return p if len(p) < len(str(path)) and p[:5] != '../..' else str(path)
+    p = os.path.relpath(path)
+    return p if len(p) < len(str(path)) and p[:5] != '../..' else str(path)
 
 # %% ../nbs/27b_speedrun.ipynb #pipe
 class Pipeline:
@@ -189,7 +190,7 @@ class Live:
             data = {'text/plain': text}
             if self.handle: self.handle.update(data, raw=True)
             else: self.handle = display(data, raw=True, display_id=True)
-        elif sys.stderr.isatty(): print(f'\r\033[K{text[:110]}', end='', file=sys.stderr, flush=True)
+        elif sys.stderr.isatty(): sys.stderr.write(f'\r\033[K{text[:110]}'); sys.stderr.flush()
 
 def _with_parent(): # run in the new process before papermill
     if sys.platform == 'linux': ctypes.CDLL(None).prctl(1, signal.SIGKILL)   # PR_SET_PDEATHSIG
@@ -217,7 +218,7 @@ def wait(self:Pipeline, s:Stage, cmd:list) -> int: # exit code
                 if time.time() - kept > 10: self.keep(); kept = time.time()
                 try: p.wait(min(2, .1 + a['seconds']/10))
                 except subprocess.TimeoutExpired: continue
-        except BaseException:                    # interrupted: papermill keeps what its notebook has
+        except BaseException:                # interrupted: papermill keeps what its notebook has
             p.send_signal(signal.SIGINT)
             try: p.wait(30)
             except subprocess.TimeoutExpired: p.kill(); p.wait()
@@ -266,7 +267,8 @@ def _run(self:Pipeline):
     for s in self.stages:
         r = self.status['stages'][s.name]
         spent = lambda: duration(sum(a['seconds'] for a in r['attempts']))
-        if r['status'] == 'done': self.say(f'{s.name:10} done before, in {spent()}   {self.tell(s)}')
+        if r['status'] == 'done':
+            self.say(f'{s.name:10} done before, in {spent()}   {self.tell(s)}')
         else:
             try: code = self.wait(s, self.begin(s))
             except KeyboardInterrupt: self.fail(s, 0, 'interrupted')
@@ -295,8 +297,8 @@ _few = dict(num_iterations=8, total_batch_size=512, eval_tokens=2048, warmup_ste
             val_tasks='sums/test@20', tasks='identity@60 sums@60')
 PRESETS = dict(
     smoke=dict(tokenizer=dict(vocab_size=512, others='', train_bytes=1_000_000, eval_bytes=20_000),
-               pretrain=dict(depth=2, vocab_size=512, max_seq_len=64, num_iterations=16,
-                             total_batch_size=512, eval_tokens=2048, warmup_steps=2, prompts='The'),
+               pretrain=dict(depth=2, vocab_size=512, max_seq_len=64, num_iterations=16, prompts='The',
+                             total_batch_size=512, eval_tokens=2048, warmup_steps=2),
                base_eval=dict(core='none', max_docs=3), midtrain=_few, sft=_few,
                chat_eval=dict(tasks='identity sums@10', max_tokens=16),
                rl=dict(task='sums', num_iterations=2, questions=4, samples=4, max_tokens=16,
@@ -316,8 +318,8 @@ def tier(depth:int,
          price:float=3.              # dollars an hour of one GPU
         ) -> dict:
     "Pretraining of a depth on GPUs, estimated: nothing in it was measured"
-    c = PretrainConfig(depth=depth, vocab_size=32768, max_seq_len=2048, target_param_data_ratio=12.,
-                       device='cuda', nproc=gpus)
+    c = PretrainConfig(depth=depth, vocab_size=32768, max_seq_len=2048, device='cuda', nproc=gpus,
+                       target_param_data_ratio=12.)
     m, tokens = _meta(c), c.horizon; flops = m.flops_per_token(c.max_seq_len)*tokens
     hours = flops/(peak_flops(gpu)*MFU['cuda']*gpus)/3600
     c.total_batch_size = auto_batch(tokens, c.max_seq_len*gpus)
@@ -393,7 +395,7 @@ def _words(text): # 'a.b=1 c.d=x' -> {'a': {'b': 1}, 'c': {'d': 'x'}}
     out = {}
     for w in shlex.split(text):
         m = re.fullmatch(r'(\w+)\.(\w+)=(.*)', w, re.S)
-        if not m: raise ValueError(f'more: {w!r}; write stage.parameter=value, such as sft.epochs=2')
+        if not m: raise ValueError(f'more: {w!r}; write stage.parameter=value, as sft.epochs=2')
         if m[1] not in (names := [s.name for s in ORDER]):
             raise NameError(f'more: no stage {m[1]!r}; stages are {", ".join(names)}')
         try: v = ast.literal_eval(m[3])
@@ -444,8 +446,9 @@ class Speedrun(Pipeline):
         go = ['papermill', shown(nbs/'speedrun.ipynb'), shown(nbs/'out'/f'{c.run}-more.ipynb')]
         go += flags(dict(run=c.run, resume=True))
         keep = {f.name: getattr(c, f.name) for f in fields(c) if f.name not in ONCE}
-        super().__init__(c.run, c.stages(), status_file(c.run), nbs, c.out or nbs/'out'/c.run, keep,
-                         shlex.join(go), c.start, c.stop, say)
+        out = c.out or nbs/'out'/c.run
+        super().__init__(c.run, c.stages(), status_file(c.run), nbs, out, keep, shlex.join(go),
+                         c.start, c.stop, say)
 
     def __str__(self): # what it will do
         st = self.status['stages']
