@@ -107,7 +107,9 @@ def set_seed(seed:int # for python and for torch on every device
     random.seed(seed); torch.manual_seed(seed)
 
 # %% ../nbs/00_core.ipynb #atomic
-def atomic_write(path:str|Path, data:str|bytes):
+def atomic_write(path:str|Path, # its folder is made if missing
+                 data:str|bytes # text is written as UTF-8
+                ):
     "Write a file so that a reader sees the old content or the new, never half of it"
     path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
     fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
