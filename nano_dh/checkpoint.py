@@ -297,7 +297,8 @@ def load_model(name:str|Path='',   # run name, folder of a run or of a checkpoin
     model = model.to_empty(device=device); meta = load_checkpoint(path, model, rng=False)
     if (dt := compute_dtype(device)) != torch.float32: model.compute_dtype = dt
     tok = Tokenizer.load(path/'tokenizer') if (path/'tokenizer').exists() else None
-    print0(f'{path.parent.name}, step {meta["step"]}, saved {meta["saved"]}: {path}')
+    at = path.relative_to(base_dir()) if path.is_relative_to(base_dir()) else path
+    print0(f'{path.parent.name}, step {meta["step"]}, saved {meta["saved"]}: {at}')
     return model.eval(), tok, meta
 
 # %% ../nbs/12_checkpoint.ipynb #runs
