@@ -155,13 +155,13 @@ def pieces(self:Stream): # -> Piece objects
     while self._pieces: yield self._pieces.popleft()
 
 @patch
-def _render(self:Stream): # tokens that were not looked at yet -> pieces; True if a stop string came
+def _render(self:Stream, end=False): # tokens not looked at yet -> pieces; True if a stop string came
     ids = self.engine.tool_ids or (None,)*4
     while self._seen < len(self.tokens):
         i, t = self._seen, self.tokens[self._seen]
         self._seen += 1
         text, hit = self._out.push(t, t in self._ends()) if self._out else ('', False)
-        last = self.done and self._seen == len(self.tokens)
+        last = (end or self.done) and self._seen == len(self.tokens)
         if last and self._out and not hit: text += self._out.flush()
         self._kind = dict(zip(ids, ('python', 'text', 'output', 'text'))).get(t, self._kind)
         if self._kind == 'text': self._text.append(text)
@@ -178,8 +178,9 @@ def _accept(self:Stream, t): # a new token; returns the reason to end or None
     self.tokens.append(t)
     if t in self._ends(): return 'stop'
     if self.request.tools: self._tool(t)
-    if self.request.stop and self._render(): return 'stop'
-    return 'length' if len(self.tokens) >= self.limit else None
+    full = len(self.tokens) >= self.limit
+    if self.request.stop and self._render(full): return 'stop'
+    return 'length' if full else None
 
 @patch
 def _tool(self:Stream, t): # the states: text -> python -> (forced) output -> text
@@ -378,7 +379,7 @@ def _read(self:Engine, s): # reads a prompt; yields after each piece
 @torch.inference_mode()
 def step(self:Engine) -> bool: # whether anything is left to do
     "Admit, decode one token a row, hand out what is new"
-    for slab, i, row in self.rows():
+    for slab, i, row in reversed(self.rows()):      # the last row moves into a hole
         if row.stream.cancelled: self._leave(slab, i, 'cancelled')
     self._admit()
     drew = False
