@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FIGURES', 'KINDS', 'git_state', 'code_name', 'system', 'machine_name', 'code_lines', 'code_size', 'dependencies',
-           'versions', 'lineage', 'stage_figures', 'scores', 'status_file', 'duration', 'compression', 'report_card',
-           'Card', 'compare_cards', 'main']
+           'versions', 'lineage', 'stage_figures', 'scores', 'status_file', 'duration', 'compression', 'Card',
+           'report_card', 'compare_cards', 'main']
 
 # %% ../nbs/27_report.ipynb #imp
 import ast, importlib.metadata, io, json, math, os, platform, re, subprocess, sys, time
@@ -79,6 +79,7 @@ def system() -> dict: # cpu, cores, memory, gpus, gpu_memory, driver, cuda, os
                 driver=gpus[0][2] if gpus else '', cuda=torch.version.cuda or '',
                 os=platform.platform(terse=True))
 
+# %% ../nbs/27_report.ipynb #sysname
 def machine_name(s:dict # from `system`
                 ) -> str: # '8 x NVIDIA H200' or '2 cores of Intel Xeon'
     "A computer in few words"
@@ -102,6 +103,7 @@ def code_lines(source:str # of a Python module
 def _loose(source): # lines of a cell, which need not be a whole module
     return sum(bool(l.strip()) and l.strip()[0] != '#' for l in source.splitlines())
 
+# %% ../nbs/27_report.ipynb #nbsize
 def _notebook(path): # -> lines of code that are not exported, words of prose
     cells, lines, words = json.loads(path.read_text())['cells'], 0, 0
     for c in cells:
@@ -110,6 +112,7 @@ def _notebook(path): # -> lines of code that are not exported, words of prose
         elif not re.search(r'^#\|\s*export', s, re.M): lines += _loose(s)
     return lines, words
 
+# %% ../nbs/27_report.ipynb #chapters-b
 @lru_cache
 def code_size() -> list[dict]: # chapter, module, lines, shown, words; in reading order
     "The package by chapter: lines of code, and what its notebook has besides"
@@ -137,6 +140,7 @@ def dependencies() -> dict: # '' and the names of extras -> requirements
         out.setdefault(extra.strip('"\' '), []).append(what)
     return out
 
+# %% ../nbs/27_report.ipynb #versions
 def versions() -> dict: # name -> version, or None if it is not installed
     "Python, this package, and what it depends on directly"
     out = dict(python=platform.python_version(), nano_dh=nano_dh.__version__)
@@ -165,7 +169,7 @@ def lineage(run:str|Path='' # run or checkpoint; '' is the newest run
             except CheckpointError: continue
     return out
 
-# %% ../nbs/27_report.ipynb #stage
+# %% ../nbs/27_report.ipynb #stage-a
 FIGURES = dict(loss='train loss', val_bpb='val bpb', reward='reward', core='CORE',
                val_reward='held-out reward')
 
@@ -179,6 +183,7 @@ def _ends(rs, key): # first and last value of a key with its error and step
         key.replace('bpb', 'stderr') if key == 'val_bpb' else '')), step=r['step'])
     return dict(before=pair(got[0]), after=pair(got[-1])) if got else None
 
+# %% ../nbs/27_report.ipynb #stage
 def stage_figures(path:str|Path # a checkpoint
                  ) -> dict:
     "What a stage of training left: parameters, figures before and after, curves, time"
@@ -188,7 +193,8 @@ def stage_figures(path:str|Path # a checkpoint
     curves = {k: _thin([(r['step'], r[k]) for r in rs if r.get(k) is not None])
               for k in ('loss', 'reward', 'val_bpb', 'val_reward')}
     counts = _meta_of(json.dumps(meta['model'])).param_counts()
-    return dict(stage=t.get('stage', 'base'), run=path.parent.name, path=str(path),
+    if t.get('base'): t = dict(t, base='/'.join(Path(t['base']).parts[-2:]))     # run/step
+    return dict(stage=t.get('stage', 'base'), run=path.parent.name,
                 step=meta['step'], steps=t.get('num_iterations', meta['step']), train=t,
                 tokens=meta['step']*t.get('total_batch_size', 0), params=counts,
                 seconds=meta.get('seconds', 0.), speed=speed[len(speed)//2],
@@ -206,6 +212,7 @@ def _records(run): # kind -> newest record of a checkpoint of this run
         if p.parent.name == run and p.parent.parent.name == 'runs': out[r['kind']] = r
     return out
 
+# %% ../nbs/27_report.ipynb #scorefn
 def scores(run:str # name of a run
           ) -> dict: # label -> [value, standard error or None]
     "What evaluations said about a run: bits per byte by source, CORE, chat tasks"
@@ -231,6 +238,7 @@ def duration(s:float # seconds
     if s < 60: return f'{s} s'
     return f'{s//60} min {s%60:02} s' if s < 3600 else f'{s//3600} h {s%3600//60:02} min'
 
+# %% ../nbs/27_report.ipynb #timeof
 def _time_of(stages, status): # a row each: stage, seconds, tries, status, commit, machine
     if not status:
         on = lambda s: f"{s['train'].get('device', '?')}, ranks: {s['ranks']}"
@@ -285,6 +293,17 @@ def _answers(run, n=6): # first answers that a chat evaluation kept, of each tas
     rows = [[r['task'], *x] for i in range(n) for r in rs for x in r.get('samples', [])[i:i+1]]
     return rows[:n]
 
+# %% ../nbs/27_report.ipynb #cardclass
+@dataclass(repr=False)
+class Card:
+    "A report card; in a notebook it shows itself"
+    data: dict # plain values
+    def __getitem__(self, k): return self.data[k]
+    def _repr_markdown_(self): return self.markdown()
+    def __repr__(self): return self.markdown()
+    def last(self, stage): # the figures of a stage by its kind
+        return next((s for s in self['stages'] if s['stage'] == stage), None)
+
 # %% ../nbs/27_report.ipynb #make
 def _latest(name): # status of a pipeline or None, and its checkpoints
     status = _json(status_file(name)) if name else None
@@ -294,6 +313,7 @@ def _latest(name): # status of a pipeline or None, and its checkpoints
         if run and latest_step(runs_dir()/run) is not None: return status, lineage(run)
     return status, []
 
+# %% ../nbs/27_report.ipynb #make-b
 def report_card(name:str='',       # a pipeline's name, a run or a checkpoint; '' the newest run
                 price:float|None=None # dollars a GPU hour; None: what the run was given
                ) -> 'Card':
@@ -311,17 +331,6 @@ def report_card(name:str='',       # a pipeline's name, a run or a checkpoint; '
         cost=hours*price, missing=list(_missing(stages, judged, status)),
         answers=_answers(stages[-1]['run']) if stages else [])))
 
-# %% ../nbs/27_report.ipynb #cardclass
-@dataclass
-class Card:
-    "A report card; in a notebook it shows itself"
-    data: dict # plain values
-    def __getitem__(self, k): return self.data[k]
-    def _repr_markdown_(self): return self.markdown()
-    def __str__(self): return self.markdown()
-    def last(self, stage): # the figures of a stage by its kind
-        return next((s for s in self['stages'] if s['stage'] == stage), None)
-
 # %% ../nbs/27_report.ipynb #tables
 def _table(head, rows): # Markdown
     clean = lambda x: str(x).replace('|', '\\|').replace('\n', ' ')
@@ -332,6 +341,7 @@ def _num(x, err=None, digits=4):
     if x is None: return '-'
     return f'{x:.{digits}f}' + (f' ± {err:.{digits}f}' if err else '')
 
+# %% ../nbs/27_report.ipynb #score-table
 @patch
 def score_table(self:Card) -> str: # Markdown
     "Evaluations: a row a score, a column a stage"
@@ -398,6 +408,7 @@ def head(self:Card) -> str: # one paragraph
             f"{human(p['total'])} parameters ({human(p['scaling'])} in matrices and head). "
             f"Stages: {kinds}.{tok}\n")
 
+# %% ../nbs/27_report.ipynb #md-b
 @patch
 def markdown(self:Card, figure:str='' # file name of the figure to show
             ) -> str:
@@ -456,6 +467,7 @@ def figures(self:Card) -> dict: # label -> (value, standard error or None)
     out |= {f"{t['stage']} seconds": (t['seconds'], None) for t in self['time']}
     return out
 
+# %% ../nbs/27_report.ipynb #settings
 def _settings(card): # what the stages were told, without names and places
     drop = ('run', 'base', 'resume', 'wandb')
     cfgs = {s['stage']: s['train'] for s in card['stages']}
@@ -466,6 +478,7 @@ def _card(x): # a Card from a Card, a report.json, or a name
     if isinstance(x, Card): return x
     return Card(json.loads(Path(x).read_text())) if str(x).endswith('.json') else report_card(x)
 
+# %% ../nbs/27_report.ipynb #compare-b-fn
 def compare_cards(a:'Card|str', # a card, the path of a report.json, or a name
                   b:'Card|str'
                  ) -> str:      # Markdown

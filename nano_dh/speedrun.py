@@ -9,7 +9,7 @@ __all__ = ['LOCAL', 'ORDER', 'PRESETS', 'ONCE', 'Stage', 'digests', 'parameters_
 
 # %% ../nbs/27b_speedrun.ipynb #imp
 import ast, ctypes, hashlib, json, math, os, re, shlex, signal, subprocess, sys, time
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from fastcore.basics import patch
 from filelock import Timeout
@@ -18,7 +18,7 @@ from .checkpoint import latest_step, runs_dir
 from .core import (atomic_write, base_dir, checked, closest, file_lock, human,
                           peak_flops)
 from .launch import _in_notebook, n_gpus
-from .report import (Card, _json, _table, code_name, duration, git_state, machine_name,
+from .report import (Card, _json, _table, duration, git_state, machine_name,
                             report_card, scores, status_file, system)
 from .tokenizer import Tokenizer
 from .train import MFU, PretrainConfig, _meta, auto_batch, read_metrics
@@ -57,6 +57,7 @@ def parameters_of(path:str|Path # a run notebook
     return {n.target.id: ast.literal_eval(n.value) for n in tree.body
             if isinstance(n, ast.AnnAssign)}
 
+# %% ../nbs/27b_speedrun.ipynb #params-b
 def check_parameters(stage:Stage, known:dict # from `parameters_of`
                     ):
     "An error that names the nearest parameter, or the type that is meant"
@@ -78,6 +79,7 @@ def flags(params:dict) -> list: # of papermill
     flag = lambda v: '-r' if isinstance(v, str) and looks(v) else '-p'
     return [x for k, v in params.items() for x in (flag(v), k, str(v))]
 
+# %% ../nbs/27b_speedrun.ipynb #shown
 def shown(path) -> str: # relative where that is shorter
     "A path as one would type it here"
     p = os.path.relpath(path)
@@ -125,6 +127,7 @@ def settle(self:Pipeline, again=''):
     kept = {k: r for k, r in st.items() if k not in new and r['status'] == 'done'}
     self.status['stages'] = new | kept
 
+# %% ../nbs/27b_speedrun.ipynb #why
 def _was_killed(r):
     r['status'], r['error'] = 'failed', 'killed'
     r['attempts'][-1]['ended'] = 'killed'
@@ -146,6 +149,7 @@ def product(self:Pipeline, s:Stage) -> str:
     names = [f'{self.name}-{s.name}' + f'-{i}'*(i > 1) for i in range(1, 1000)]
     return next(n for n in names if not taken(n) and n not in used)
 
+# %% ../nbs/27b_speedrun.ipynb #filled
 @patch
 def filled(self:Pipeline, s:Stage) -> dict:
     "The parameters of a stage, with the names of what others made"
@@ -169,11 +173,11 @@ def begin(self:Pipeline, s:Stage) -> list: # the command
     r['attempts'].append(dict(started=_now(), seconds=0., ended='running', notebook=str(to),
                               git=git_state(), machine=machine_name(here),
                               gpus=sum(here['gpus'].values())))
-    nb, rest = self.notebooks/f'{s.notebook}.ipynb', flags(r['params'] | again)
-    r['command'] = 'papermill ' + shlex.join([shown(nb), shown(to), *rest])
+    nb, rest = self.notebooks/f'{s.notebook}.ipynb', flags(r['params'])
+    r['command'] = 'papermill ' + shlex.join([shown(nb), shown(to), *rest])   # by hand, from new
     r['status'] = 'running'; r.pop('error', None); self.keep()
     return [sys.executable, '-m', 'papermill', '--log-output', '--no-progress-bar', str(nb),
-            str(to), *rest]
+            str(to), *rest, *flags(again)]
 
 @patch
 def keep(self:Pipeline):
@@ -192,6 +196,7 @@ class Live:
             else: self.handle = display(data, raw=True, display_id=True)
         elif sys.stderr.isatty(): sys.stderr.write(f'\r\033[K{text[:110]}'); sys.stderr.flush()
 
+# %% ../nbs/27b_speedrun.ipynb #watch-b
 def _with_parent(): # run in the new process before papermill
     if sys.platform == 'linux': ctypes.CDLL(None).prctl(1, signal.SIGKILL)   # PR_SET_PDEATHSIG
 
@@ -240,6 +245,7 @@ def last_error(notebook:str|Path # executed
     lines = [l for l in f"{bad[-1]['ename']}: {bad[-1]['evalue']}".splitlines() if l.strip()]
     return re.sub(r'\x1b\[[0-9;]*m', '', lines[-1].strip())
 
+# %% ../nbs/27b_speedrun.ipynb #fail
 @patch
 def fail(self:Pipeline, s:Stage, code:int, why:str=''):
     r = self.status['stages'][s.name]; a = r['attempts'][-1]; nb = a['notebook']
@@ -261,9 +267,10 @@ def run(self:Pipeline):
         raise RuntimeError(f'{self.name} is at work in another process; wait for it, or end '
                            'it') from None
 
+# %% ../nbs/27b_speedrun.ipynb #run-b
 @patch
 def _run(self:Pipeline):
-    self.keep()
+    self.keep(); self.live.show(f'notebooks and logs: {shown(self.out)}')
     for s in self.stages:
         r = self.status['stages'][s.name]
         spent = lambda: duration(sum(a['seconds'] for a in r['attempts']))
@@ -297,8 +304,9 @@ _few = dict(num_iterations=8, total_batch_size=512, eval_tokens=2048, warmup_ste
             val_tasks='sums/test@20', tasks='identity@60 sums@60')
 PRESETS = dict(
     smoke=dict(tokenizer=dict(vocab_size=512, others='', train_bytes=1_000_000, eval_bytes=20_000),
-               pretrain=dict(depth=2, vocab_size=512, max_seq_len=64, num_iterations=16, prompts='The',
-                             total_batch_size=512, eval_tokens=2048, warmup_steps=2),
+               pretrain=dict(depth=2, vocab_size=512, max_seq_len=64, num_iterations=16,
+                             total_batch_size=512, eval_tokens=2048, warmup_steps=2,
+                             prompts='The'),
                base_eval=dict(core='none', max_docs=3), midtrain=_few, sft=_few,
                chat_eval=dict(tasks='identity sums@10', max_tokens=16),
                rl=dict(task='sums', num_iterations=2, questions=4, samples=4, max_tokens=16,
@@ -327,6 +335,7 @@ def tier(depth:int,
                 batch=c.total_batch_size, steps=round(tokens/c.total_batch_size), flops=flops,
                 hours=hours, dollars=hours*gpus*price)
 
+# %% ../nbs/27b_speedrun.ipynb #tier-table
 def tier_table(depths=(12, 20, 32), gpus:int=8, gpu:str='H100', price:float=3.) -> str: # Markdown
     "Estimates of pretraining, a row a depth"
     rows = [[f"d{t['depth']}", human(t['params']), human(t['tokens']), human(t['batch']),
@@ -346,7 +355,7 @@ class SpeedrunConfig:
     data: str = ''         # text to pretrain on; '': NANO_DH_DATA, else the preset's
     chat_data: str = ''    # folder with files of chat tasks; '': NANO_DH_DATA, then the hub
     with_rl: bool = False  # reinforcement learning and its evaluation as well
-    more: str = ''         # parameters of stages: 'pretrain.depth=6 sft.epochs=2'
+    more: str = ''         # parameters of stages: 'pretrain.depth:6 sft.epochs:2'
     start: str = ''        # do this stage and what follows again
     stop: str = ''         # last stage to do
     device: str = ''       # 'cuda', 'mps', 'cpu'; '' takes the best there is
@@ -370,6 +379,7 @@ def _newest(): # name of the pipeline that was written last
     if not found: raise FileNotFoundError(f'{where} holds no run; leave resume out')
     return found[-1].parent.name
 
+# %% ../nbs/27b_speedrun.ipynb #resolved-b
 @patch
 def resolved(self:SpeedrunConfig) -> SpeedrunConfig:
     "Name, preset and data settled; an error where a name is taken"
@@ -391,11 +401,11 @@ def resolved(self:SpeedrunConfig) -> SpeedrunConfig:
     return c
 
 # %% ../nbs/27b_speedrun.ipynb #stages
-def _words(text): # 'a.b=1 c.d=x' -> {'a': {'b': 1}, 'c': {'d': 'x'}}
+def _words(text): # 'a.b:1 c.d:x' -> {'a': {'b': 1}, 'c': {'d': 'x'}}
     out = {}
     for w in shlex.split(text):
-        m = re.fullmatch(r'(\w+)\.(\w+)=(.*)', w, re.S)
-        if not m: raise ValueError(f'more: {w!r}; write stage.parameter=value, as sft.epochs=2')
+        m = re.fullmatch(r'(\w+)\.(\w+)[:=](.*)', w, re.S)
+        if not m: raise ValueError(f'more: {w!r}; write stage.parameter:value, as sft.epochs:2')
         if m[1] not in (names := [s.name for s in ORDER]):
             raise NameError(f'more: no stage {m[1]!r}; stages are {", ".join(names)}')
         try: v = ast.literal_eval(m[3])
@@ -403,10 +413,12 @@ def _words(text): # 'a.b=1 c.d=x' -> {'a': {'b': 1}, 'c': {'d': 'x'}}
         out.setdefault(m[1], {})[m[2]] = v
     return out
 
+# %% ../nbs/27b_speedrun.ipynb #shards
 def shards(depth:int) -> int: # of climbmix
     "Enough for the horizon of a tier"
     return math.ceil(1.1*tier(depth)['tokens']/(400e9/6542))
 
+# %% ../nbs/27b_speedrun.ipynb #stages-b
 @patch
 def stages(self:SpeedrunConfig) -> list: # Stage
     "The stages of a resolved run with all their parameters"
@@ -425,7 +437,8 @@ def stages(self:SpeedrunConfig) -> list: # Stage
     return out
 
 # %% ../nbs/27b_speedrun.ipynb #find
-def find_notebooks(folder:str='') -> Path:
+def find_notebooks(folder:str='' # '': beside the package, or here
+                  ) -> Path:
     "The folder of the run notebooks"
     own = Path(nano_dh.__file__).parent.parent/'runs'
     tried = [Path(folder).expanduser()] if folder else [own, Path('runs'), Path('.')]
@@ -444,7 +457,8 @@ class Speedrun(Pipeline):
             if getattr(c, k) and getattr(c, k) not in names:
                 raise NameError(f'{k} {getattr(c, k)!r}: stages are {", ".join(names)}')
         go = ['papermill', shown(nbs/'speedrun.ipynb'), shown(nbs/'out'/f'{c.run}-more.ipynb')]
-        go += flags(dict(run=c.run, resume=True))
+        place = {k: v for k in ('notebooks', 'out') if (v := getattr(c, k))}
+        go += flags(dict(run=c.run, resume=True) | place)
         keep = {f.name: getattr(c, f.name) for f in fields(c) if f.name not in ONCE}
         out = c.out or nbs/'out'/c.run
         super().__init__(c.run, c.stages(), status_file(c.run), nbs, out, keep, shlex.join(go),
@@ -478,10 +492,13 @@ def run(self:Speedrun) -> Card:
     "Do what is not done, and write the report card, also when a stage fails"
     try: Pipeline.run(self)
     except StageError:
-        report_card(self.name).save(); raise
+        try: report_card(self.name).save()
+        except (OSError, ValueError, KeyError) as e: self.say(f'no report card: {e}')
+        raise
     card = report_card(self.name); self.say(f'report card: {card.save()}')
     return card
 
+# %% ../nbs/27b_speedrun.ipynb #commands
 @patch
 def commands(self:Speedrun) -> str:
     "What each stage was called with"

@@ -59,8 +59,8 @@ def test_notebooks_are_found_or_asked_for(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT); assert find_notebooks() == ROOT/'runs'
 
 def test_wrong_words(base):
-    for kw, e, says in ((dict(start='sfft'), NameError, 'stages are tokenizer'), (dict(more='sft.epoch=2'), NameError, "did you mean 'epochs'"),
-                        (dict(more='pretrain.depth=six'), TypeError, 'pretrain.depth'), (dict(more='epochs=2'), ValueError, 'stage.parameter=value'),
+    for kw, e, says in ((dict(start='sfft'), NameError, 'stages are tokenizer'), (dict(more='sft.epoch:2'), NameError, "did you mean 'epochs'"),
+                        (dict(more='pretrain.depth:six'), TypeError, 'pretrain.depth'), (dict(more='epochs=2'), ValueError, 'stage.parameter:value'),
                         (dict(resume=True), FileNotFoundError, 'leave resume out'), (dict(preset='d21'), NameError, 'smoke, cpu, d12, d20, d32'),
                         (dict(stop='rl'), NameError, 'stages are')):
         with pytest.raises(e, match=re.escape(says)) as got: Speedrun(SpeedrunConfig(**(dict(preset='smoke') | kw)), say=str)
@@ -82,15 +82,15 @@ def kill_when(cond, name, stage, sig=signal.SIGKILL):
 
 def test_a_killed_stage_goes_on(base, tmp_path):
     said, data = [], tiny_data(tmp_path/'books')
-    more = ('tokenizer.vocab_size=384 pretrain.vocab_size=384 pretrain.num_iterations=150 pretrain.save_every=10 pretrain.eval_every=0 '
-            'pretrain.max_seq_len=32 pretrain.total_batch_size=128')
+    more = ('tokenizer.vocab_size:384 pretrain.vocab_size:384 pretrain.num_iterations:150 pretrain.save_every:10 pretrain.eval_every:0 '
+            'pretrain.max_seq_len:32 pretrain.total_batch_size:128')
     cfg = SpeedrunConfig(run='cut', preset='smoke', data=data, more=more, nproc=0, device='cpu', stop='pretrain', out=str(tmp_path/'out'))
     s = Speedrun(cfg, said.append)
     kill_when(lambda: len(steps('cut-pretrain')) >= 15, 'cut', 'pretrain')
     with pytest.raises(StageError) as e: s.run()
     msg = str(e.value)
     assert re.match(r'pretrain failed after \d+ s: killed by SIGKILL; see ', msg) and '\n' not in msg
-    assert '2-pretrain' in msg and re.search(r'to go on: papermill \S+speedrun.ipynb \S+ -p run cut -p resume True$', msg)
+    assert '2-pretrain' in msg and re.search(r'to go on: papermill \S+speedrun.ipynb \S+ -p run cut -p resume True -p out \S+out$', msg)
     assert ended('cut')['pretrain'] == ['killed'] and ended('cut')['base_eval'] == []
     page = (status_file('cut').parent/'report.md').read_text()                      # a page of what there is
     assert 'mid-training: pending' in page and '| pretrain | failed |' in page
@@ -103,9 +103,10 @@ def test_a_killed_stage_goes_on(base, tmp_path):
     assert said[0].startswith('tokenizer  done before') and 'in 2 attempts' in said[1] and len(said) == 3
     assert card.last('base')['step'] == 150 and card['tokenizer']['vocab_size'] == 384
     assert [t['tries'] for t in card['time']] == [1, 2, 0, 0, 0, 0] and 'mid-training: pending' in card['missing']
+    assert 'resume' not in status('cut')['stages']['pretrain']['command'] and repr(card).startswith('# cut')
     assert re.search(r'\| pretrain \| done \| \d+ s \| 2 \|', str(card))
     with pytest.raises(ValueError, match='resume True continues it'): Speedrun(SpeedrunConfig(run='cut'), str)
-    said.clear(); t = Speedrun(SpeedrunConfig(run='cut', resume=True, more='pretrain.depth=1'), said.append)   # only looked at
+    said.clear(); t = Speedrun(SpeedrunConfig(run='cut', resume=True, more='pretrain.depth:1'), said.append)   # only looked at
     assert said == ['pretrain   has other parameters: depth 2 -> 1; it runs again']
     assert t.status['stages']['tokenizer']['status'] == 'done' and t.filled(t.stages[1])['run'] == 'cut-pretrain-2'
 
@@ -121,7 +122,7 @@ def alive(pattern):
 def test_the_whole_pipeline_killed_resumed_changed(base, tmp_path):
     "The notebook itself is killed in mid-training, with all that it started; then a parameter changes"
     out = tmp_path/'out'; said = []
-    args = parameters(preset='smoke', run='all', with_rl=True, more='midtrain.num_iterations=200 midtrain.save_every=20 midtrain.eval_every=0', out=out)
+    args = parameters(preset='smoke', run='all', with_rl=True, more='midtrain.num_iterations:200 midtrain.save_every:20 midtrain.eval_every:0', out=out)
     p = subprocess.Popen([PAPERMILL, NB, tmp_path/'s.ipynb', *args], env=environ(base), stderr=subprocess.DEVNULL, cwd=tmp_path)
     end = time.time() + 200
     while time.time() < end and not ((runs_dir()/'all-midtrain'/'metrics.jsonl').exists() and len(steps('all-midtrain')) > 30): time.sleep(.1)
@@ -138,7 +139,7 @@ def test_the_whole_pipeline_killed_resumed_changed(base, tmp_path):
     assert 'pretrain   done before' in text and 'dh_chat' in text and '| identity |' in text and 'papermill runs' in text.replace(str(ROOT) + '/', '')
     card = Card(json.loads((status_file('all').parent/'report.json').read_text()))
     assert [s['stage'] for s in card['stages']] == ['base', 'mid', 'sft', 'rl'] and 'ChatCORE' in card['scores']['rl']
-    r = subprocess.run([PAPERMILL, NB, tmp_path/'s3.ipynb', *parameters(resume=True, out=out, more='sft.num_iterations=4')], env=environ(base),
+    r = subprocess.run([PAPERMILL, NB, tmp_path/'s3.ipynb', *parameters(resume=True, out=out, more='sft.num_iterations:4')], env=environ(base),
                        capture_output=True, text=True, cwd=tmp_path)
     assert r.returncode == 0, r.stderr[-3000:]
     runs = {k: v['product'] for k, v in status('all')['stages'].items()}
