@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'TABLES', 'BenchConfig', 'random_model', 'least_bytes', 'sync', 'clock', 'bandwidth', 'stepper', 'speed',
-           'free', 'ints', 'models', 'decode', 'context', 'prompt', 'first_token', 'median', 'engine', 'prefix',
-           'sample_tokens', 'train_a_little', 'agreement', 'agree', 'guess', 'stream', 'line', 'bench', 'BenchReport']
+           'free', 'ints', 'models', 'decode', 'context', 'prompt', 'first_token', 'median', 'engine', 'through',
+           'prefix', 'sample_tokens', 'train_a_little', 'agreement', 'agree', 'guess', 'stream', 'line', 'bench',
+           'BenchReport']
 
 # %% ../nbs/17c_bench.ipynb #imports
 import gc, io, time, torch, traceback
@@ -43,13 +44,15 @@ class BenchConfig:
 
     def resolved(self) -> 'BenchConfig':
         "Every choice made"
-        gpu = dict(depths='12 20', batches='1 32 128', prompt=1024, contexts='1024 8192 32768', stream=200_000,
-                   context_batch=32, prefixes='2048 16384', steps=100, train_steps=100, vocab_size=32768)
-        cpu = dict(depths='4', batches='1 4', prompt=64, contexts='64 512', stream=300,
-                   context_batch=2, prefixes='256', steps=4, train_steps=10, vocab_size=512)
+        gpu = dict(depths='12 20', batches='1 32 128', prompt=1024, contexts='1024 8192 32768',
+                   context_batch=32, prefixes='2048 16384', stream=200_000, steps=100,
+                   train_steps=100, vocab_size=32768)
+        cpu = dict(depths='4', batches='1 4', prompt=64, contexts='64 512', context_batch=2,
+                   prefixes='256', stream=300, steps=4, train_steps=10, vocab_size=512)
         dev = get_device(self.device)
         usual = gpu if dev.type == 'cuda' else cpu
-        return replace(self, device=str(dev), **{k: v for k, v in usual.items() if not getattr(self, k)})
+        left = {k: v for k, v in usual.items() if not getattr(self, k)}
+        return replace(self, device=str(dev), **left)
 
 # %% ../nbs/17c_bench.ipynb #model
 @torch.no_grad()
@@ -59,7 +62,8 @@ def random_model(cfg:BenchConfig, depth:int,
                 ) -> HybridModel:
     "A model of random weights, ready to read: matrices in the compute dtype"
     preset, _, pattern = variant.partition(':')
-    kind = dict(preset=preset, pattern=pattern or None) if preset in PRESETS else dict(pattern=preset)
+    kind = dict(pattern=preset)
+    if preset in PRESETS: kind = dict(preset=preset, pattern=pattern or None)
     config = HybridConfig.from_depth(depth, vocab_size=cfg.vocab_size, **kind, **kw)
     with torch.device('meta'): m = HybridModel(config)
     m = m.to_empty(device=cfg.device).requires_grad_(False)
@@ -78,8 +82,9 @@ def least_bytes(model:HybridModel, rows:int, ctx:int) -> dict: # weights, state,
     size = model.dtype.itemsize
     w = sum(p.numel()*size for n, p in model.named_parameters() if p.ndim == 2 and not held(n))
     state = model.state_bytes(0, rows)
-    near = lambda b: min(ctx, ctx if (w := getattr(b.mixer, 'window', None)) is None else w + 1)
-    kv = sum(rows*b.mixer.state_bytes(near(b), size) for b in model.blocks if hasattr(b.mixer, 'c_k'))
+    attn = [b.mixer for b in model.blocks if hasattr(b.mixer, 'c_k')]
+    near = lambda m: ctx if m.window is None else min(ctx, m.window + 1)
+    kv = sum(rows*m.state_bytes(near(m), size) for m in attn)
     return dict(weights=w, state=2*state, kv=kv)
 
 def sync(dev):
@@ -171,13 +176,15 @@ def context(cfg, bw):
             free()
         del m; free()
     for ctx in ints(cfg.contexts):
-        a, b = got['GGGL', ctx], got[cfg.control, ctx]
-        yield dict(depth=depth, variant=f'GGGL / {cfg.control}', context=ctx, rows=cfg.context_batch,
-                   tokens_s_ratio=a['tokens_s']/b['tokens_s'], state_ratio=a['state_mb']/b['state_mb'])
+        share = lambda k: got['GGGL', ctx][k]/got[cfg.control, ctx][k]
+        yield dict(depth=depth, variant=f'GGGL / {cfg.control}', context=ctx,
+                   rows=cfg.context_batch, tokens_s_ratio=share('tokens_s'),
+                   state_ratio=share('state_mb'))
 
 # %% ../nbs/17c_bench.ipynb #engine-stage
 def prompt(cfg, n, seed=0): # n random tokens
-    return torch.randint(0, cfg.vocab_size, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+    gen = torch.Generator().manual_seed(seed)
+    return torch.randint(0, cfg.vocab_size, (n,), generator=gen).tolist()
 
 def first_token(e, tokens) -> float: # seconds
     "From the request to its first token, on an engine that has nothing else to do"
@@ -191,19 +198,24 @@ def engine(cfg, bw):
     "Tokens a second through the whole engine, sampling and reading back included; first tokens"
     for depth, v, m in models(cfg):
         for B in ints(cfg.batches):
-            e, n = Engine(m, max_rows=B, prefix_bytes=0), 3*cfg.steps
-            asks = [prompt(cfg, cfg.prompt, i) for i in range(B)]
-            put = lambda k: [e.submit(Request(p, max_tokens=k, top_k=50, seed=i, stop_tokens=()))
-                             for i, p in enumerate(asks)]
-            e.run(put(4))
-            one = [first_token(e, prompt(cfg, cfg.prompt, -1 - i)) for i in range(6)][1:] if B == 1 else []
-            streams = put(n); t = time.perf_counter()
-            while not all(s.tokens for s in streams): e.step()
-            sync(e.device); t1 = time.perf_counter(); k = sum(len(s.tokens) for s in streams)
-            e.run(streams); t2 = time.perf_counter(); every = sum(len(s.tokens) for s in streams)
-            yield dict(depth=depth, variant=v, rows=B, prompt=cfg.prompt, tokens_s=(every - k)/(t2 - t1),
-                       prefill_tokens_s=B*cfg.prompt/(t1 - t), **(dict(first_ms=1e3*median(one)) if one else {}))
-            del e; free()
+            yield dict(depth=depth, variant=v, rows=B, prompt=cfg.prompt, **through(cfg, m, B))
+            free()
+
+def through(cfg, m, B): # B requests that start together
+    e = Engine(m, max_rows=B, prefix_bytes=0)
+    asks = [prompt(cfg, cfg.prompt, i) for i in range(B)]
+    how = dict(top_k=50, stop_tokens=())
+    put = lambda k: [e.submit(Request(p, max_tokens=k, seed=i, **how)) for i, p in enumerate(asks)]
+    count = lambda: sum(len(s.tokens) for s in streams)
+    e.run(put(4)); out = {}                                           # compiles, records
+    if B == 1:
+        ms = [1e3*first_token(e, prompt(cfg, cfg.prompt, -1 - i)) for i in range(6)]
+        out['first_ms'] = median(ms[1:])
+    streams = put(3*cfg.steps); t = time.perf_counter()
+    while not all(s.tokens for s in streams): e.step()
+    sync(e.device); t1, k = time.perf_counter(), count()
+    e.run(streams); t2 = time.perf_counter()
+    return out | dict(tokens_s=(count() - k)/(t2 - t1), prefill_tokens_s=B*cfg.prompt/(t1 - t))
 
 # %% ../nbs/17c_bench.ipynb #prefix-stage
 def prefix(cfg, bw):
@@ -212,18 +224,18 @@ def prefix(cfg, bw):
     m = random_model(cfg, depth, 'GGGL'); m = inference_copy(m, m.dtype); free()
     for n in ints(cfg.prefixes):
         shared, tail = prompt(cfg, n), [prompt(cfg, 50, 1 + i) for i in range(6)]
-        engines = dict(cold=Engine(m, max_rows=1, prefix_bytes=0), warm=Engine(m, max_rows=1, prefix_bytes=4 << 30),
-                       whole=Engine(m, max_rows=1, prefix_bytes=0, piece=max(n, GRID)))
-        ms = {}
+        make = lambda b, **kw: Engine(m, max_rows=1, prefix_bytes=b, **kw)
+        engines = dict(cold=make(0), warm=make(4 << 30), whole=make(0, piece=max(n, GRID)))
+        ms, kept = {}, engines['warm'].prefix
         for k, e in engines.items():
             for t in (tail[0], tail[0] + [1]): first_token(e, shared + t)   # compiles, fills
             ms[k] = median([1e3*first_token(e, shared + t) for t in tail[1:]])
-        yield dict(depth=depth, shared=n, cold_ms=ms['cold'], one_piece_ms=ms['whole'], warm_ms=ms['warm'],
-                   sooner=ms['cold']/ms['warm'], sooner_than_one_piece=ms['whole']/ms['warm'],
-                   hits=engines['warm'].prefix.hits, cache_mb=engines['warm'].prefix.nbytes/1e6)
+        yield dict(depth=depth, shared=n, cold_ms=ms['cold'], one_piece_ms=ms['whole'],
+                   warm_ms=ms['warm'], sooner=ms['cold']/ms['warm'], hits=kept.hits,
+                   sooner_than_one_piece=ms['whole']/ms['warm'], cache_mb=kept.nbytes/1e6)
 
 # %% ../nbs/17c_bench.ipynb #agree-train
-def sample_tokens(cfg, n): # n tokens of the shipped text, two bytes each if the vocabulary is large enough
+def sample_tokens(cfg, n): # n tokens of the shipped text: two bytes each, one for few words
     text, k = bytearray(), 2 if cfg.vocab_size >= 1 << 14 else 1
     for t in open_data().texts('train', 10_000_000):
         text += bytes(b & 127 for b in t.encode())
@@ -268,7 +280,8 @@ def agreement(m:HybridModel, # from `inference_copy`
         gaps += (w[at, b[at]] - w[at, a[at]]).tolist()
     top = whole.topk(2).values
     return dict(tokens=N*(T-P), agree=same/(N*(T-P)), worst_logit_difference=worst,
-                gap_of_disagreements_max=max(gaps, default=0.), gap_median=(top[..., 0] - top[..., 1]).median().item())
+                gap_of_disagreements_max=max(gaps, default=0.),
+                gap_median=(top[..., 0] - top[..., 1]).median().item())
 
 def agree(cfg, bw):
     "Decoding against the full forward, on a model that has learned a little"
@@ -280,16 +293,18 @@ def agree(cfg, bw):
         m = random_model(cfg, depth, v)
         m.init_weights(0)
         loss = train_a_little(m, x[:-N*(P+T)], cfg.train_steps, *((16, 512) if gpu else (4, 64)))
-        yield dict(depth=depth, variant=v, loss=loss, **agreement(inference_copy(m, m.dtype), held, P))
+        got = agreement(inference_copy(m, m.dtype), held, P)
+        yield dict(depth=depth, variant=v, loss=loss, **got)
         del m; free()
 
 # %% ../nbs/17c_bench.ipynb #guess-stage
 def guess(cfg, bw):
-    "Drafts from the text against plain decoding, for a text that goes on and one that repeats itself"
+    "Drafts from the text against plain decoding: a text that goes on, one that repeats itself"
     depth, n = ints(cfg.depths)[0], 256 if cfg.device.startswith('cuda') else 64
     m = random_model(cfg, depth, 'GGGL'); m = inference_copy(m, m.dtype); free()
     x = sample_tokens(cfg, 2*n + 1).tolist()
-    again = x[:n] + [(t + 1) % cfg.vocab_size if i % 50 == 25 else t for i, t in enumerate(x[:n+1])]
+    other = lambda i, t: (t + (i % 50 == 25)) % cfg.vocab_size           # a change every 50
+    again = x[:n] + [other(i, t) for i, t in enumerate(x[:n+1])]
     best = 1e6/speed(m, 1, n, max(cfg.steps, 10), bw)['step_us']
     for kind, ids in (('goes on', x), ('repeats', again)):
         r, given = Request(ids[:n], n), lambda z, pos: ids[pos]
@@ -297,9 +312,11 @@ def guess(cfg, bw):
             sync(m.wte.weight.device); t = time.perf_counter()
             g = speculate(m, r, most, choose=given)
             return time.perf_counter() - t, g
-        (plain, _), (t, g) = (min((timed(k) for _ in range(2)), key=lambda a: a[0]) for k in (0, 16))
-        yield dict(depth=depth, text=kind, tokens=n, passes=g.passes, accepted=g.accepted, drafted=g.drafted,
-                   guess_tokens_s=n/t, plain_tokens_s=n/plain, decoder_tokens_s=best)
+        faster = lambda k: min((timed(k) for _ in range(2)), key=lambda a: a[0])
+        (plain, _), (t, g) = faster(0), faster(16)
+        yield dict(depth=depth, text=kind, tokens=n, passes=g.passes, accepted=g.accepted,
+                   drafted=g.drafted, guess_tokens_s=n/t, plain_tokens_s=n/plain,
+                   decoder_tokens_s=best)
 
 # %% ../nbs/17c_bench.ipynb #stream-stage
 def stream(cfg, bw):
@@ -309,7 +326,8 @@ def stream(cfg, bw):
     e = Engine(m, max_rows=1, prefix_bytes=0)
     s = e.submit(Request([1], max_tokens=n, seed=1, stop_tokens=()))
     every, tail = max(n//10, 8), max(n//200, 3)
-    def recurrent(): return sum(t.nbytes for l in e.slabs[0].state.layers if hasattr(l, 'S') for t in (l.S, l.conv))
+    def recurrent(): # bytes
+        return sum(l.S.nbytes + l.conv.nbytes for l in e.slabs[0].state.layers if hasattr(l, 'S'))
     def until(k):
         t, was = time.perf_counter(), len(s.tokens)
         while len(s.tokens) < k and not s.done: e.step()
@@ -320,8 +338,8 @@ def stream(cfg, bw):
         until(min(k, n-1) - tail); size = recurrent(); us = until(min(k, n-1))*1e6
         kv = least_bytes(m, 1, k)['kv'] - least_bytes(m, 1, tail)['kv']
         alloc = torch.cuda.memory_allocated()/1e6 if e.device.type == 'cuda' else 0.
-        yield dict(depth=depth, tokens=len(s.tokens), step_us=us, explained_us=first*1e6 + kv/bw*1e6,
-                   kv_mb=kv/1e6, recurrent_mb=size/1e6, allocated_mb=alloc)
+        yield dict(depth=depth, tokens=len(s.tokens), step_us=us, kv_mb=kv/1e6,
+                   explained_us=first*1e6 + kv/bw*1e6, recurrent_mb=size/1e6, allocated_mb=alloc)
 
 # %% ../nbs/17c_bench.ipynb #from-ns
 @patch(cls_method=True)
@@ -332,7 +350,8 @@ def from_ns(cls:BenchConfig,
     "From the parameters cell of a notebook; an unknown name or a wrong type is an error"
     given = {k: v for k, v in ns.items() if k not in before and k[0] != '_'}
     lists = {f.name for f in fields(cls) if f.type is str} # '12 20', but 12 is a list as well
-    return checked(cls, {k: str(v) if k in lists and type(v) is int else v for k, v in given.items()})
+    text = lambda k, v: str(v) if k in lists and type(v) is int else v
+    return checked(cls, {k: text(k, v) for k, v in given.items()})
 
 # %% ../nbs/17c_bench.ipynb #run
 STAGES = dict(decode=decode, context=context, engine=engine, prefix=prefix, agree=agree,
@@ -340,8 +359,11 @@ STAGES = dict(decode=decode, context=context, engine=engine, prefix=prefix, agre
 
 def line(rec:dict) -> str:
     "A record in one line"
-    f = lambda v: f'{v:,.4g}' if isinstance(v, float) and abs(v) < 1e4 else f'{v:,.0f}' if isinstance(v, (int, float)) else v
-    return ' '.join([rec.get('stage', ''), *(f'{k} {f(v)}' for k, v in rec.items() if k != 'stage')])
+    def f(v):
+        if isinstance(v, float) and abs(v) < 1e4: return f'{v:,.4g}'
+        return f'{v:,.0f}' if isinstance(v, (int, float)) else v
+    rest = [f'{k} {f(v)}' for k, v in rec.items() if k != 'stage']
+    return ' '.join([rec.get('stage', ''), *rest])
 
 def bench(cfg:BenchConfig,
           emit=None): # takes each record
@@ -352,8 +374,8 @@ def bench(cfg:BenchConfig,
     gpu = cfg.device.startswith('cuda')
     bw, t0 = bandwidth(cfg.device), time.monotonic()
     def out(**rec): print(f'[{time.monotonic() - t0:6.1f}]', line(rec), flush=True); emit(rec)
-    out(stage='machine', device=torch.cuda.get_device_name() if gpu else cfg.device, torch=torch.__version__,
-        bandwidth_gb_s=bw/1e9)
+    name = torch.cuda.get_device_name() if gpu else cfg.device
+    out(stage='machine', device=name, torch=torch.__version__, bandwidth_gb_s=bw/1e9)
     for name in cfg.stages.split():
         start = time.monotonic()
         try:
@@ -386,30 +408,43 @@ class BenchReport:
 
 # %% ../nbs/17c_bench.ipynb #tables
 _DEPTH, _KIND, _ROWS = ('depth', '{}'), ('model', '{}'), ('rows', '{}')
-_PER_S, _FIRST = ('tokens/s', '{:,.0f}'), ('first token, ms', '{:.1f}')
-TABLES = {
-    'The step alone': ('decode', dict(depth=_DEPTH, variant=_KIND, rows=_ROWS, tokens_s=_PER_S,
-        step_us=('step, us', '{:,.0f}'), floor_us=('floor, us', '{:,.0f}'), share=('share of the floor', '{:.0%}'),
-        state_mb=('state, MB', '{:,.0f}'))),
-    'Through the engine': ('engine', dict(depth=_DEPTH, variant=_KIND, rows=_ROWS, tokens_s=_PER_S,
+_PER_S, _MS, _US = ('tokens/s', '{:,.0f}'), '{:.1f}', '{:,.0f}'
+_SHARE, _STATE = ('share of the floor', '{:.0%}'), ('state, MB', '{:,.0f}')
+TABLES = { # title -> stage, columns
+    'The step alone': ('decode', dict(
+        depth=_DEPTH, variant=_KIND, rows=_ROWS, tokens_s=_PER_S, step_us=('step, us', _US),
+        floor_us=('floor, us', _US), share=_SHARE, state_mb=_STATE)),
+    'Through the engine': ('engine', dict(
+        depth=_DEPTH, variant=_KIND, rows=_ROWS, tokens_s=_PER_S,
         prefill_tokens_s=('prompt tokens/s', '{:,.0f}'))),
-    'Time to the first token': ('engine', dict(depth=_DEPTH, variant=_KIND, prompt=('prompt', '{:,}'), first_ms=_FIRST)),
-    'By context': ('context', dict(variant=_KIND, context=('context', '{:,}'), rows=_ROWS, tokens_s=_PER_S,
-        share=('share of the floor', '{:.0%}'), state_mb=('state, MB', '{:,.0f}'))),
-    'By context, one against the other': ('context', dict(variant=('', '{}'), context=('context', '{:,}'),
-        tokens_s_ratio=('tokens/s', '{:.2f}'), state_ratio=('memory', '{:.3f}'))),
-    'A shared beginning': ('prefix', dict(shared=('shared tokens', '{:,}'), cold_ms=('cold, ms', '{:.1f}'),
-        one_piece_ms=('in one piece, ms', '{:.1f}'), warm_ms=('warm, ms', '{:.1f}'), sooner=('times sooner', '{:.1f}'),
-        cache_mb=('cache, MB', '{:,.0f}'))),
-    'Decoding against the full forward': ('agree', dict(variant=_KIND, loss=('loss, nats', '{:.2f}'),
-        tokens=('tokens', '{:,}'), agree=('same likeliest token', '{:.3%}'),
-        gap_of_disagreements_max=('largest gap where not', '{:.4f}'), gap_median=('median gap', '{:.3f}'))),
-    'Drafts from the text': ('speculate', dict(text=('text', '{}'), passes=('passes', '{}'), tokens=('tokens', '{}'),
-        guess_tokens_s=('tokens/s with drafts', '{:,.0f}'), plain_tokens_s=('without', '{:,.0f}'),
-        decoder_tokens_s=('the engine\'s step', '{:,.0f}'))),
-    'One stream': ('stream', dict(tokens=('tokens', '{:,}'), step_us=('step, us', '{:,.0f}'),
-        explained_us=('first step + keys and values, us', '{:,.0f}'), recurrent_mb=('recurrent state, MB', '{:.2f}'),
-        allocated_mb=('allocated, MB', '{:,.0f}')))}
+    'Time to the first token': ('engine', dict(
+        depth=_DEPTH, variant=_KIND, prompt=('prompt', '{:,}'), first_ms=('first token, ms', _MS))),
+    'By context': ('context', dict(
+        variant=_KIND, context=('context', '{:,}'), rows=_ROWS, tokens_s=_PER_S, share=_SHARE,
+        state_mb=_STATE)),
+    'By context, one against the other': ('context', dict(
+        variant=('', '{}'), context=('context', '{:,}'), tokens_s_ratio=('tokens/s', '{:.2f}'),
+        state_ratio=('memory', '{:.3f}'))),
+    'A shared beginning': ('prefix', dict(
+        shared=('shared tokens', '{:,}'), cold_ms=('cold, ms', _MS),
+        one_piece_ms=('in one piece, ms', _MS), warm_ms=('warm, ms', _MS),
+        sooner=('times sooner', '{:.1f}'), cache_mb=('cache, MB', '{:,.0f}')))}
+
+# %% ../nbs/17c_bench.ipynb #tables-2
+TABLES |= {
+    'Decoding against the full forward': ('agree', dict(
+        variant=_KIND, loss=('loss, nats', '{:.2f}'), tokens=('tokens', '{:,}'),
+        agree=('same likeliest token', '{:.3%}'),
+        gap_of_disagreements_max=('largest gap where not', '{:.4f}'),
+        gap_median=('median gap', '{:.3f}'))),
+    'Drafts from the text': ('speculate', dict(
+        text=('text', '{}'), passes=('passes', '{}'), tokens=('tokens', '{}'),
+        guess_tokens_s=('tokens/s with drafts', '{:,.0f}'),
+        plain_tokens_s=('without', '{:,.0f}'), decoder_tokens_s=("the engine's step", '{:,.0f}'))),
+    'One stream': ('stream', dict(
+        tokens=('tokens', '{:,}'), step_us=('step, us', _US),
+        explained_us=('first step + keys and values, us', _US),
+        recurrent_mb=('recurrent state, MB', '{:.2f}'), allocated_mb=('allocated, MB', '{:,.0f}')))}
 
 @patch
 def tables(self:BenchReport) -> str:
@@ -431,15 +466,17 @@ def figure(self:BenchReport):
             mine = [r for r in rows if tuple(r[k] for k in keys) == kind]
             ax.loglog([r[x] for r in mine], [r[y] for r in mine], c=f'C{n}', **kw,
                       label=' '.join(map(str, kind)) if kw.get('ls', '-') == '-' else None)
-    steps, ctx, long = self.get('decode', 'share'), self.get('context', 'share'), self.get('stream', 'step_us')
+    steps, ctx = self.get('decode', 'share'), self.get('context', 'share')
+    long = self.get('stream', 'step_us'); at = [r['tokens'] for r in long]
     for r in steps: r['most'] = r['tokens_s']/r['share']
     lines(a, steps, 'rows', 'tokens_s', ('depth', 'variant'), marker='.')
     lines(a, steps, 'rows', 'most', ('depth', 'variant'), ls=':')
     lines(b, ctx, 'context', 'tokens_s', ('variant',), marker='.')
     lines(c, ctx, 'context', 'state_mb', ('variant',), marker='.')
-    d.plot([r['tokens'] for r in long], [r['step_us'] for r in long], '.-', label='measured')
-    d.plot([r['tokens'] for r in long], [r['explained_us'] for r in long], 'k:', label='first + keys and values')
-    for ax, x, y in ((a, 'rows (dotted: the floor of the memory)', 'tokens/s'), (b, 'context', 'tokens/s'),
+    for k, how, label in (('step_us', '.-', 'measured'),
+                          ('explained_us', 'k:', 'first + keys and values')):
+        d.plot(at, [r[k] for r in long], how, label=label)
+    for ax, x, y in ((a, 'rows (dotted: the floor)', 'tokens/s'), (b, 'context', 'tokens/s'),
                      (c, 'context', 'MB of state'), (d, 'tokens of one stream', 'us a token')):
         ax.set_xlabel(x); ax.set_ylabel(y)
         if ax.get_legend_handles_labels()[0]: ax.legend(frameon=False, fontsize=8)
