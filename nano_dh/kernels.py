@@ -41,7 +41,7 @@ class Backend:
     rank: int = 9         # lower ones are tried first; those of one rank are timed against each other
     time_at: int = 0      # time it on rows of so many tokens and scale up; 0: the model's own
 
-    def fits(self, device, dtype, K, V):
+    def fits(self, device, dtype, K, V): # kind of device, type of v, head dims
         "'' or why this call is not for it"
         if self.device and device != self.device: return f'needs {self.device}'
         if self.dtypes and dtype not in self.dtypes: return f'takes no {dtype}'
@@ -303,7 +303,10 @@ opaque_backend('fla', _fla_fwd, _fla_bwd, device='cuda', dtypes=HALF + (torch.fl
 # %% ../nbs/03_kernels.ipynb #which
 _chosen, _forced, _last = {}, [''], ['torch']
 
-def available_backends(device, head_k_dim:int=128, head_v_dim:int=128, dtype:torch.dtype|None=None
+def available_backends(device,             # kind or device
+                       head_k_dim:int=128, # K
+                       head_v_dim:int=128, # V
+                       dtype:torch.dtype|None=None # of q, k, v; default compute_dtype(device)
                       ) -> list[str]: # in the order of registration
     "Names of the backends that are installed and can run such a call"
     device = torch.device(device); dtype = dtype or compute_dtype(device)
@@ -418,7 +421,9 @@ def gated_delta_rule_step(q:Tensor,     # (B, H, K)
     return o
 
 # %% ../nbs/03_kernels.ipynb #inputs
-def check_inputs(B:int, T:int, H:int, HV:int, K:int, V:int,
+def check_inputs(B:int, T:int,   # rows and tokens a row
+                 H:int, HV:int,  # query/key heads and value heads
+                 K:int, V:int,   # head dims
                  dtype:torch.dtype=torch.bfloat16, # q, k, v and the gradient of o are rounded to it
                  docs:tuple=(), # borders; with documents there is no state
                  state:bool=True, # rows start from a state and the last one is read
@@ -435,7 +440,11 @@ def check_inputs(B:int, T:int, H:int, HV:int, K:int, V:int,
     return dict(xs=xs if state else xs[:5], do=r(B, T, HV, V).to(dtype).double(),
                 dS=r(B, HV, K, V).float().double() if state else None, docs=docs)
 
-def outcome(run:Callable, p:dict, device='cpu', dtype=torch.float64) -> dict[str, Tensor]:
+def outcome(run:Callable,       # a backend's function
+            p:dict,             # a problem of `check_inputs`
+            device='cpu',       # where to run it
+            dtype=torch.float64 # of q, k, v; g, beta and state are float32 at least
+           ) -> dict[str, Tensor]: # o, S, dq, dk, dv, dg, dbeta, dS0, as far as asked for
     "Outputs and gradients of a backend on a problem, moved to the CPU as float64"
     to = lambda x, dt: x.to(device, dt, copy=True)
     f = torch.promote_types(dtype, torch.float32)
@@ -483,8 +492,12 @@ def _problems(device, H, HV, K, V, dtype, uses): # each with its truth and the y
         yield p, true, errors(outcome(yardstick(device, dtype), p, device, dtype), true)
 
 # %% ../nbs/03_kernels.ipynb #check
-def check_backends(names:list[str], device, H:int, HV:int, K:int, V:int, dtype:torch.dtype,
-                   uses:tuple=USES[:3]) -> dict[str, dict]: # name -> error, worst, errors, why
+def check_backends(names:list[str], # of BACKENDS
+                   device,          # where
+                   H:int, HV:int, K:int, V:int, # heads and head dims
+                   dtype:torch.dtype,           # of q, k, v
+                   uses:tuple=USES[:3]          # problems to solve
+                  ) -> dict[str, dict]: # name -> error, worst, errors, why
     "Errors of each backend against float64, and why it does not pass ('' if it does)"
     device, rows = torch.device(device), {}
     problems = list(_problems(device, H, HV, K, V, dtype, uses))
@@ -515,8 +528,11 @@ def _clock(f, device, n):
         else: t = time.perf_counter(); f(); times.append(1e3*(time.perf_counter() - t))
     return sorted(times)[n//2 if device.type == 'cuda' else 0]
 
-def time_backend(name:str, device, B:int, T:int, H:int, HV:int, K:int, V:int, dtype:torch.dtype,
-                 n:int=5) -> tuple[float, float]: # milliseconds forward, backward
+def time_backend(name:str, device, # of BACKENDS, and where
+                 B:int, T:int, H:int, HV:int, K:int, V:int, # shape
+                 dtype:torch.dtype, # of q, k, v
+                 n:int=5            # calls to measure, after one to warm up
+                ) -> tuple[float, float]: # milliseconds forward, backward
     "Time of a backend on dense rows, as in training; a large problem may be cut and scaled up"
     device, b = torch.device(device), BACKENDS[name]
     small, f = device.type != 'cuda', torch.promote_types(dtype, torch.float32)
@@ -593,7 +609,9 @@ def _machine(device, shape, dtype): # everything the answer may depend on
                 code=hashlib.sha1(code).hexdigest()[:8])
 
 # %% ../nbs/03_kernels.ipynb #choose
-def choose_backend(device, n_qk_head:int, n_v_head:int, head_k_dim:int=128, head_v_dim:int=128,
+def choose_backend(device,                        # where
+                   n_qk_head:int, n_v_head:int,   # H and HV of one layer
+                   head_k_dim:int=128, head_v_dim:int=128, # K and V
                    seq_len:int=2048, batch:int=1, # rows and their length in training
                    dtype:torch.dtype|None=None,   # of q, k, v; default compute_dtype(device)
                    uses:tuple=('rows',),          # of USES, what will be asked of it on a GPU
