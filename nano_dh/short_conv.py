@@ -58,7 +58,7 @@ class _ConvSplitNorm(torch.autograd.Function):
     "conv + SiLU + split + norm in the dtype of x, without state"
     @staticmethod
     def forward(ctx, x, w, doc_ids, dims, eps=1e-6):
-        w = torch.stack(w.unbind(1))    # (W, C): taps as rows, ten times faster to multiply with
+        w = torch.stack(w.unbind(1))    # (W, C): taps as rows, several times faster to multiply with
         H, W, y = dims[0], len(w), x * w[-1]
         for i in range(1, W): y[:, i:].addcmul_(_shifted(x, i, doc_ids), w[-1-i])
         qk, v = _heads(F.silu(y), *dims)
@@ -252,7 +252,8 @@ _conv_fwd.register_autograd(_conv_grad, setup_context=_conv_setup)
 # %% ../nbs/03b_short_conv.ipynb #split
 def conv_split_norm(x:Tensor,      # (B, T, C), channels q|k|v; may be a slice of a wider tensor
                     weight:Tensor, # (C, W)
-                    n_qk_head:int, n_v_head:int, head_k_dim:int, head_v_dim:int,
+                    n_qk_head:int, n_v_head:int,   # H and HV
+                    head_k_dim:int, head_v_dim:int, # K and V
                     state:Tensor|None=None,   # (B, C, W-1) inputs before x; no gradient on CUDA
                     doc_ids:Tensor|None=None, # (B, T) document of each token
                     lengths:Tensor|None=None  # (B,) valid tokens of a right-padded piece
