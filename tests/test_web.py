@@ -2,7 +2,6 @@
 `python tests/test_web.py` writes the hashes of the style and the script into the page's content security policy."""
 import base64, hashlib, json, re, shutil, socket, subprocess, sys, time, urllib.request
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 import pytest, torch
 from tiny_run import environ
@@ -11,8 +10,7 @@ PAGE = Path(__file__).resolve().parent.parent/'nano_dh'/'web'/'index.html'
 CHROMIUM = shutil.which('chromium')
 try: from playwright.sync_api import expect, sync_playwright
 except ImportError: sync_playwright = None
-browsing = pytest.mark.skipif(not (CHROMIUM and sync_playwright and find_spec('nano_dh.serve')),
-                              reason='needs chromium, the playwright package and the server')
+browsing = pytest.mark.skipif(not (CHROMIUM and sync_playwright), reason='needs chromium and the playwright package')
 MARKUP = 'x <img src=x onerror="window.hacked=1"> <script>window.hacked=2</script> <b onmouseover=alert(1)>bold</b> &amp;'
 
 # ---- the file itself
@@ -107,6 +105,11 @@ def sample(page, system=None, **kw):
     if system is not None: page.get_by_label('System prompt').fill(system)
     for k, v in kw.items(): page.locator(f'[name={k}]').fill(str(v))
     page.keyboard.press('Escape')
+def until(page, ok):
+    for _ in range(300):
+        if ok(): return
+        page.wait_for_timeout(20)
+    pytest.fail('waited in vain')
 def words(page): return [a.locator('.body').inner_text() for a in page.locator('article').all()]
 def sent(page, act): # the request that follows
     with page.expect_request('**/v1/chat/completions') as r: act()
@@ -127,14 +130,14 @@ def looks(page, tmp_path, name): page.screenshot(path=tmp_path/f'{name}.png'); a
 def test_send_and_stream(page, tmp_path):
     page.evaluate('''() => { window.seen = []; new MutationObserver(() => { const b = document.querySelector('.assistant .body.busy');
         if (b) seen.push(b.textContent.length); }).observe(document.getElementById('log'), {childList: true, subtree: true, characterData: true}) }''')
-    sample(page, max_tokens=150, system='Be brief.')
+    sample(page, max_tokens=800, system='Be brief.')
     body = sent(page, lambda: say(page, 'Tell me'))
-    assert body['messages'] == [dict(role='system', content='Be brief.'), dict(role='user', content='Tell me')] and body['max_tokens'] == 150
+    assert body['messages'] == [dict(role='system', content='Be brief.'), dict(role='user', content='Tell me')] and body['max_tokens'] == 800
     done(page)
     seen = page.evaluate('seen')
     assert len(set(seen)) > 3 and seen == sorted(seen)                         # it grew while it was written
     assert words(page)[0] == 'Tell me' and len(words(page)[1]) > 100
-    expect(page.locator('.facts')).to_contain_text(re.compile(r'150 tokens · [\d.]+ tokens/s'))
+    expect(page.locator('.facts')).to_contain_text(re.compile(r'800 tokens · [\d.]+ tokens/s'))
     expect(page.locator('#context')).to_contain_text(re.compile(r'Context \d+'))
     looks(page, tmp_path, 'desktop')
 
@@ -296,11 +299,11 @@ def test_scrolls_only_at_the_bottom(page):
     place = lambda: page.evaluate('(s => [s.scrollTop, s.scrollHeight - s.clientHeight - s.scrollTop])(document.getElementById("scroll"))')
     say(page, 'A lot')
     page.wait_for_selector('.assistant .body:has-text(" ")')
-    while place()[0] < 60: page.wait_for_timeout(20)                            # it follows
+    until(page, lambda: place()[0] > 60)                                        # it follows
     expect(page.locator('#down')).to_be_hidden()
     page.evaluate('document.getElementById("scroll").scrollTop = 0')
-    before = len(words(page)[1]); page.wait_for_timeout(150)
-    assert len(words(page)[1]) > before and place()[0] == 0                     # it stays where one reads
+    before = len(words(page)[1])
+    until(page, lambda: len(words(page)[1]) > before + 20); assert place()[0] == 0   # it stays where one reads
     page.locator('#down').click()
     expect(page.locator('#down')).to_be_hidden(); assert place()[1] < 48
     page.keyboard.press('Escape'); done(page)
@@ -312,7 +315,7 @@ def test_full_queue_counts_down(page):
     say(page, 'Hello?')
     expect(page.locator('.wait')).to_contain_text(re.compile(r'queue is full. Trying again in \d s'))
     expect(page.locator('#stop')).to_be_visible()
-    while len(left) > 1: page.locator('.wait button').click(); page.wait_for_timeout(50)
+    for n in (2, 1): page.locator('.wait button').click(); until(page, lambda: len(left) == n)
     done(page)                                                                  # the last time by itself
     assert words(page)[1] == 'At last.'
     script(page, full); page.get_by_role('button', name='Regenerate').click()
@@ -343,6 +346,16 @@ def test_no_server(page):
     sample(page, max_tokens=5)
     page.get_by_role('button', name='Retry').click(); done(page)
     assert len(words(page)[1]) > 0
+
+@browsing
+def test_full_storage_is_said(page):
+    script(page, *[dict(body=events(dict(content='Noted.')))]*2)
+    page.evaluate("(() => { let n = 1 << 22; while (n) try { localStorage.setItem('x' + n + Math.random(), 'y'.repeat(n)) } catch { n >>= 1 } })()")
+    ask(page, 'Keep this')
+    expect(page.locator('#banner')).to_contain_text('keeps no more chats'); assert words(page)[1] == 'Noted.'
+    page.evaluate('localStorage.clear()'); ask(page, 'And this')
+    expect(page.locator('#banner')).to_be_hidden()
+    page.reload(); assert len(words(page)) == 4
 
 @browsing
 def test_key_is_asked_for_and_kept_in_the_tab(page):
