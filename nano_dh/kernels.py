@@ -440,6 +440,7 @@ def check_inputs(B:int, T:int,   # rows and tokens a row
     return dict(xs=xs if state else xs[:5], do=r(B, T, HV, V).to(dtype).double(),
                 dS=r(B, HV, K, V).float().double() if state else None, docs=docs)
 
+# %% ../nbs/03_kernels.ipynb #outcome-f
 def outcome(run:Callable,       # a backend's function
             p:dict,             # a problem of `check_inputs`
             device='cpu',       # where to run it
