@@ -24,7 +24,9 @@ def uniform_(p:Tensor,  # filled in place, on any device
 
 class Linear(nn.Linear):
     "A matrix without bias that works in the number format of its input"
-    def __init__(self, n_in:int, n_out:int): super().__init__(n_in, n_out, bias=False)
+    def __init__(self, n_in:int, # width of the input
+                 n_out:int):     # width of the output
+        super().__init__(n_in, n_out, bias=False)
     def forward(self, x): return F.linear(x, self.weight.to(x.dtype))
     def reset_parameters(self, generator=None):
         "Entries of standard deviation n_in**-0.5 keep the size of a normed input"
@@ -99,7 +101,9 @@ class GatedDeltaNet(nn.Module):
 # %% ../nbs/04_deltanet.ipynb #init
 @patch
 @torch.no_grad()
-def init_weights(self:GatedDeltaNet, generator:torch.Generator|None=None):
+def init_weights(self:GatedDeltaNet,
+                 generator:torch.Generator|None=None # on the CPU; default: torch's own
+                ):
     "Draw the parameters, on the CPU and in a fixed order"
     for m in (self.q_proj, self.k_proj, self.v_proj, self.z_proj, self.a_proj, self.b_proj):
         m.reset_parameters(generator)
@@ -182,7 +186,12 @@ def forward(self:GatedDeltaNet,
 
 # %% ../nbs/04_deltanet.ipynb #recur
 @patch
-def recur(self:GatedDeltaNet, q, k, v, g, beta, ctx, state=None):
+def recur(self:GatedDeltaNet,
+          q:Tensor, k:Tensor,    # (B, T, H, K), of length one
+          v:Tensor,              # (B, T, HV, V)
+          g:Tensor, beta:Tensor, # (B, T, HV) log decay and write strength
+          ctx:Context, state:DeltaState|None=None # as in forward
+         ) -> Tensor:            # (B, T, HV, V)
     "The delta rule over whole rows, or over a piece that continues from a state"
     if state is None:
         return gated_delta_rule(q, k, v, g, beta, None, ctx.cu_seqlens, output_state=False,
