@@ -19,7 +19,7 @@ from .deltanet import Linear, norm, Context
 def rope_table(length:int,  # positions 0 .. length-1
                rot_dim:int, # channels that rotate, even
                base:float,  # slowest wavelength / 2 pi
-               dtype=torch.float32
+               dtype=torch.float32 # of the table; the angles are float64
               ) -> tuple[Tensor, Tensor]: # cos, sin, each (length, rot_dim/2), on the CPU
     "Rotation angles in float64, rounded only after cos and sin"
     freq = base ** (-torch.arange(0, rot_dim, 2, dtype=torch.float64, device='cpu')/rot_dim)
@@ -38,7 +38,9 @@ def apply_rope(x:Tensor,   # (B, T, H, D)
 # %% ../nbs/05_gated_attn.ipynb #rope-class
 class Rope(nn.Module):
     "Cosines and sines by position, extended when needed"
-    def __init__(self, rot_dim:int, base:float, length:int):
+    def __init__(self, rot_dim:int, # channels that rotate
+                 base:float,        # as in rope_table
+                 length:int):       # positions to begin with
         super().__init__()
         self.rot_dim, self.base = rot_dim, base
         self.register_buffer('table', torch.empty(2, length, rot_dim//2), persistent=False)
@@ -95,7 +97,11 @@ def dense(q:Tensor, # (B, T, H, D)
     return F.scaled_dot_product_attention(q, k, v, **kw).transpose(1, 2)
 
 # %% ../nbs/05_gated_attn.ipynb #banded
-def banded(q, k, v, scale, window:int, doc_ids=None):
+def banded(q:Tensor, k:Tensor, v:Tensor, # (B, T, H, D), (B, T, HK, D) twice
+           scale:float,                  # of q . k
+           window:int,                   # earlier tokens that a query sees, less than T
+           doc_ids:Tensor|None=None      # (B, T)
+          ) -> Tensor:                   # (B, T, H, D)
     "Window attention block by block of `window` tokens: own keys and those of the block before"
     B, T, H, D = q.shape; W, n = window, -(-T//window)
     if n < 2: raise ValueError(f'T {T} is within one window of {W}; use a mask')
@@ -137,7 +143,7 @@ def _settled(x:torch.Tensor) -> torch.Tensor: return x.clone() # a mask reads wh
 @_settled.register_fake
 def _(x): return torch.empty_like(x)
 
-def block_mask(T, window=None, doc_ids=None, device=None):
+def block_mask(T:int, window:int|None=None, doc_ids:Tensor|None=None, device=None): # as in tiles
     "FlexAttention's block mask, from arithmetic on tiles"
     from torch.nn.attention.flex_attention import BlockMask
     def sees(b, h, i, j):
@@ -157,7 +163,9 @@ def _compiled_flex():
     from torch.nn.attention.flex_attention import flex_attention
     return torch.compile(flex_attention, dynamic=False)
 
-def flex(q, k, v, scale, mask):
+def flex(q:Tensor, k:Tensor, v:Tensor, # (B, T, H, D), (B, T, HK, D) twice
+         scale:float, mask             # of q . k; a block_mask
+        ) -> Tensor:                   # (B, T, H, D)
     "Attention within a block mask; compiled, alone or as part of a compiled model"
     from torch.nn.attention.flex_attention import flex_attention
     f = _compiled_flex() if q.is_cuda and not torch.compiler.is_compiling() else flex_attention
@@ -172,7 +180,10 @@ def has_varlen() -> bool:
     except ImportError: return False
     return 'window_size' in inspect.signature(varlen_attn).parameters
 
-def varlen(q, k, v, scale, window, cu):
+def varlen(q:Tensor, k:Tensor, v:Tensor, # (B, T, H, D), (B, T, HK, D) twice
+           scale:float, window:int|None, # of q . k; earlier tokens that a query sees
+           cu:Tensor                     # (N+1,) int32 borders
+          ) -> Tensor:                   # (B, T, H, D)
     "Attention over documents laid end to end; cu (N+1,) int32 borders in flattened coordinates"
     from torch.nn.attention.varlen import varlen_attn
     (B, T, H, D), R = q.shape, q.shape[2]//k.shape[2]
@@ -205,7 +216,8 @@ def _mask(path, B, T, window, ctx, dev):
 def attend(q:Tensor, # (B, T, H, D)
            k:Tensor, # (B, T, HK, D)
            v:Tensor, # (B, T, HK, D)
-           scale:float, ctx:Context,
+           scale:float, # of q . k
+           ctx:Context, # documents, masks made so far
            window:int|None=None, # earlier tokens that a query sees
            path:str|None=None    # dense, mask, band, flex, varlen; None chooses
           ) -> Tensor: # (B, T, H, D)
@@ -241,7 +253,9 @@ class GatedAttention(nn.Module):
 
 @patch
 @torch.no_grad()
-def init_weights(self:GatedAttention, generator:torch.Generator|None=None):
+def init_weights(self:GatedAttention,
+                 generator:torch.Generator|None=None # on the CPU; default: torch's own
+                ):
     "Draw the parameters; the output projection and the gates start at zero"
     for m in (self.c_q, self.c_k, self.c_v): m.reset_parameters(generator)
     for m in (self.c_proj, self.gate, self.ve_gate):
@@ -304,7 +318,9 @@ def write(self:KVState, k:Tensor, v:Tensor, ctx:Context): # k, v (B, T, HK, D)
 
 # %% ../nbs/05_gated_attn.ipynb #recall
 @patch
-def recall(self:GatedAttention, q, k, v, ctx, state):
+def recall(self:GatedAttention, q:Tensor, k:Tensor, v:Tensor, # of this piece
+           ctx:Context, state:KVState # positions; the cache, written first
+          ) -> Tensor: # (B, T, H, D)
     "Attention over the cache, this piece included"
     state.write(k, v, ctx)
     (B, T), n, w = q.shape[:2], ctx.kv_len, self.window
@@ -328,7 +344,7 @@ def recall(self:GatedAttention, q, k, v, ctx, state):
 def over_cache(q:Tensor, # (B, T, H, D)
                k:Tensor, # (B, N, HK, D)
                v:Tensor, # (B, N, HK, D)
-               scale:float,
+               scale:float, # of q . k
                mask:Tensor, # (B or 1, 1, T, N) bool
                exact:bool=False # as two products and a softmax
               ) -> Tensor: # (B, T, H, D)
