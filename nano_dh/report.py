@@ -359,7 +359,8 @@ def stage_table(self:Card) -> str: # Markdown
         for i, (k, e) in enumerate(s['figures'].items() or [('', None)]):
             b, a = (e['before'], e['after']) if e else ({}, {})
             first = f" (step {b['step']})" if b.get('step') else ''
-            what = [s['stage'], s['run'], f"{s['step']:,}", human(s['tokens'])]
+            much = human(s['tokens']) + ' answers'*(s['stage'] == 'rl')
+            what = [s['stage'], s['run'], f"{s['step']:,}", much]
             if i: what = ['']*4
             rows.append([*what, FIGURES.get(k, k), _num(b.get('value'), b.get('stderr')) + first,
                          _num(a.get('value'), a.get('stderr'))])

@@ -101,7 +101,10 @@ class Pipeline:
         self.notebooks, self.resume, self.say, self.last = Path(notebooks), resume, say, last
         self.live = Live()
         for s in stages: check_parameters(s, parameters_of(self.notebooks/f'{s.notebook}.ipynb'))
-        self.status = _json(self.file) or dict(name=name, created=_now(), stages={}, earlier=[])
+        new = dict(name=name, created=_now(), stages={}, earlier=[])
+        self.status = _json(self.file) if self.file.exists() else new
+        if self.status is None:
+            raise ValueError(f'{self.file} is damaged; move it away to begin anew')
         self.status['config'] = config or {}
         self.settle(again)
 
@@ -372,25 +375,28 @@ class SpeedrunConfig:
 # %% ../nbs/27b_speedrun.ipynb #resolved
 ONCE = ('resume', 'start', 'stop', 'notebooks', 'out') # of one call, not of the run
 
-def _newest(): # name of the pipeline that was written last
+def _known(name): # of a pipeline; '' is the one that was written last
     files = (base_dir()/'speedruns').glob('*/status.json')
-    found = sorted(files, key=lambda f: f.stat().st_mtime)
+    have = [f.parent.name for f in sorted(files, key=lambda f: f.stat().st_mtime)]
     where = base_dir()/'speedruns'
-    if not found: raise FileNotFoundError(f'{where} holds no run; leave resume out')
-    return found[-1].parent.name
+    if not have: raise FileNotFoundError(f'{where} holds no run; leave resume out')
+    if name and name not in have:
+        new = ', '.join(have[-5:])
+        raise FileNotFoundError(f'no run {name!r} to resume; the newest are {new}')
+    return name or have[-1]
 
 # %% ../nbs/27b_speedrun.ipynb #resolved-b
 @patch
 def resolved(self:SpeedrunConfig) -> SpeedrunConfig:
     "Name, preset and data settled; an error where a name is taken"
     c = replace(self)
-    if c.resume: c.run = c.run or _newest()
+    if c.resume: c.run = _known(c.run)
     old = _json(status_file(c.run)) if c.run else None
     if old and not c.resume:
         raise ValueError(f'run {c.run} exists already; resume True continues it, or take another '
                          'name')
     for k, v in (old or {}).get('config', {}).items():
-        if k == 'more': c.more = f'{v} {c.more}'.strip() if c.more not in v else v
+        if k == 'more': c.more = v if v.endswith(c.more) else f'{v} {c.more}'.strip()
         elif k not in ONCE and getattr(self, k) == getattr(SpeedrunConfig, k): setattr(c, k, v)
     gpus = n_gpus() if c.device in ('', 'cuda') else 0
     c.preset = c.preset or ('cpu' if not gpus else 'd12' if gpus < 8 else 'd20')

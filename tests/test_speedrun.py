@@ -106,8 +106,11 @@ def test_a_killed_stage_goes_on(base, tmp_path):
     assert 'resume' not in status('cut')['stages']['pretrain']['command'] and repr(card).startswith('# cut')
     assert re.search(r'\| pretrain \| done \| \d+ s \| 2 \|', str(card))
     with pytest.raises(ValueError, match='resume True continues it'): Speedrun(SpeedrunConfig(run='cut'), str)
+    with pytest.raises(FileNotFoundError, match="no run 'cute' to resume; the newest are cut"): Speedrun(SpeedrunConfig(run='cute', resume=True), str)
     said.clear(); t = Speedrun(SpeedrunConfig(run='cut', resume=True, more='pretrain.depth:1'), said.append)   # only looked at
     assert said == ['pretrain   has other parameters: depth 2 -> 1; it runs again']
+    text = status_file('cut').read_text(); status_file('cut').write_text(text[:100])
+    with pytest.raises(ValueError, match='is damaged; move it away'): Speedrun(SpeedrunConfig(run='cut', resume=True, preset='smoke'), str)
     assert t.status['stages']['tokenizer']['status'] == 'done' and t.filled(t.stages[1])['run'] == 'cut-pretrain-2'
 
 def alive(pattern):
