@@ -182,7 +182,7 @@ class StateRequest(_Strict):
 # %% ../nbs/25_serve.ipynb #sentence
 def sentence(errors:list, known=()) -> ApiError: # errors of pydantic; known: names of fields
     "The first thing that is wrong, in one sentence"
-    e = errors[0]; loc = [x for x in e['loc'][1:] if x not in ('str', 'int', 'float')]
+    e = max(errors, key=lambda e: len(e['loc'])); loc = [x for x in e['loc'][1:] if x not in ('str', 'int', 'float')]
     loc = [x for x in loc if not str(x).startswith('list[')]
     where, name = '.'.join(map(str, loc)), str(loc[-1]) if loc else ''
     what = e['msg'][0].lower() + e['msg'][1:]
