@@ -107,7 +107,7 @@ def padded_vocab(self:HybridConfig) -> int:
 
 # %% ../nbs/06_hybrid_model.ipynb #has-ve
 @patch
-def has_value_embed(self:HybridConfig, i:int) -> bool:
+def has_value_embed(self:HybridConfig, i:int) -> bool: # i: layer, from 0
     "Whether layer i adds value embeddings: alternate layers, the last one among them"
     return self.value_embeds and i % 2 == (self.n_layer-1) % 2
 
@@ -171,7 +171,7 @@ def to_dict(self:HybridConfig) -> dict:
     return asdict(self)
 
 @patch(cls_method=True)
-def from_dict(cls:HybridConfig, d:dict) -> HybridConfig:
+def from_dict(cls:HybridConfig, d:dict) -> HybridConfig: # d: field -> value
     "Back from `to_dict`; an unknown name or a wrong type is an error"
     return checked(cls, d)
 
@@ -184,7 +184,7 @@ class _ReLU2(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g): return ctx.saved_tensors[0].sqrt().mul_(g).mul_(2)
 
-def relu2(x:Tensor) -> Tensor:
+def relu2(x:Tensor) -> Tensor: # any shape, the same
     "max(x, 0)**2, which keeps nothing but its output"
     return _ReLU2.apply(x)
 
@@ -194,20 +194,21 @@ ACTIVATIONS = dict(relu2=relu2, gelu=F.gelu, silu=F.silu)
 # %% ../nbs/06_hybrid_model.ipynb #block
 class MLP(nn.Module):
     "Out to the hidden width, activation, back"
-    def __init__(self, cfg):
+    def __init__(self, cfg:HybridConfig):
         super().__init__()
         hidden = int(cfg.mlp_ratio * cfg.d_model)
         self.c_fc, self.c_proj = Linear(cfg.d_model, hidden), Linear(hidden, cfg.d_model)
         self.act = ACTIVATIONS[cfg.activation]
-    def forward(self, x): return self.c_proj(self.act(self.c_fc(x)))
+    def forward(self, x:Tensor) -> Tensor: # (B, T, d), the same
+        return self.c_proj(self.act(self.c_fc(x)))
 
 # %% ../nbs/06_hybrid_model.ipynb #block-2
 class Block(nn.Module):
     "Mixer, then MLP; each reads the normed stream and adds to it"
-    def __init__(self, cfg, i):
+    def __init__(self, cfg:HybridConfig, i:int): # i: layer, from 0
         super().__init__()
         self.mixer, self.mlp = MIXERS[cfg.layer_types[i]](cfg, i), MLP(cfg)
-    def forward(self, x, ctx, state=None, ve=None):
+    def forward(self, x, ctx, state=None, ve=None): # as of a mixer; x (B, T, d), not normed
         x = x + self.mixer(norm(x), ctx, state, ve)
         return x + self.mlp(norm(x))
 
@@ -252,7 +253,7 @@ def head_weight(self:HybridModel) -> Tensor: # (padded_vocab, d)
 # %% ../nbs/06_hybrid_model.ipynb #init-weights
 @patch
 @torch.no_grad()
-def init_weights(self:HybridModel, seed:int=0):
+def init_weights(self:HybridModel, seed:int=0): # seed: the same model on every device
     "Draw every parameter"
     cfg, gen = self.cfg, torch.Generator().manual_seed(seed)
     def normal_(p, std, n=cfg.vocab_size): # rows beyond the vocabulary stay zero
@@ -367,7 +368,7 @@ def select(self:ModelState,
 
 # %% ../nbs/06_hybrid_model.ipynb #state-fork
 @patch
-def fork(self:ModelState, n:int) -> ModelState:
+def fork(self:ModelState, n:int) -> ModelState: # n: copies of each row
     "Each row n times, next to each other"
     rows = torch.arange(len(self.pos), device=self.pos.device)
     return self.select(rows.repeat_interleave(n))
@@ -390,7 +391,7 @@ def init_state(self:HybridModel,
 
 # %% ../nbs/06_hybrid_model.ipynb #grow
 @patch
-def grow(self:HybridModel, state:ModelState, need:int):
+def grow(self:HybridModel, state:ModelState, need:int): # need: tokens that must fit
     "Double the capacity until `need` tokens fit; buffers that depend on it move, the others stay"
     if state.n is None:
         raise ValueError(f'{need} tokens, but capacity {state.capacity} is fixed; make it larger')
@@ -500,14 +501,14 @@ def flops_per_token(self:HybridModel,
 
 # %% ../nbs/06_hybrid_model.ipynb #state-bytes
 @patch
-def state_bytes(self:GatedDeltaNet, T:int, itemsize:int) -> int:
+def state_bytes(self:GatedDeltaNet, T:int, itemsize:int) -> int: # tokens, bytes of a number
     "Bytes of one row's state; independent of T"
     C, W = self.conv_weight.shape
     return self.n_v_head*self.head_k_dim*self.head_v_dim*max(4, itemsize) + C*(W-1)*itemsize
 
 # %% ../nbs/06_hybrid_model.ipynb #state-bytes-2
 @patch
-def state_bytes(self:GatedAttention, T:int, itemsize:int) -> int:
+def state_bytes(self:GatedAttention, T:int, itemsize:int) -> int: # as above
     "Bytes of one row's keys and values"
     return 2*T*self.n_kv_head*self.head_dim*itemsize
 
@@ -559,7 +560,7 @@ def memory_estimate(self:HybridModel,
 
 # %% ../nbs/06_hybrid_model.ipynb #generate
 @torch.inference_mode()
-def generate(model:HybridModel,
+def generate(model:HybridModel,      # on any device
              tokens:list,            # prompt, at least one token
              max_new_tokens:int,     # tokens to add
              temperature:float=1.,   # 0 takes the likeliest
