@@ -69,6 +69,7 @@ class Request:
         need(0 < self.top_p <= 1, f'top_p {self.top_p}; in (0, 1]')
         need(0 <= self.min_p <= 1, f'min_p {self.min_p}; in [0, 1]')
         need(all(self.stop), "stop ''; give strings of at least one character")
+        need((self.logprobs or 0) >= 0, f'logprobs {self.logprobs}; 0 or more')
 
 def _bad(text): raise ValueError(text)
 
@@ -155,7 +156,7 @@ def pieces(self:Stream): # -> Piece objects
     while self._pieces: yield self._pieces.popleft()
 
 @patch
-def _render(self:Stream, end=False): # tokens not looked at yet -> pieces; True if a stop string came
+def _render(self:Stream, end=False): # new tokens -> pieces; True if a stop string came
     ids = self.engine.tool_ids or (None,)*4
     while self._seen < len(self.tokens):
         i, t = self._seen, self.tokens[self._seen]
@@ -469,7 +470,7 @@ def _results(self:Engine, slab, live, drawn): # keep them until they are read
     if any(want) or not far and any(w is not None for w in want):
         lp = (z[toks[1]] if far else z).log_softmax(-1)
         own = None if far else lp.gather(1, toks[:, None])[:, 0].tolist()
-        top = lp.topk(max(w or 0 for w in want)) if any(want) else None
+        top = lp.topk(min(max(w or 0 for w in want), lp.shape[-1])) if any(want) else None
     for _, r in live: r.asked += 1
     self.pending.append(([(i, r) for i, r in live], toks, own, top, event))
     if not self.lag: self._collect(0)

@@ -319,11 +319,24 @@ def test_limits_have_sentences():
     for bad in ([1, TOK.vocab_size], [-1]):                     # would end in the middle of a step, for everybody
         with pytest.raises(ValueError, match='in the prompt'): e.submit(Request(bad))
     with pytest.raises(ValueError, match='python_start'): Engine(make()).submit(Request([1], tools=True))
+    assert len(e.generate([1], max_tokens=2, stop_tokens=(), logprobs=10**6).tops[0]) == TOK.vocab_size
     assert len(ok.result().tokens) == 3 and not e.busy
     assert Request([1], temperature=1e-40).temperature == 0 and sample(torch.tensor([1., 2.]), Request([1], temperature=1e-9), 1) == 1
     for kw, word in ((dict(prompt=[]), 'empty'), (dict(prompt=[1], top_p=0), 'top_p'), (dict(prompt=[1], temperature=-1), 'temperature'),
-                     (dict(prompt=[1], max_tokens=0), 'max_tokens'), (dict(prompt=[1], stop=('',)), 'stop')):
+                     (dict(prompt=[1], max_tokens=0), 'max_tokens'), (dict(prompt=[1], logprobs=-1), 'logprobs'), (dict(prompt=[1], stop=('',)), 'stop')):
         with pytest.raises(ValueError, match=word): Request(**kw)
+
+def test_cancelled_together():
+    "Rows that are left in one step, the last of them first in line to move into a hole"
+    m = make()
+    for gone in ((0, 3), (1, 2, 3), (0, 1, 2, 3), (3,), (0,)):
+        for exact in (False, True):
+            e = Engine(m, TOK, exact=exact); ss = [e.submit(Request([65 + i], max_tokens=12, seed=i, stop_tokens=())) for i in range(4)]
+            for _ in range(3): e.step()
+            for i in gone: ss[i].cancel()
+            drain(e)
+            assert [s.reason for s in ss] == ['cancelled' if i in gone else 'length' for i in range(4)]
+            assert not e.rows() and not e.nbytes()
 
 def test_failed_prompt_ends_alone(monkeypatch):
     """Memory runs out while a prompt is read: its stream ends with the error, the others go on"""
