@@ -93,7 +93,9 @@ def encode_batch(self:Tokenizer, texts:list[str], # documents
     return [sum((next(ids) for _ in ps), head[:]) for ps in parts]
 
 @patch
-def encode(self:Tokenizer, text:str, bos:bool=False) -> list[int]:
+def encode(self:Tokenizer, text:str, # one document
+           bos:bool=False            # put <|bos|> before it
+          ) -> list[int]:
     "Token ids of one text"
     return self.encode_batch([text], bos, 1)[0]
 
@@ -106,12 +108,12 @@ def decode_bytes(self:Tokenizer, ids) -> bytes: # ids: iterable of integers, a t
         raise ValueError(f'token id {e} is not in this vocabulary of {self.vocab_size}') from None
 
 @patch
-def decode(self:Tokenizer, ids) -> str:
+def decode(self:Tokenizer, ids) -> str: # ids: as above
     "Text of token ids; bytes that are not whole UTF-8 characters become U+FFFD"
     return self.decode_bytes(ids).decode('utf-8', 'replace')
 
 @patch
-def show(self:Tokenizer, text:str) -> str:
+def show(self:Tokenizer, text:str) -> str: # bytes that are no characters as \x..
     "The text with a bar at every cut, for people"
     parts = [self.decode_bytes([i]) for i in self.encode(text)]
     return '|'.join(p.decode('utf-8', 'backslashreplace') for p in parts)
@@ -125,7 +127,9 @@ def token_bytes(self:Tokenizer) -> Tensor: # (vocab_size,) int64
         if i not in special: n[i] = len(b)
     return n
 
-def bytes_per_token(tok:Tokenizer, texts:list[str]) -> float:
+def bytes_per_token(tok:Tokenizer,  # any tokenizer
+                    texts:list[str] # documents, counted in UTF-8
+                   ) -> float:
     "Compression: the bytes of texts over the number of their tokens"
     return sum(len(t.encode()) for t in texts)/max(1, sum(map(len, tok.encode_batch(texts))))
 
@@ -162,7 +166,7 @@ def _open(cls:Tokenizer, path, m):
     return cls([_unline(l) for l in lines], m['pattern'], m['special'], m['name'])
 
 @patch(cls_method=True)
-def load(cls:Tokenizer, path:str|Path) -> Tokenizer:
+def load(cls:Tokenizer, path:str|Path) -> Tokenizer: # path: the folder
     "Read a folder written by save"
     path = Path(path); m = json.loads((path/'meta.json').read_text())
     if m['format'] != 1:
@@ -209,7 +213,8 @@ def _parts(x): # every step of a tokenizer.json's pre-tokenizer
 class HFTokenizer(Tokenizer):
     "A byte-level tokenizer.json, run by Hugging Face's tokenizers"
     kind = 'hf'
-    def __init__(self, text:str, name:str=''):
+    def __init__(self, text:str, # content of a tokenizer.json
+                 name:str=''):   # for messages
         from tokenizers import AddedToken, Tokenizer as Engine
         cfg = json.loads(text)
         cut = [p for p in _parts(cfg.get('pre_tokenizer')) if p.get('type') == 'ByteLevel']
@@ -241,7 +246,7 @@ def _open(cls:HFTokenizer, path, m): return cls((path/'tokenizer.json').read_tex
 def hash(self:HFTokenizer) -> str: return hashlib.sha256(self._text.encode()).hexdigest()[:16]
 
 @patch(cls_method=True)
-def from_hf(cls:Tokenizer, path:str|Path) -> Tokenizer:
+def from_hf(cls:Tokenizer, path:str|Path) -> Tokenizer: # path: the file or its folder
     "A tokenizer.json of Hugging Face, with our special tokens appended where they miss"
     p = Path(path); p = p/'tokenizer.json' if p.is_dir() else p
     if not p.exists():
@@ -294,6 +299,7 @@ class TokenizerConfig:
     timeout: float = 10.            # seconds to wait for each download
 
     @classmethod
-    def from_ns(cls, ns:dict, before:set):
+    def from_ns(cls, ns:dict, # globals()
+                before:set):  # names that were there before the parameters
         "From a notebook's globals: what was assigned since `before` was taken"
         return checked(cls, {k: v for k, v in ns.items() if k not in before and k[0] != '_'})
