@@ -87,7 +87,9 @@ def read_group(self:Source, split:str, # 'train' or 'val'
     return [t if t and not t.isspace() else '' for t in texts]
 
 @patch
-def read(self:Source, split:str, i:int) -> str:
+def read(self:Source, split:str, # 'train' or 'val'
+         i:int                   # document, counted over the split
+        ) -> str:
     "Document i; its whole row group is read for it"
     ends = list(accumulate(g[2] for g in self.groups[split])); n = self.n_docs(split)
     if not 0 <= i < n: raise IndexError(f'document {i} of {self.name}: {split} has 0 to {n-1}')
@@ -126,7 +128,7 @@ def fingerprint(self:Mixture) -> str: # 16 hex digits
     return hashlib.sha256(json.dumps(d).encode()).hexdigest()[:16]
 
 @patch
-def texts(self:Mixture, split:str='train',
+def texts(self:Mixture, split:str='train', # or 'val'
           max_bytes:int|None=None # stop after about this much text; None reads everything once
          ): # yields str
     "Documents in a fixed order, sources taking turns by weight"
@@ -423,7 +425,7 @@ def _stream(name, config, column): # yields str
 
 def download_hf(name:str,         # repository on the hub, or a folder that `datasets` can read
                 config:str='',    # its configuration
-                column:str='text',
+                column:str='text', # its field that holds the text
                 n_shards:int=8,   # of 100 MB of text
                 out_dir:str|Path='' # '' is a folder in the base folder
                ) -> Path: # folder of shards
