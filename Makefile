@@ -8,7 +8,7 @@ STAMP := $(shell date +%Y%m%d-%H%M%S)
 EXTRA := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo dev,gpu || echo dev)
 RUN    = mkdir -p runs/out && $(V)/papermill --log-output --progress-bar --cwd .
 
-.PHONY: pretrain finetune tokenizer bench inference eval test install docs clean-notebooks
+.PHONY: pretrain finetune speedrun tokenizer bench inference eval chat serve test install docs clean-notebooks
 
 pretrain: .venv/.ready     ## train a model (default: depth 4 on the shipped sample) and write the executed notebook
 	$(RUN) runs/pretrain.ipynb runs/out/pretrain-$(STAMP).ipynb $(P)
@@ -17,6 +17,15 @@ finetune: .venv/.ready     ## mid-train, fine-tune and judge the newest pretrain
 	$(RUN) runs/midtrain.ipynb runs/out/midtrain-$(STAMP).ipynb $(P)
 	$(RUN) runs/sft.ipynb runs/out/sft-$(STAMP).ipynb $(P)
 	$(RUN) runs/chat_eval.ipynb runs/out/chat_eval-$(STAMP).ipynb
+
+speedrun: .venv/.ready     ## every stage, from text to a chat model, and its report card
+	$(RUN) runs/speedrun.ipynb runs/out/speedrun-$(STAMP).ipynb $(P)
+
+chat: .venv/.ready         ## talk to the newest model in the terminal (P="-p 'a question'")
+	@$(V)/dh_chat $(P)
+
+serve: .venv/.ready        ## its web page and OpenAI-compatible interface
+	@$(V)/dh_serve $(P)
 
 tokenizer: .venv/.ready    ## train a tokenizer and compare its compression
 	$(RUN) runs/tokenizer.ipynb runs/out/tokenizer-$(STAMP).ipynb $(P)
