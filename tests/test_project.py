@@ -35,7 +35,11 @@ def test_notebook_is_clean(nb):
     assert len(ids) == len(set(ids))
     for c in d['cells']:
         assert set(c['metadata']) <= {'tags'}
-        assert not any(o['output_type'] == 'error' for o in c.get('outputs', []))
+        assert c.get('execution_count') is None
+        for o in c.get('outputs', []):
+            assert o['output_type'] != 'error' and o.get('execution_count') is None
+            text = json.dumps({k: v for k, v in o.get('data', {}).items() if k != 'image/png'}) + ''.join(o.get('text', ''))
+            assert not re.search(r'/(tmp|root|home|work|Users)/', text), f'{c["id"]}: a place on somebody\'s disk'
 
 @pytest.mark.parametrize('nb', RUNS, ids=lambda p: p.name)
 def test_run_notebook_has_parameters(nb):
