@@ -31,7 +31,7 @@ class Piece:
 # %% ../nbs/09_dataloader.ipynb #fit
 def best_fit(waiting:list,          # pieces, the longest waiting first; those used are taken out
              size:int,              # tokens of a row, T + 1: inputs and targets are shifted by one
-             bos:int,
+             bos:int,               # id in front of every piece
              long_docs:str='split', # the rest of a cut piece: 'split' puts it back, 'crop' drops it
              max_docs:int|None=None # most documents in a row
             ) -> tuple: # (row (size,) int32, pieces in it, where they start)
@@ -160,7 +160,10 @@ def shard(self:DocTokens, g:int # row group
 # %% ../nbs/09_dataloader.ipynb #streamcls
 class Stream:
     "One logical stream: its place in every source, what waits there, and how much each has given"
-    def __init__(self, s, docs, weights, bos, size, long_docs='split', max_docs=None, once=False):
+    def __init__(self, s,               # its number
+                 docs, weights,         # a DocTokens and a weight for each source
+                 bos, size, long_docs='split', max_docs=None, # as in best_fit
+                 once=False):           # stop after one pass: validation
         self.s, self.docs, self.weights, self.bos, self.size = s, docs, weights, bos, size
         self.long_docs, self.max_docs, self.once = long_docs, max_docs, once
         self.rows, self.cursor, self.waiting = 0, [s]*len(docs), [[] for _ in docs]
@@ -187,7 +190,7 @@ def draw(self:Stream, i:int) -> bool: # False: the source has ended (only with o
 
 # %% ../nbs/09_dataloader.ipynb #refill
 @patch
-def refill(self:Stream, i:int):
+def refill(self:Stream, i:int): # source
     "Let documents of source i wait, by its weight; two rows' worth suffice if that is many pieces"
     w, many = self.waiting[i], max(2, 8*self.weights[i])*self.size
     have = sum(map(len, w))
@@ -212,7 +215,7 @@ def state(self:Stream) -> list: # nested lists of integers
     return [self.rows, [*self.cursor], [*self.placed], refs]
 
 @patch
-def restore(self:Stream, state:list):
+def restore(self:Stream, state:list): # of the same stream, here or on another rank
     "Continue from `state`"
     self.rows, cursor, placed, refs = state
     self.cursor, self.placed = [*cursor], [*placed]
@@ -262,7 +265,7 @@ def micro(self:Batch, rows:int): # -> yields Batch
 # %% ../nbs/09_dataloader.ipynb #packer
 class Packer:
     "One rank's share of the training batches, computed when asked"
-    n_streams, once = N_STREAMS, False
+    n_streams, once = N_STREAMS, False     # parameters: see Loader
     def __init__(self, mixture, tokenizer, split, batch_rows, seq_len, seed=0, rank=0, world_size=1,
                  long_docs='split', max_docs=None, threads=None, cache=None):
         _check(batch_rows, world_size, long_docs)
