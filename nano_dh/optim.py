@@ -79,8 +79,8 @@ def muon_update(p:Tensor, # weights (N, m, n), float32 or float64; in place
                 g:Tensor, # mean gradients (N, m, n)
                 mom:Tensor, # momentum (N, m, n); in place
                 second:Tensor|None, # state of `update_scale`; in place
-                lr:Tensor, momentum:Tensor, wd:Tensor, # 0-d
-                o:MuonOptions,
+                lr:Tensor, momentum:Tensor, wd:Tensor, # 0-d, of this step
+                o:MuonOptions, # which extras
                ):
     "One Muon step for a stack of equal shapes (Jordan et al., 2024, see above)"
     m, n = p.shape[-2:]
@@ -100,7 +100,8 @@ def adamw_update(p:Tensor, # weights, float32 or float64; in place
                  g:Tensor, # mean gradients
                  exp_avg:Tensor, exp_avg_sq:Tensor, # running means; in place
                  step:Tensor, # 0-d, counts from 1
-                 lr:float, beta1:float, beta2:float, eps:float, wd:float,
+                 lr:float, beta1:float, beta2:float, # of this step; memories of the means
+                 eps:float, wd:float, # added to the root; decoupled decay, times lr
                 ):
     "One AdamW step (Loshchilov and Hutter, 2017, arXiv:1711.05101), fused by PyTorch"
     adamw([p], [g], [exp_avg], [exp_avg_sq], [], [step - 1], fused=True, amsgrad=False,
@@ -110,8 +111,9 @@ def adamw_update(p:Tensor, # weights, float32 or float64; in place
 REF_BATCH, REF_TOKENS = 2**19, 12*110_100_480   # tokens a step; of depth 12 at ratio 12
 
 def adamw_settings(width:int, # of the model
-                   embedding_lr:float=.3, unembedding_lr:float=.008, scalar_lr:float=.5,
-                   delta_lr:float=.016, conv_lr:float=.016, norm_lr:float=.016,
+                   embedding_lr:float=.3, unembedding_lr:float=.008, # tables; head
+                   scalar_lr:float=.5, # weights of the stream
+                   delta_lr:float=.016, conv_lr:float=.016, norm_lr:float=.016, # see below
                    small_lr:float=.016, # all at REF_BATCH tokens a step
                   ) -> dict: # role -> settings
     "What AdamW does with each role"
@@ -143,9 +145,10 @@ class LocalShard:
 class Bucket:
     "Parameters that are reduced, updated and gathered as one tensor, cut along its first axis"
     def __init__(self, group:dict, # of `MuonAdamW.param_groups`
-                 names:list, params:list,
+                 names:list, params:list, # of the same dtype
                  layout:str, # 'stack' of equal shapes, 'rows' of one tensor, 'flat' for the rest
-                 rank:int=0, world:int=1, reduce_dtype:torch.dtype|None=None):
+                 rank:int=0, world:int=1, # who owns which part
+                 reduce_dtype:torch.dtype|None=None): # of gradients on the way; None: the state's
         self.group, self.names, self.params, self.layout = group, names, params, layout
         self.world, self.sharded, p = world, world > 1 and layout != 'flat', params[0]
         self.dtype = torch.promote_types(p.dtype, torch.float32)    # of state and arithmetic
@@ -297,7 +300,7 @@ def _compile(self:MuonAdamW):
     self._muon = torch.compile(muon_update, fullgraph=True, dynamic=False)
 
 @patch
-def zero_grad(self:MuonAdamW, set_to_none:bool=True):
+def zero_grad(self:MuonAdamW, set_to_none:bool=True): # False: keep the tensors, fill with 0
     "Forget the gradients"
     for p in (p for g in self.param_groups for p in g['params']):
         if set_to_none: p.grad = None
@@ -431,7 +434,7 @@ def muon_momentum(step:int, # from 0
                   num_iterations:int, # steps of the whole run
                   warmup:int=400, # steps from start to peak
                   warmdown_ratio:float=.65, # part of the run in which it moves to end
-                  start:float=.85, peak:float=.97, end:float=.90,
+                  start:float=.85, peak:float=.97, end:float=.90, # momenta between which it moves
                  ) -> float: # momentum
     "Short memory first, long in the middle, shorter again while the learning rate falls"
     m = start + (peak - start)*min(step / warmup, 1.)
@@ -449,7 +452,7 @@ def weight_decay_at(step:int, # from 0
 def schedule(self:MuonAdamW, step:int, # from 0
              num_iterations:int, # steps of the whole run
              warmup_steps:int=40, warmdown_ratio:float=.65, final_lr_frac:float=.05,
-             schedule:str='linear', # see `lr_multiplier`
+             schedule:str='linear', # these four: see `lr_multiplier`
             ) -> float: # the factor on the learning rates
     "Set learning rates, Muon's momentum and Muon's weight decay for this step"
     f = lr_multiplier(step, num_iterations, warmup_steps, warmdown_ratio, final_lr_frac, schedule)
@@ -470,7 +473,7 @@ def param_table(model) -> list: # (name, parameter, role)
         return 'stream' if roles[n] == 'small' and not n.startswith('blocks.') else roles[n]
     return [(n, p, role(n)) for n,p in model.named_parameters()]
 
-def default_ns_dtype(p:Tensor) -> torch.dtype:
+def default_ns_dtype(p:Tensor) -> torch.dtype: # p: any parameter of the model
     "Float64 stays; bfloat16 is enough on a GPU and fast only there"
     if p.dtype == torch.float64: return p.dtype
     return torch.bfloat16 if p.is_cuda else torch.float32
@@ -478,7 +481,8 @@ def default_ns_dtype(p:Tensor) -> torch.dtype:
 # %% ../nbs/10_optim.ipynb #build
 def build_optimizer(model:nn.Module, # with `param_roles()`
                     matrix_lr:float=.02, # Muon's; learning rates are for REF_BATCH tokens a step
-                    embedding_lr:float=.3, unembedding_lr:float=.008, scalar_lr:float=.5,
+                    embedding_lr:float=.3, unembedding_lr:float=.008,
+                    scalar_lr:float=.5, # these three: see `adamw_settings`
                     weight_decay:float=.28, # Muon's, at REF_BATCH and REF_TOKENS
                     total_batch_size:int=REF_BATCH, # tokens a step
                     total_tokens:int|None=None, # of the run; None: REF_TOKENS
