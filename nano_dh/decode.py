@@ -298,7 +298,7 @@ def _sample_kernel(z, key, pos, tok, lp, live, temp, top_k, top_p, min_p, N, str
             more = tl.sum(tl.where(order >= least, tl.exp(_value(order)), 0.), 0) >= need
             lo, hi = tl.where(more, mid, lo), tl.where(more, hi, mid - 1)
         low = tl.maximum(low, lo.to(tl.int32))
-    y = _value(order)
+    y = tl.where(order >= low, _value(order), -1e30)
     if t > 0:
         c = tl.load(key + b).to(tl.uint32)
         at = tl.load(pos + b).to(tl.uint32)
@@ -306,9 +306,10 @@ def _sample_kernel(z, key, pos, tok, lp, live, temp, top_k, top_p, min_p, N, str
         h = _hash(_hash(i.to(tl.uint32) + c) ^ c)
         u = ((h >> 9).to(tl.float32) + .5) * 1.1920928955078125e-07
         y += -tl.log(-tl.log(u))
-    best = tl.argmax(tl.where(order >= low, y, -1e30), 0)
-    own = tl.sum(tl.where(i == best, _value(order), 0.), 0)*heat
-    tl.store(lp + b, own - tl.log(total))
+    best = tl.argmax(y, 0)
+    own = tl.load(z + b*stride + best)
+    if CAP: own = cap*(2*tl.sigmoid(2*own/cap) - 1)
+    tl.store(lp + b, own - top - tl.log(total))
     if tl.load(live + b) != 0: tl.store(tok + b, best.to(tl.int64))
 
 # %% ../nbs/15b_decode.ipynb #decoder
