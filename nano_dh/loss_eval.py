@@ -90,7 +90,8 @@ def evaluate_bpb(model, # model(x, targets=y, reduction='none'[, cu_seqlens]) gi
 
 # %% ../nbs/11_loss_eval.ipynb #add-ranks
 def add_ranks(sums:dict, # source -> `moments`; '' is the whole
-              device) -> BPB:
+              device            # where a process group wants its tensors
+             ) -> BPB:          # the same on all ranks
     "Add over ranks, which may have met different sources"
     world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     names = [sorted(sums)]*world
