@@ -133,7 +133,8 @@ def checkpoints(run_dir:str|Path) -> list[dict]: # step, serial, path, files; th
         if isinstance(m, dict) and 'serial' in m: out.append(dict(m, path=p))
     return sorted(out, key=lambda m: m['serial'])
 
-def latest_step(run_dir:str|Path) -> int|None:
+def latest_step(run_dir:str|Path # folder of a run
+               ) -> int|None:
     "Step of the checkpoint written last; None if there is none"
     c = checkpoints(run_dir)
     return c[-1]['step'] if c else None
@@ -169,11 +170,11 @@ def _publish(tmp, run, step, sums, keep): # manifest, sync, rename; then drop th
     return final
 
 # %% ../nbs/12_checkpoint.ipynb #save
-def save_checkpoint(run_dir:str|Path,
+def save_checkpoint(run_dir:str|Path, # folder of the run; made if missing
                     step:int,       # optimizer steps done
                     model,          # the same weights on all ranks
                     optimizer=None, # has checkpoint_state() -> {name: LocalShard}
-                    tokenizer=None,
+                    tokenizer=None, # written beside the weights
                     loader_state:dict|None=None, # this rank's `Loader.state_dict()`
                     meta:dict|None=None, # plain values that `load_checkpoint` returns
                     keep:int=2      # newest checkpoints that stay; 0: all
