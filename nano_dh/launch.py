@@ -178,7 +178,7 @@ def run_ranks(fn,                  # fn(cfg, emit), importable from a module
 
 # %% ../nbs/13_launch.ipynb #env
 def run_env(fn,            # fn(cfg, emit)
-            cfg,
+            cfg,           # given to it
             emit=print,    # takes rank 0's records
             device:str=''  # 'cuda', 'cpu', '' for the best there is
            ):
@@ -199,8 +199,8 @@ class LiveFigure:
     "A figure that is redrawn in place while a cell runs"
     def __init__(self, draw,         # draw(fig) fills an empty matplotlib Figure
                  every:float=2.,     # least seconds between two pictures; inf: only when asked
-                 figsize:tuple=(8, 2.8),
-                 dpi:int=80):
+                 figsize:tuple=(8, 2.8), # inches
+                 dpi:int=80):        # pixels an inch
         self.draw, self.every, self.figsize, self.dpi = draw, every, figsize, dpi
         self.last, self.handle, self.png = -math.inf, None, b''
     def update(self, force:bool=False # draw even if the last picture is fresh
@@ -223,7 +223,7 @@ class LiveFigure:
 class LiveCurve(LiveFigure):
     "Numbers against the step, one panel a name, growing with each record"
     def __init__(self, panels:tuple=('loss', 'val_bpb'), # keys of the records
-                 x:str='step', **kw):
+                 x:str='step', **kw): # key of the horizontal axis; kw: as for LiveFigure
         super().__init__(self._draw, **kw); self.x, self.pts = x, {p: ([], []) for p in panels}
     def add(self, rec:dict # any record; other keys are ignored
            ):
