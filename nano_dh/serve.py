@@ -11,7 +11,7 @@ __all__ = ['ROUTES', 'HELP', 'ServeConfig', 'ApiError', 'nesting', 'parse_json',
 
 # %% ../nbs/25_serve.ipynb #imports
 import asyncio, hmac, json, math, os, re, secrets, signal, socket, sys, tempfile, threading, time
-import prometheus_client as prom, torch, uvicorn
+import nano_dh, prometheus_client as prom, torch, uvicorn
 from collections import OrderedDict, deque
 from contextlib import asynccontextmanager, contextmanager, redirect_stdout
 from dataclasses import dataclass, field, fields
@@ -182,8 +182,9 @@ class StateRequest(_Strict):
 # %% ../nbs/25_serve.ipynb #sentence
 def sentence(errors:list, known=()) -> ApiError: # errors of pydantic; known: names of fields
     "The first thing that is wrong, in one sentence"
-    e = max(errors, key=lambda e: len(e['loc'])); loc = [x for x in e['loc'][1:] if x not in ('str', 'int', 'float')]
-    loc = [x for x in loc if not str(x).startswith('list[')]
+    e = max(errors, key=lambda e: len(e['loc']))
+    union = lambda x: x in ('str', 'int', 'float') or str(x).startswith('list[')
+    loc = [x for x in e['loc'][1:] if not union(x)]
     where, name = '.'.join(map(str, loc)), str(loc[-1]) if loc else ''
     what = e['msg'][0].lower() + e['msg'][1:]
     if e['type'] == 'extra_forbidden':
@@ -210,10 +211,11 @@ class Guard:
     async def admit(self, scope, receive): # what the application receives instead
         s, path, head = self.s, scope['path'], Headers(scope=scope)
         if not s.knows(head.get('host', '')):
-            raise ApiError(403, f"this server is not {head.get('host', '')!r:.100}; start it with --hosts")
+            name = head.get('host', '')[:100]
+            raise ApiError(403, f'this server is not called {name!r}; start it with --hosts NAME')
         api = path.startswith('/v1/')
         if (api or path == '/stats') and not s.opens(head.get('authorization', '')):
-            raise ApiError(401, 'a key is needed: Authorization: Bearer KEY', code='invalid_api_key')
+            raise ApiError(401, 'give a key: Authorization: Bearer KEY', code='invalid_api_key')
         if not api or scope['method'] not in ('POST', 'PUT'): return receive
         if s.draining: raise ApiError(503, 'the server is going down', retry=5)
         state = path == '/v1/states' and scope['method'] == 'PUT'
@@ -304,8 +306,11 @@ def _advance(gen, future, loop): # a job's next part -> is it finished
 # %% ../nbs/25_serve.ipynb #worker-in
 @patch
 def submit(self:Worker, answer, requests:list) -> list: # streams
-    "Called in the event loop: hand requests to the engine"
-    streams = [self.engine.submit(r) for r in requests]     # refuses what cannot work
+    "Called in the event loop: hand requests to the engine; all of them or none"
+    streams = []
+    try:
+        for r in requests: streams.append(self.engine.submit(r))
+    except ValueError: [s.cancel() for s in streams]; raise
     self.inbox.extend((answer, i, s) for i, s in enumerate(streams))
     self.load += len(streams); self.wake.set()
     if self.error: self.fail(self.error)
@@ -441,11 +446,13 @@ class Answer:
     async def __aiter__(self): # (choice, pieces, why it ended or None)
         while self.left or self.news:
             await self.ready.wait(); self.ready.clear()
-            if self.broken: raise ApiError(503, f'the answer was broken off: {self.broken}', retry=5)
             news, self.news, by = self.news, [], {}
             for i, pieces, reason in news:
                 old, _ = by.get(i, ([], None)); by[i] = old + pieces, reason
-            for i, (pieces, reason) in by.items(): yield i, pieces, reason
+            for i, (pieces, reason) in by.items():
+                if reason not in ('error', 'cancelled'): yield i, pieces, reason
+                elif pieces: yield i, pieces, None
+            if self.broken: raise ApiError(503, f'the answer was broken off: {self.broken}')
 
 # %% ../nbs/25_serve.ipynb #usage
 @patch
@@ -462,7 +469,7 @@ def usage(self:Answer, limit:int) -> dict: # limit: tokens of a conversation
     made = [len(s.tokens) for s in self.streams]; n = len(made)//len(self.prompts)
     took, sent = (self.last or 0) - (self.first or 0), sum(map(len, self.prompts))
     used = max(len(self.prompts[i//n]) + m for i, m in enumerate(made))
-    speed = round((sum(made) - n)/took, 1) if took > 0 else None
+    speed = round((sum(made) - len(made))/took, 1) if took > 0 else None
     return dict(prompt_tokens=sent, completion_tokens=sum(made), total_tokens=sent + sum(made),
                 prompt_tokens_details=dict(cached_tokens=self.cached()),
                 nano_dh=dict(cached_tokens=self.cached(), tokens_per_second=speed,
@@ -479,16 +486,20 @@ class Metrics:
             return kind(f'nano_dh_{name}', text, labels, registry=r, **kw)
         self.requests = new(prom.Counter, 'requests', 'Requests answered', 'path', 'status')
         self.tokens = new(prom.Counter, 'tokens', 'Tokens read and written', 'kind')
-        self.first = new(prom.Histogram, 'first_token_seconds', 'Until the first token', buckets=_TIMES)
-        self.each = new(prom.Histogram, 'token_seconds', 'A token after the first, for one client',
-                        buckets=tuple(t/10 for t in _TIMES))
-        self.whole = new(prom.Histogram, 'answer_seconds', 'A whole answer', buckets=_TIMES)
+        hist = lambda name, text, scale=1: new(prom.Histogram, name, text,
+                                               buckets=tuple(t*scale for t in _TIMES))
+        self.first = hist('first_token_seconds', 'Until the first token')
+        self.each = hist('token_seconds', 'A token after the first, for one client', .1)
+        self.whole = hist('answer_seconds', 'A whole answer')
         self.now = {k: new(prom.Gauge, k, text, 'engine') for k, text in dict(
             rows='Answers being written', waiting='Answers in the queue',
-            state_bytes='Memory of the states that decode', prefix_bytes='Memory of the prefix cache',
+            state_bytes='Memory of states that decode', prefix_bytes='Memory of the prefix cache',
             memory_bytes='Memory of kept conversations', up='1 while the engine runs').items()}
 
 # %% ../nbs/25_serve.ipynb #service
+ROUTES = ('/', '/health', '/stats', '/v1/models', '/v1/chat/completions', '/v1/completions',
+          '/v1/states')
+
 class Service:
     "The engines of a server and the answers on their way"
     def __init__(self, engines:list, cfg:ServeConfig|None=None):
@@ -502,18 +513,24 @@ class Service:
         self.hosts = {'localhost', '127.0.0.1', '::1', c.host.lower(), *c.hosts.lower().split()}
         if c.host not in ('localhost', '127.0.0.1', '::1') and not c.hosts: self.hosts.add('*')
 
-    def knows(self, host): # of a Host header, with or without a port
-        name = host.lower().rpartition(']')[0].lstrip('[') if '[' in host else host.lower().split(':')[0]
-        return '*' in self.hosts or name in self.hosts
-    def opens(self, header):
-        kind, _, key = header.partition(' ')
-        return not self.key or kind.lower() == 'bearer' and \
-            hmac.compare_digest(key.strip().encode(), self.key.encode())
-    def count(self, path, status):
-        known = path in ROUTES
-        self.metrics.requests.labels(path if known else 'other', str(status)).inc()
+# %% ../nbs/25_serve.ipynb #service2
+@patch
+def knows(self:Service, host:str) -> bool: # a Host header, with or without a port
+    "Is this server addressed by one of its names?"
+    name = re.match(r'\[(.*)\]|([^:]*)', host.lower())
+    return '*' in self.hosts or (name[1] or name[2]) in self.hosts
 
-ROUTES = ('/', '/health', '/stats', '/v1/models', '/v1/chat/completions', '/v1/completions', '/v1/states')
+@patch
+def opens(self:Service, header:str) -> bool: # an Authorization header
+    "Is the key right?"
+    kind, _, key = header.partition(' ')
+    same = hmac.compare_digest(key.strip().encode(), self.key.encode())
+    return not self.key or kind.lower() == 'bearer' and same
+
+@patch
+def count(self:Service, path, status):
+    known = path if path in ROUTES else 'other'             # not every name that strangers invent
+    self.metrics.requests.labels(known, str(status)).inc()
 
 # %% ../nbs/25_serve.ipynb #route
 @patch
@@ -529,8 +546,9 @@ def route(self:Service, ids:list, n:int=1) -> Worker: # n: answers
                        code='queue_full', retry=self.wait())
     if len(room) == 1: return room[0]
     keys = _keys(ids)
-    def known(w): return max([len(w.memory.find(ids)[0]), *(m for m, k in keys.items()
-                                                            if k in w.engine.prefix.snaps)])
+    def known(w): # tokens that would not be read again
+        snaps = [m for m, k in keys.items() if k in w.engine.prefix.snaps]
+        return max([len(w.memory.find(ids)[0]), *snaps])
     return min(room, key=lambda w: (w.load >= w.engine.max_rows, -known(w), w.load))
 
 @patch
@@ -547,7 +565,8 @@ async def ids(self:Service, msgs:list[Message], answer:bool=True) -> list: # ans
     def bad(why, code=None): raise ApiError(400, why, 'messages', code)
     if len(ms) > c.max_messages: bad(f'{len(ms):,} messages, at most {c.max_messages:,}')
     text = lambda x: len(x) if isinstance(x, str) else sum(len(p['text']) for p in x)
-    if (n := sum(text(m['content']) for m in ms)) > c.chars: bad(f'{n:,} characters, at most {c.chars:,}')
+    n = sum(text(m['content']) for m in ms)
+    if n > c.chars: bad(f'{n:,} characters, at most {c.chars:,}')
     try: messages(ms)
     except ConversationError as e: bad(str(e))
     if answer and ms[-1]['role'] != 'user': bad('the last message must come from the user')
@@ -558,8 +577,14 @@ async def ids(self:Service, msgs:list[Message], answer:bool=True) -> list: # ans
 @patch
 def fit(self:Service, ids, param='messages'):
     if len(ids) < self.limit: return ids
-    raise ApiError(400, f'{len(ids):,} tokens, this model reads up to {self.limit - 1:,} and answers; '
-                   'shorten it', param, 'context_length_exceeded')
+    raise ApiError(400, f'{len(ids):,} tokens, this model reads up to {self.limit - 1:,} and '
+                   'answers; shorten it', param, 'context_length_exceeded')
+
+@patch
+def right_model(self:Service, body):
+    if body.model not in ('', self.name):
+        raise ApiError(404, f'no model {body.model[:100]!r}, this is {self.name!r}', 'model',
+                       'model_not_found')
 
 # %% ../nbs/25_serve.ipynb #ask
 @patch
@@ -567,26 +592,33 @@ def ask(self:Service, prompts:list, # of lists of token ids
         body:Sampling, **kw         # further fields of Request
        ) -> Answer:
     "Queue all choices of a request"
-    def bad(why, param): raise ApiError(400, why, param)
-    c, k, n = self.cfg, body.most or self.cfg.default_tokens, body.n or 1
-    if body.model not in ('', self.name):
-        raise ApiError(404, f'no model {body.model!r:.100}, this is {self.name!r}', 'model', 'model_not_found')
-    if k > c.max_tokens: bad(f'{k:,} tokens to write, at most {c.max_tokens:,}', 'max_tokens')
-    if n*len(prompts) > c.max_choices: bad(f'{n*len(prompts):,} answers, at most {c.max_choices}', 'n')
-    stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
-    if len(stop) > 4 or not all(0 < len(s) <= 256 for s in stop):
-        bad('at most 4 strings of 1 to 256 characters', 'stop')
-    how = {f: v for f in ('temperature', 'top_p', 'top_k', 'min_p') if (v := getattr(body, f)) is not None}
-    seed, w, out = secrets.randbits(32) if body.seed is None else body.seed, None, []
-    w = self.route(prompts[0], n*len(prompts))
-    for ids in prompts:
-        known, state = w.memory.find(ids)
-        out += [Request(ids[len(known):], min(k, self.limit - len(ids)), seed=seed + i, stop=tuple(stop),
-                        logprobs=body.top, state=state, keep=bool(known), **how, **kw) for i in range(n)]
-    try: a = Answer(w, out, prompts)
-    except ValueError as e: bad(str(e), None)
+    k, n, stop, how = self.sampling(body, len(prompts))
+    w, out = self.route(prompts[0], n*len(prompts)), []
+    seed = secrets.randbits(32) if body.seed is None else body.seed
+    try:
+        for ids in prompts:
+            known, state = w.memory.find(ids); most = min(k, self.limit - len(ids))
+            out += [Request(ids[len(known):], most, seed=seed + i, stop=stop, logprobs=body.top,
+                            state=state, keep=bool(known), **how, **kw) for i in range(n)]
+        a = Answer(w, out, prompts)
+    except ValueError as e: raise ApiError(400, str(e)) from None
     self.answers.add(a)
     return a
+
+@patch
+def sampling(self:Service, body, prompts): # -> tokens, choices, stop strings, fields of Request
+    "Checked against the limits of this server"
+    def need(ok, why, param):
+        if not ok: raise ApiError(400, why, param)
+    c, k, n = self.cfg, body.most or self.cfg.default_tokens, body.n or 1
+    self.right_model(body)
+    need(k <= c.max_tokens, f'{k:,} tokens to write, at most {c.max_tokens:,}', 'max_tokens')
+    need(n*prompts <= c.max_choices, f'{n*prompts:,} answers, at most {c.max_choices}', 'n')
+    stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+    need(len(stop) <= 4 and all(0 < len(s) <= 256 for s in stop),
+         'at most 4 strings of 1 to 256 characters', 'stop')
+    how = {f: getattr(body, f) for f in ('temperature', 'top_p', 'top_k', 'min_p')}
+    return k, n, stop, {f: v for f, v in how.items() if v is not None}
 
 # %% ../nbs/25_serve.ipynb #done
 @patch
@@ -619,7 +651,8 @@ class ChatForm:
     def delta(self, i, pieces, lp): # what is new -> fields of a choice, one after the other
         for kind, text, ps in _parts(pieces):
             d = dict(content=text) if kind == 'text' else dict(nano_dh=dict(part=kind, text=text))
-            if text: yield dict(delta=d, logprobs=self.logprobs(ps) if lp and kind == 'text' else None)
+            said = self.logprobs(ps) if lp and kind == 'text' else None
+            if text: yield dict(delta=d, logprobs=said)
     def end(self): return dict(delta={})
     def whole(self, pieces, lp):
         parts = [dict(type=k, text=t) for k, t, _ in _parts(pieces) if t]
@@ -627,13 +660,21 @@ class ChatForm:
         m = dict(role='assistant', content=text, refusal=None)
         if any(p['type'] != 'text' for p in parts): m['nano_dh'] = dict(parts=parts)
         return dict(message=m, logprobs=self.logprobs(pieces) if lp else None)
-    def likely(self, p): # a drawn token that is text, with a probability
-        return p.kind == 'text' and p.logprob is not None and p.token not in self.special
-    def one(self, t, lp):
-        return dict(token=self.tok.decode([t]), logprob=max(lp, -9999.), bytes=list(self.tok.decode_bytes([t])))
-    def logprobs(self, pieces):
-        return dict(refusal=None, content=[dict(self.one(p.token, p.logprob),
-            top_logprobs=[self.one(*x) for x in p.top or []]) for p in pieces if self.likely(p)])
+
+# %% ../nbs/25_serve.ipynb #likely
+@patch
+def likely(self:ChatForm, pieces) -> list: # pieces of drawn text
+    return [p for p in pieces if p.kind == 'text' and p.logprob is not None
+            and p.token not in self.special]
+
+@patch
+def logprobs(self:ChatForm, pieces) -> dict:
+    "In the form of the chat API"
+    def one(t, lp): # JSON has no -inf
+        return dict(token=self.tok.decode([t]), logprob=max(lp, -9999.),
+                    bytes=list(self.tok.decode_bytes([t])))
+    return dict(refusal=None, content=[one(p.token, p.logprob) | dict(
+        top_logprobs=[one(*x) for x in p.top or []]) for p in self.likely(pieces)])
 
 # %% ../nbs/25_serve.ipynb #forms2
 class TextForm(ChatForm):
@@ -648,16 +689,15 @@ class TextForm(ChatForm):
     def whole(self, pieces, lp):
         text = ''.join(p.text for p in pieces)
         return dict(text=text, logprobs=self.logprobs(pieces, None) if lp else None)
-    def logprobs(self, pieces, i):
-        at, out = self.at.get(i, 0), dict(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
+    def logprobs(self, pieces, i): # i: of a choice that goes on, None: the whole text
+        name, at, rows = lambda t: self.tok.decode([t]), self.at.get(i, 0), []
         for p in pieces:
-            if self.likely(p):
-                best = {self.tok.decode([t]): lp for t, lp in p.top or []}
-                new = self.tok.decode([p.token]), p.logprob, best, at
-                for k, v in zip(out, new): out[k].append(v)
+            if self.likely([p]): rows.append((name(p.token), p.logprob,
+                                              {name(t): lp for t, lp in p.top or []}, at))
             at += len(p.text)
         if i is not None: self.at[i] = at
-        return out
+        return dict(zip(('tokens', 'token_logprobs', 'top_logprobs', 'text_offset'),
+                        map(list, zip(*rows)) if rows else ([], [], [], [])))
 
 # %% ../nbs/25_serve.ipynb #stream
 def sse(x:dict) -> str:
@@ -665,11 +705,16 @@ def sse(x:dict) -> str:
     return f'data: {json.dumps(x, ensure_ascii=False, separators=(",", ":"))}\n\n'
 
 @patch
+def head(self:Service, form, kind) -> dict:
+    "What all answers begin with"
+    return dict(id=f'{form.id}-{secrets.token_hex(12)}', object=kind, created=int(time.time()),
+                model=self.name)
+
+@patch
 async def stream(self:Service, a:Answer, body, form):
     "Server-sent events of an answer"
-    head = dict(id=f'{form.id}-{secrets.token_hex(12)}', object=form.chunk, created=int(time.time()),
-                model=self.name)
-    usage, lp = bool(body.stream_options and body.stream_options.include_usage), body.top is not None
+    head = self.head(form, form.chunk); lp = body.top is not None
+    usage = bool(body.stream_options and body.stream_options.include_usage)
     def event(i, choice, why=None):
         choice = dict(index=i, finish_reason=why, logprobs=None) | choice
         return sse(dict(head, choices=[choice], **dict(usage=None) if usage else {}))
@@ -683,11 +728,12 @@ async def stream(self:Service, a:Answer, body, form):
         yield 'data: [DONE]\n\n'
     except ApiError as e: yield sse(e.body)
 
+# %% ../nbs/25_serve.ipynb #events
 class Events(StreamingResponse):
     "A stream that is closed however it ends"
     def __init__(self, events, close):
-        super().__init__(events, media_type='text/event-stream', headers={'Cache-Control': 'no-store',
-                         'X-Accel-Buffering': 'no'})         # a proxy shall pass on each event
+        how = {'Cache-Control': 'no-store', 'X-Accel-Buffering': 'no'}
+        super().__init__(events, media_type='text/event-stream', headers=how)
         self.close = close
     async def __call__(self, scope, receive, send):
         try: await super().__call__(scope, receive, send)
@@ -701,8 +747,7 @@ async def whole(self:Service, a:Answer, body, form) -> dict:
     async for i, pieces, why in a: got[i] += pieces; ends[i] = why
     choices = [dict(index=i, finish_reason=why) | form.whole(p, body.top is not None)
                for i, (p, why) in enumerate(zip(got, ends))]
-    return dict(id=f'{form.id}-{secrets.token_hex(12)}', object=form.name, created=int(time.time()),
-                model=self.name, choices=choices, usage=a.usage(self.limit))
+    return self.head(form, form.name) | dict(choices=choices, usage=a.usage(self.limit))
 
 @patch
 async def reply(self:Service, http:HTTP, a:Answer, body, form) -> Response:
@@ -733,27 +778,34 @@ def make_app(engines,                 # one Engine, or a list with one for each 
     app = FastAPI(title='nano_dh', lifespan=life, docs_url=None, redoc_url=None)
     app.state.service = s
     _errors(app); _answers(app, s); _states(app, s); _pages(app, s)
+    for ops in app.openapi()['paths'].values(): # FastAPI's own form of an error is never sent
+        for op in ops.values(): op['responses'].pop('422', None)
     app.add_middleware(Guard, service=s)
     if s.cfg.origins:
-        app.add_middleware(CORSMiddleware, allow_origins=s.cfg.origins.split(), allow_methods=['*'],
-                           allow_headers=['*'], expose_headers=['Retry-After', 'Content-Disposition'])
+        app.add_middleware(CORSMiddleware, allow_origins=s.cfg.origins.split(),
+                           allow_methods=['*'], allow_headers=['*'],
+                           expose_headers=['Retry-After', 'Content-Disposition'])
     return app
 
-def _errors(app):
+# %% ../nbs/25_serve.ipynb #app-errors
+def _errors(app): # every error in one form
     from fastapi.exceptions import RequestValidationError
     names = {*ChatRequest.model_fields, *CompletionRequest.model_fields}
-    async def api(http, e): return e.response
-    async def down(http, e): return ApiError(503, f'the engine has stopped: {e}', code='engine_down').response
-    async def invalid(http, e): return sentence(e.errors(), names).response
-    async def http_error(http, e):
+    def stopped(e): return ApiError(503, f'the engine has stopped: {e}', code='engine_down')
+    def bug(e): return ApiError(500, f'an error of the server: {type(e).__name__}')
+    def handler(form):
+        async def handle(http, e): return form(e).response
+        return handle
+    async def of_http(http, e):
         r = ApiError(e.status_code, f'{http.method} {http.url.path[:100]}: {e.detail}').response
         r.headers.update(e.headers or {})
         return r
-    async def bug(http, e): return ApiError(500, f'an error of the server: {type(e).__name__}').response
-    for kind, fn in ((ApiError, api), (Down, down), (RequestValidationError, invalid),
-                     (HTTPException, http_error), (Exception, bug)): app.add_exception_handler(kind, fn)
+    for kind, form in ((ApiError, lambda e: e), (Down, stopped), (Exception, bug),
+                       (RequestValidationError, lambda e: sentence(e.errors(), names))):
+        app.add_exception_handler(kind, handler(form))
+    app.add_exception_handler(HTTPException, of_http)
 
-# %% ../nbs/25_serve.ipynb #routes
+# %% ../nbs/25_serve.ipynb #error-body
 class ErrorBody(BaseModel):
     "Every error"
     class Error(BaseModel): message: str; type: str; param: str|None; code: str|None
@@ -761,6 +813,7 @@ class ErrorBody(BaseModel):
 
 _SAYS = {k: dict(model=ErrorBody) for k in (400, 401, 403, 404, 408, 413, 429, 503)}
 
+# %% ../nbs/25_serve.ipynb #routes
 def _answers(app, s):
     @app.post('/v1/chat/completions', responses=_SAYS)
     async def chat(body:ChatRequest, http:HTTP):
@@ -774,40 +827,45 @@ def _answers(app, s):
         many = p if isinstance(p, list) and p and not isinstance(p[0], int) else [p]
         if sum(map(len, many)) > s.cfg.chars:
             raise ApiError(400, f'more than {s.cfg.chars:,} characters or tokens', 'prompt')
-        ids = [s.fit(s.tok.encode(x, bos=True) if isinstance(x, str) else x, 'prompt') for x in many]
+        ids = [s.tok.encode(x, bos=True) if isinstance(x, str) else x for x in many]
+        for x in ids: s.fit(x, 'prompt')
         if not all(ids): raise ApiError(400, 'give at least one token', 'prompt')
         return await s.reply(http, s.ask(ids, body), body, TextForm(s.tok))
 
     @app.get('/v1/models')
     async def models():
-        return dict(object='list', data=[dict(id=s.name, object='model', created=s.born, owned_by='nano_dh')])
+        me = dict(id=s.name, object='model', created=s.born, owned_by='nano_dh')
+        return dict(object='list', data=[me])
 
 # %% ../nbs/25_serve.ipynb #routes2
 def _states(app, s):
     file = {'application/octet-stream': dict(schema=dict(type='string', format='binary'))}
     @app.post('/v1/states', responses=_SAYS | {200: dict(content=file)}, response_class=Response)
     async def save(body:StateRequest):
-        if body.model not in ('', s.name): raise ApiError(404, f'no model {body.model!r:.100}', 'model')
+        s.right_model(body)
         ids = await s.ids(body.messages, answer=False); w = s.route(ids)
         data = await w.do(w.remember(ids, [m.plain() for m in body.messages]))
         name = re.sub(r'[^\w.-]', '_', s.name)
         return Response(data, media_type='application/octet-stream', headers={
             'Content-Disposition': f'attachment; filename="{name}.memory"'})
 
-    @app.put('/v1/states', responses=_SAYS, openapi_extra=dict(requestBody=dict(content=file, required=True)))
+    takes = dict(requestBody=dict(content=file, required=True))
+    @app.put('/v1/states', responses=_SAYS, openapi_extra=takes)
     async def load(http:HTTP):
         w, data = s.route([]), await http.body()
         try: msgs, ids = await w.do(w.recall(data, s.tok, s.cfg.any_state))
         except StateError as e: raise ApiError(400, str(e), code='invalid_state') from None
         return dict(messages=msgs, tokens=len(ids))
 
+# %% ../nbs/25_serve.ipynb #routes3
 def _pages(app, s):
-    @app.get('/health', responses={503: dict(description='going down, or an engine has stopped')})
+    @app.get('/health', responses={503: dict(description='going down, or no engine runs')})
     async def health():
         bad = [str(w.error) for w in s.workers if w.error]
-        status = 'draining' if s.draining else 'degraded' if bad else 'ok'
-        ok = status == 'ok' or status == 'degraded' and len(bad) < len(s.workers)
-        return JSONResponse(dict(status=status if ok or s.draining else 'down', errors=bad), 200 if ok else 503)
+        status = 'draining' if s.draining else 'down' if len(bad) == len(s.workers) else \
+            'degraded' if bad else 'ok'
+        good = status in ('ok', 'degraded')
+        return JSONResponse(dict(status=status, errors=bad), 200 if good else 503)
 
     @app.get('/stats', response_class=Response)
     async def stats():
@@ -815,16 +873,19 @@ def _pages(app, s):
 
     @app.get('/', response_class=HTMLResponse)
     async def page():
-        return HTMLResponse((Path(__file__).parent/'web'/'index.html').read_text(), headers={
-            'X-Content-Type-Options': 'nosniff', 'X-Frame-Options': 'DENY', 'Referrer-Policy': 'no-referrer'})
+        how = {'X-Content-Type-Options': 'nosniff', 'X-Frame-Options': 'DENY',
+               'Referrer-Policy': 'no-referrer'}
+        text = (Path(nano_dh.__file__).parent/'web'/'index.html').read_text()
+        return HTMLResponse(text, headers=how)
 
 @patch
 def report(self:Service) -> bytes:
     "The numbers of this moment"
     for i, w in enumerate(self.workers):
         e, rows = w.engine, len(w.engine.rows())
-        now = dict(rows=rows, waiting=max(0, w.load - rows), state_bytes=e.nbytes(), up=int(not w.error),
-                   prefix_bytes=e.prefix.nbytes, memory_bytes=w.memory.nbytes)
+        now = dict(rows=rows, waiting=max(0, w.load - rows), up=int(not w.error),
+                   state_bytes=e.nbytes(), prefix_bytes=e.prefix.nbytes,
+                   memory_bytes=w.memory.nbytes)
         for k, v in now.items(): self.metrics.now[k].labels(str(i)).set(v)
     return prom.generate_latest(self.metrics.registry)
 
@@ -832,19 +893,22 @@ def report(self:Service) -> bytes:
 class Server(uvicorn.Server):
     "Finishes what it has begun"
     def __init__(self, app, **kw):
-        super().__init__(uvicorn.Config(app, log_level='warning', timeout_graceful_shutdown=5, **kw))
+        super().__init__(uvicorn.Config(app, log_level='warning', timeout_graceful_shutdown=5,
+                                        **kw))
         self.service, self.loop = app.state.service, None
 
     async def startup(self, sockets=None):
         self.loop = asyncio.get_running_loop(); await super().startup(sockets)
 
     def handle_exit(self, sig, frame):
-        if self.service.draining or not self.loop: self.should_exit = True
-        else: self.service.draining = True; asyncio.run_coroutine_threadsafe(self.leave(), self.loop)
+        if self.service.draining or not self.loop: self.should_exit = True; return
+        self.service.draining = True
+        asyncio.run_coroutine_threadsafe(self.leave(), self.loop)
 
     async def leave(self):
         await self.service.drain(self.service.cfg.seconds); self.should_exit = True
 
+# %% ../nbs/25_serve.ipynb #drain
 @patch
 async def drain(self:Service, seconds:float):
     "Wait for the streams, then end them"
@@ -858,7 +922,9 @@ def listen(host:str, port:int) -> socket.socket: # port 0: any that is free
     sock = socket.socket(socket.AF_INET6 if ':' in host else socket.AF_INET)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try: sock.bind((host, port)); return sock
-    except OSError as e: sock.close(); raise OSError(f'{host} port {port}: {e.strerror}; give another --port') from None
+    except OSError as e:
+        sock.close()
+        raise OSError(f'{host} port {port}: {e.strerror}; give another --port') from None
 
 # %% ../nbs/25_serve.ipynb #serving
 @contextmanager
@@ -931,7 +997,8 @@ def load(url:str,
     u, out, todo = urlsplit(url), [None]*len(bodies), iter(range(len(bodies)))
     async def client():
         for i in todo:
-            out[i] = await _client(u.hostname, u.port, bodies[i], (leave or {}).get(i), time.perf_counter, key)
+            at = (leave or {}).get(i)
+            out[i] = await _client(u.hostname, u.port, bodies[i], at, time.perf_counter, key)
     async def every(): await asyncio.gather(*(client() for _ in range(clients)))
     t = threading.Thread(target=lambda: asyncio.run(every())); t.start(); t.join()
     return out
@@ -943,7 +1010,8 @@ def summary(gots:list) -> dict:
     wait = sorted(g.first - g.start for g in ok) or [math.nan]
     at = lambda q: wait[min(len(wait) - 1, int(q*len(wait)))]
     took = max(g.end for g in gots) - min(g.start for g in gots)
-    return dict(answers=len(ok), left=sum(g.left for g in gots), errors=sum(bool(g.error) for g in gots),
+    return dict(answers=len(ok), left=sum(g.left for g in gots),
+                errors=sum(bool(g.error) for g in gots),
                 tokens_per_s=sum(g.tokens for g in ok)/took, first_p50=at(.5), first_p99=at(.99))
 
 # %% ../nbs/25_serve.ipynb #cli
@@ -952,7 +1020,8 @@ def options(argv:list, cls, **short): # ['--port', '80', '-p', 'hi'] -> an insta
     out, kinds, argv = {}, {f.name: f.type for f in fields(cls)}, list(argv)
     if {'-h', '--help'} & {*argv}: print(_help(cls)); sys.exit()
     while argv:
-        word = argv.pop(0); k, eq, v = word.removeprefix('--').partition('='); k = k.replace('-', '_')
+        word = argv.pop(0); k, eq, v = word.removeprefix('--').partition('=')
+        k = k.replace('-', '_')
         if not word.startswith('--'):
             if word.startswith('-') and word[1:] in short: k = short[word[1:]]
             else: raise NameError(f'{word!r} is no option; --help lists them')
@@ -984,17 +1053,20 @@ def open_engines(cfg:ServeConfig) -> list:
     cfg.name = cfg.name or Path(meta['path']).parent.name
     return out
 
+_FAILS = NameError, TypeError, ValueError, OSError, StateError, CheckpointError, PlanError
+
 def dh_serve(argv:list|None=None): # default: the command line
     "Console command: serve a model until SIGTERM or Ctrl-C"
     try:
         cfg = options(sys.argv[1:] if argv is None else argv, ServeConfig)
         sock = listen(cfg.host, cfg.port)
         app = make_app(open_engines(cfg), cfg)
-    except (NameError, TypeError, OSError, CheckpointError, PlanError) as e: sys.exit(f'dh_serve: {e}')
+    except _FAILS as e: sys.exit(f'dh_serve: {e}')
     s, (host, port) = app.state.service, sock.getsockname()[:2]
-    if '*' in s.hosts and not s.key: print('anyone who reaches this machine may ask; '
-                                           'set NANO_DH_API_KEY to ask for a key', file=sys.stderr)
-    print(f'{s.name} at http://{host}:{port}, {s.limit:,} tokens of context', file=sys.stderr, flush=True)
+    say = lambda text: print(text, file=sys.stderr, flush=True)
+    if '*' in s.hosts and not s.key:
+        say('whoever reaches this machine may ask; with NANO_DH_API_KEY set, only who knows it')
+    say(f'{s.name} at http://{host}:{port}, {s.limit:,} tokens of context')
     sys.setswitchinterval(.001)                             # see the text below
     Server(app).run(sockets=[sock])
 
@@ -1030,11 +1102,13 @@ class Chat:
 @patch
 def keep(self:Chat, text, ids, state, pieces):
     "After an answer, whole or broken off"
-    if not self.plain and ids[-1] != (end := self.tok.special['<|assistant_end|>']): ids = [*ids, end]
+    end = self.tok.special['<|assistant_end|>']
+    if not self.plain and ids[-1] != end: ids = [*ids, end]
     self.ids, self.state = ids, state or self.state
     parts = [dict(type=k, text=t) for k, t, _ in _parts(pieces) if t]
     said = parts if any(p['type'] != 'text' for p in parts) else ''.join(p['text'] for p in parts)
-    if self.system and not self.messages: self.messages.append(dict(role='system', content=self.system))
+    if self.system and not self.messages:
+        self.messages.append(dict(role='system', content=self.system))
     self.messages += [dict(role='user', content=text), dict(role='assistant', content=said)]
 
 @patch
@@ -1091,19 +1165,22 @@ class _Stop: # Ctrl-C while an answer comes: remembered, not raised in the middl
     def __exit__(self, *_):
         if self.old is not None: signal.signal(signal.SIGINT, self.old)
 
+_MARKS = dict(python=' [', output=' = ', text='] ')         # [12*34 = 408]
+
 def show(chat:Chat, text:str, tools:bool=True): # tools: show what was computed
     "Print an answer as it comes"
     kind = 'text'
     with _Stop() as stop:
         answer = chat.ask(text)
         for p in answer:
-            if tools and p.kind != kind: print(dict(python=' [', output=' = ', text='] ')[p.kind], end='')
+            if tools and p.kind != kind: print(_MARKS[p.kind], end='')
             kind = p.kind
             if tools or kind == 'text': print(p.text, end='', flush=True)
             if stop.asked: break
         answer.close()
     print(flush=True)
 
+# %% ../nbs/25_serve.ipynb #command
 def command(chat:Chat, line:str) -> bool: # whether to go on
     "Do what a line that begins with / says"
     word, _, rest = line.strip().partition(' '); say = lambda t: print(t, file=sys.stderr)
@@ -1112,13 +1189,14 @@ def command(chat:Chat, line:str) -> bool: # whether to go on
         elif word == '/help': say(HELP)
         elif word == '/reset': chat.reset(); say('a new conversation')
         elif word in ('/save', '/load') and not rest.strip(): say(f'{word} FILE')
-        elif word == '/save': say(f'{human(chat.save(Path(rest.strip()).expanduser()), unit="B")} in {rest.strip()}')
+        elif word == '/save':
+            n = chat.save(file := Path(rest.strip()).expanduser()); say(f'{n:,} bytes in {file}')
         elif word == '/load': say(f'{chat.load(rest.strip()):,} tokens known, none read again')
         else: say(f'{word}: unknown; /help lists the commands')
     except (StateError, OSError) as e: say(e)
     return True
 
-# %% ../nbs/25_serve.ipynb #dhchat
+# %% ../nbs/25_serve.ipynb #talk
 def talk(chat:Chat):
     "Read lines until there are no more"
     person, history = sys.stdin.isatty(), base_dir()/'chat_history'
@@ -1137,6 +1215,7 @@ def talk(chat:Chat):
             except ValueError as e: print(f'{e}; /reset begins anew', file=sys.stderr)
     if person: readline.set_history_length(1000); readline.write_history_file(history)
 
+# %% ../nbs/25_serve.ipynb #dhchat
 def dh_chat(argv:list|None=None): # default: the command line
     "Console command: talk to a model"
     try:
@@ -1147,12 +1226,12 @@ def dh_chat(argv:list|None=None): # default: the command line
         if plain: print('a base model: it continues what you write', file=sys.stderr)
         how = {k: getattr(c, k) for k in ('temperature', 'top_k', 'top_p', 'min_p', 'max_tokens')}
         seed = secrets.randbits(32) if c.seed is None else c.seed
-        chat = Chat(Engine(model, tok, max_rows=1, prefix_bytes=0), c.system, plain, seed=seed, **how)
+        engine = Engine(model, tok, max_rows=1, prefix_bytes=0)
+        chat = Chat(engine, c.system, plain, seed=seed, **how)
         if c.load: chat.load(c.load)
         show(chat, c.prompt, sys.stdout.isatty()) if c.prompt else talk(chat)
         if c.save: chat.save(Path(c.save).expanduser())
-    except (NameError, TypeError, ValueError, OSError, StateError, CheckpointError, PlanError) as e:
-        sys.exit(f'dh_chat: {e}')
+    except _FAILS as e: sys.exit(f'dh_chat: {e}')
 
 # %% ../nbs/25_serve.ipynb #main
 #| eval: false

@@ -169,23 +169,12 @@ def test_special_tokens_cannot_be_forged(client):
     assert r.usage.prompt_tokens == 1 + len(evil)
 
 def test_tools_stand_apart(monkeypatch):
-    sp = TOK.special; script = [*b'Sum: ', sp['<|python_start|>'], *b'12*34', sp['<|python_end|>'], *b' yes', sp['<|assistant_end|>']]
-    drawn = []
-    def draw(z, r, pos): # the engine replaces what it forces, so the script waits while it does
-        i = sum(t in script for t in drawn)
-        return torch.tensor(script[min(i, len(script) - 1)])
-    real = E.Stream._accept
-    def accept(self, t):
-        forced = drawn and (drawn[-1] in (sp['<|output_start|>'],) or t == sp['<|output_start|>'] or accept.inside)
-        accept.inside = t == sp['<|output_start|>'] or accept.inside and t != sp['<|output_end|>']
-        drawn.append('forced' if forced or t == sp['<|output_end|>'] else t)
-        return real(self, t)
-    accept.inside = False
-    monkeypatch.setattr(E, 'sample', draw); monkeypatch.setattr(E.Stream, '_accept', accept)
+    sp, n = TOK.special, len(render_for_completion(ask('12*34?'), TOK))
+    script = [*b'Sum: ', sp['<|python_start|>'], *b'12*34', sp['<|python_end|>'], *[0]*5, *b' yes', sp['<|assistant_end|>']]   # 0: the engine puts in 408 itself
+    monkeypatch.setattr(E, 'sample', lambda z, r, pos: torch.tensor(script[pos - n]))
     with serving(Engine(model(), TOK)) as url:
         body = dict(messages=ask('12*34?'), max_tokens=60)
         got = json.loads(call(url, '/v1/chat/completions', body)[2])['choices'][0]
-        drawn.clear()
         events = call(url, '/v1/chat/completions', dict(body, stream=True))[2].decode()
     assert got['message']['content'] == 'Sum:  yes' and got['finish_reason'] == 'stop'
     parts = [dict(type='text', text='Sum: '), dict(type='python', text='12*34'), dict(type='output', text='408'), dict(type='text', text=' yes')]
@@ -299,7 +288,7 @@ def test_an_engine_that_dies():
     eng = Engine(model(), TOK)
     with serving(eng) as url:
         t = threading.Thread(target=lambda: setattr(t, 'got', load(url, [dict(messages=ask('x'), max_tokens=4000)]*3, 3))); t.start()
-        until(lambda: len(eng.rows()) == 3)
+        until(lambda: sum(len(row.stream.tokens) > 9 for _, _, row in eng.rows()) == 3)
         def boom(): raise MemoryError('out of memory')
         eng.step = boom; t.join()
         assert all('out of memory' in g.error and g.text for g in t.got)
@@ -409,7 +398,7 @@ def same_up_to_ties(msgs, text, want): # greedy: the first difference is between
 
 @pytest.mark.slow
 def test_two_hundred_clients(base):
-    with server(base, '--rows', '64', '--prefix-mb', '16') as p:
+    with server(base, '--rows', '64', '--prefix-mb', '16', MALLOC_ARENA_MAX='1') as p: # one heap: what threads keep for themselves is no leak
         rng = random.Random(0)
         def body(i): return dict(messages=ask(f'Question {i} ' + 'word '*rng.randint(0, 60)), max_tokens=rng.randint(16, 96), temperature=0)
         load(p.url, [body(-i) for i in range(400)], 200); until(lambda: gauge(p.url, 'rows') == 0)
@@ -428,7 +417,7 @@ def test_two_hundred_clients(base):
               f'| clients | tokens/s | first token p50 | p99 | wrong | parted at a tie | RSS before | after | states after |\n|---|---|---|---|---|---|---|---|---|\n'
               f'| 200 | {r["tokens_per_s"]:,.0f} | {r["first_p50"]:.2f} s | {r["first_p99"]:.2f} s | {wrong} | {ties} | {start >> 20} MB | {end >> 20} MB | {gauge(p.url, "state_bytes"):.0f} B |')
         assert wrong == 0 and gauge(p.url, 'state_bytes') == 0
-        assert end - start < 24 << 20                                    # the prefix cache holds up to 16 MB of it
+        assert end - start < 12 << 20
 
 # ---- the terminal
 
