@@ -207,9 +207,10 @@ def horizon(self:PretrainConfig) -> int:
     return int(self.target_param_data_ratio*m.param_counts()['scaling'])
 
 @patch(as_prop=True)
-def batch_rows(self:PretrainConfig) -> int: return self.total_batch_size//self.max_seq_len
+def batch_rows(self:PretrainConfig) -> int: # of a step, on all ranks
+    return self.total_batch_size//self.max_seq_len
 @patch(as_prop=True)
-def grad_accum_steps(self:PretrainConfig) -> int:
+def grad_accum_steps(self:PretrainConfig) -> int: # micro-batches of a step
     return self.batch_rows//(max(1, self.nproc)*self.device_batch_size)
 @patch(as_prop=True)
 def total_tokens(self:PretrainConfig) -> int: return self.num_iterations*self.total_batch_size
@@ -394,7 +395,10 @@ def show_batch(cfg:PretrainConfig, # may have fields left open
     return '\n'.join(out)
 
 # %% ../nbs/14_train.ipynb #build
-def build_model(cfg, vocab_size, device) -> HybridModel:
+def build_model(cfg:PretrainConfig, # resolved
+                vocab_size:int,     # of the tokenizer
+                device              # where
+               ) -> HybridModel:
     "The model with its initial weights, float32, computing in the device's format"
     hc = replace(cfg, vocab_size=vocab_size).model_config()
     with torch.device('meta'): model = HybridModel(hc)
@@ -461,13 +465,13 @@ def train_step(self:Trainer, batch) -> torch.Tensor: # (2,) summed loss and targ
 # %% ../nbs/14_train.ipynb #late
 class Late:
     "A small tensor on its way to the host; reading it waits for that copy only"
-    def __init__(self, t):
+    def __init__(self, t:torch.Tensor): # any shape, on any device
         self.host, self.done, self.at = t, None, time.perf_counter()
         if not t.is_cuda: return
         self.host = torch.empty(t.shape, dtype=t.dtype, pin_memory=True)
         self.host.copy_(t, non_blocking=True)
         self.done = torch.cuda.Event(enable_timing=True); self.done.record()
-    def tolist(self):
+    def tolist(self): # numbers, nested as the tensor is
         if self.done: self.done.synchronize()
         out = self.host.tolist(); self.at = time.perf_counter()
         return out
@@ -498,7 +502,9 @@ def read_metrics(run_dir:Path # folder of a run
 class Diverged(RuntimeError): "The loss ran away, seen by every rank alike"
 
 @patch
-def account(self:Trainer, step:int, total:Late):
+def account(self:Trainer, step:int, # the step that made it
+            total:Late              # of `train_step`: summed loss, targets
+           ):
     "Record a finished step; stop all ranks if its loss is lost"
     c, (s, n) = self.cfg, total.tolist(); loss = s/max(1, n)
     dt, self.clock = total.since(self.clock), total
@@ -545,7 +551,10 @@ def sample(self:Trainer):
     texts = (named(fn) if fn else write_samples)(self.model, self.tok, prompts)
     for p, s in zip(prompts, texts): self.log(prompt=p, sample=s)
 
-def write_samples(model, tok, prompts, n=48): # -> list of texts
+def write_samples(model:HybridModel, tok, # and its tokenizer
+                  prompts:list,           # texts to continue
+                  n:int=48                # tokens of a continuation
+                 ) -> list:               # texts
     "Continue each prompt by n tokens"
     return [tok.decode(generate(model, tok.encode(p, bos=True), n, temperature=.8, seed=i))
             for i, p in enumerate(prompts)]
@@ -566,7 +575,7 @@ def save(self:Trainer):
 
 # %% ../nbs/14_train.ipynb #calendar
 @patch
-def due(self:Trainer, every:int) -> bool:
+def due(self:Trainer, every:int) -> bool: # every: steps; 0: at the end only
     "Is something that happens every so many steps, and at the end, to happen now?"
     return (every > 0 and self.step % every == 0) or self.step == self.cfg.num_iterations
 
@@ -614,7 +623,7 @@ def begin(cfg:PretrainConfig # may have fields left open
         return c
     return _from0(settle)
 
-def settle_backend(c):
+def settle_backend(c:PretrainConfig): # resolved
     "Let rank 0 time the kernels of its GPU and compile them, and all ranks take the same"
     m = c.model_config()
     if c.device != 'cuda' or 'G' not in m.layer_types: return
@@ -642,7 +651,8 @@ def memory_advice(c:PretrainConfig): # resolved
 
 # %% ../nbs/14_train.ipynb #started
 @patch
-def started(self:Trainer, begun, settled, first:Late):
+def started(self:Trainer, begun:float, settled:float, # by time.perf_counter: begin, kernels chosen
+            first:Late):                               # the first step
     "Say what the time to the first step was spent on"
     first.tolist(); now = time.perf_counter()
     parts = dict(kernels=settled - begun, setup=self.clock.at - settled, step=now - self.clock.at)
@@ -676,7 +686,7 @@ def pretrain(cfg:PretrainConfig, # may have fields left open
     if t.wb: t.wb.finish()
 
 # %% ../nbs/14_train.ipynb #wandb
-def start_wandb(c, rank):
+def start_wandb(c:PretrainConfig, rank:int): # resolved; rank 0 alone starts one
     "A wandb run, if the configuration names a project"
     if not c.wandb or rank: return None
     import wandb
@@ -698,7 +708,7 @@ class Report:
         self.cfg, self.every = cfg, max(1, cfg.num_iterations//lines)
     @property
     def records(self): return read_metrics(self.cfg.run_dir)
-    def last(self, key, default=None):
+    def last(self, key:str, default=None): # of a record; what to say if no record has it
         "The newest value of a key"
         return next((r[key] for r in reversed(self.records) if r.get(key) is not None), default)
     def add(self, rec:dict): # one record of rank 0
