@@ -1,10 +1,11 @@
 "Inference beyond the chapters: exactness in any company, random schedules, fresh processes, hostile tool calls, long streams."
-import copy, os, random, subprocess, sys, threading, time, tracemalloc
-from dataclasses import replace
+import copy, os, random, re, subprocess, sys, threading, time, tracemalloc
+from dataclasses import fields, replace
 from functools import lru_cache
 from pathlib import Path
-import pytest, torch
+import nbformat, pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
+from nano_dh.bench import TABLES, BenchConfig
 from nano_dh.cache import PrefixCache, StateError, read_prompt
 from nano_dh.dataset import open_data
 import nano_dh.engine as E
@@ -13,6 +14,7 @@ from nano_dh.execution import calculator
 from nano_dh.gated_attn import causal_mask, over_cache
 from nano_dh.hybrid_model import HybridConfig, HybridModel, generate
 from nano_dh.tokenizer import Tokenizer
+from tiny_run import PAPERMILL, environ, parameters
 
 ROOT = Path(__file__).resolve().parent.parent
 TOK = Tokenizer([bytes([i]) for i in range(256)])
@@ -337,6 +339,20 @@ def test_cancelled_together():
             drain(e)
             assert [s.reason for s in ss] == ['cancelled' if i in gone else 'length' for i in range(4)]
             assert not e.rows() and not e.nbytes()
+
+def test_run_notebook(tmp_path):
+    "runs/inference.ipynb: its parameters are those of the package, tables and figure come out"
+    nb = ROOT/'runs'/'inference.ipynb'
+    cell = next(c for c in nbformat.read(nb, 4).cells if 'parameters' in c.metadata.get('tags', []))
+    rows = [re.match(r'(\w+): (\w+) = (.*?)  # (.+)', l).groups() for l in cell.source.splitlines()]
+    assert [(n, t, eval(d)) for n, t, d, _ in rows] == [(f.name, f.type.__name__, f.default) for f in fields(BenchConfig)]
+    kw = dict(device='cpu', stages='decode stream', depths=2, variants='GGGL', batches='1 2', prompt=16, stream=20, steps=1)
+    r = subprocess.run([PAPERMILL, nb, tmp_path/'o.ipynb', *parameters(**kw)], env=environ(tmp_path/'base'), capture_output=True, text=True)
+    assert r.returncode == 0, r.stderr[-2000:]
+    out = {c.id: c.get('outputs', []) for c in nbformat.read(tmp_path/'o.ipynb', 4).cells}
+    tables = ''.join(o.data.get('text/markdown', '') for o in out['tables'])
+    assert [t for t in TABLES if f'**{t}**' in tables] == ['The step alone', 'One stream'] and 'failed' not in tables
+    assert any('image/png' in o.get('data', {}) for o in out['figure'])
 
 def test_failed_prompt_ends_alone(monkeypatch):
     """Memory runs out while a prompt is read: its stream ends with the error, the others go on"""
