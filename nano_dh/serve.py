@@ -91,6 +91,7 @@ def nesting(text:str) -> int:
 
 def _no_number(name): raise ValueError(f'{name} is no number of JSON')
 
+# %% ../nbs/25_serve.ipynb #json-b
 def parse_json(data:bytes, depth:int=16): # brackets in brackets
     "The value, or an ApiError"
     def bad(why): raise ApiError(400, f'the body is not valid: {why}')
@@ -112,6 +113,7 @@ class Part(BaseModel):
     type: Literal['text', 'python', 'output'] = 'text'
     text: str
 
+# %% ../nbs/25_serve.ipynb #schema-b
 class Message(BaseModel):
     "One turn; what else a client sends back with it (a refusal, a name) is ignored"
     model_config = ConfigDict(strict=True)
@@ -124,6 +126,7 @@ class Message(BaseModel):
             c = ''.join(p.text for p in c)
         return dict(role=role, content=c if isinstance(c, str) else [p.model_dump() for p in c])
 
+# %% ../nbs/25_serve.ipynb #schema-c
 class StreamOptions(_Strict):
     include_usage: bool = False
     include_obfuscation: bool = False
@@ -164,6 +167,7 @@ class ChatRequest(Sampling):
     @property
     def top(self): return (self.top_logprobs or 0) if self.logprobs else None
 
+# %% ../nbs/25_serve.ipynb #schema3-b
 class CompletionRequest(Sampling):
     "POST /v1/completions"
     prompt: str|list[int]|list[str]|list[list[int]]
@@ -174,6 +178,7 @@ class CompletionRequest(Sampling):
     @property
     def top(self): return self.logprobs
 
+# %% ../nbs/25_serve.ipynb #schema3-c
 class StateRequest(_Strict):
     "POST /v1/states"
     model: str = ''
@@ -240,6 +245,7 @@ async def read(self:Guard, receive, limit) -> bytes:
         raise ApiError(408, f'the body did not arrive in {self.s.cfg.seconds:g} s') from None
     return bytes(body)
 
+# %% ../nbs/25_serve.ipynb #guard2-b
 def _replay(body, receive): # the body once more, then what comes after it
     first = [dict(type='http.request', body=body, more_body=False)]
     async def inner(): return first.pop() if first else await receive()
@@ -254,6 +260,7 @@ class _Prefix(PrefixCache): # notes how much of a prompt it had
         if s and s.request.prompt is tokens: s.cached = snap.n if snap else 0
         return snap
 
+# %% ../nbs/25_serve.ipynb #worker-b
 class Worker(threading.Thread):
     "An engine and the thread that steps it"
     def __init__(self, engine:Engine, memory_bytes:int=512 << 20):
@@ -288,6 +295,7 @@ def turn(self:Worker):
             news.setdefault(answer.loop, []).append((answer, now, i, pieces, s.reason))
     for loop, batch in news.items(): _post(loop, self._hand, batch)
 
+# %% ../nbs/25_serve.ipynb #turn-b
 @patch
 def _hand(self:Worker, batch): # runs in the event loop
     for answer, now, i, pieces, reason in batch:
@@ -296,6 +304,7 @@ def _hand(self:Worker, batch): # runs in the event loop
 def _post(loop, fn, *args): # nobody listens any more once the loop is closed
     if not loop.is_closed(): loop.call_soon_threadsafe(fn, *args)
 
+# %% ../nbs/25_serve.ipynb #turn-c
 def _advance(gen, future, loop): # a job's next part -> is it finished
     end = lambda fn, value: future.done() or fn(value)
     try: next(gen); return False
@@ -316,6 +325,7 @@ def submit(self:Worker, answer, requests:list) -> list: # streams
     if self.error: self.fail(self.error)
     return streams
 
+# %% ../nbs/25_serve.ipynb #worker-in-b
 @patch
 async def do(self:Worker, job): # a generator; what it returns is the result
     "Let the engine's thread do something between its steps"
@@ -325,6 +335,7 @@ async def do(self:Worker, job): # a generator; what it returns is the result
     if self.error: self.fail(self.error)
     return await future
 
+# %% ../nbs/25_serve.ipynb #worker-in-c
 @patch
 def fail(self:Worker, error):
     "Tell everybody who waits"
@@ -337,6 +348,7 @@ def fail(self:Worker, error):
         _, f, loop = self.jobs.popleft()
         _post(loop, lambda f: f.done() or f.set_exception(Down(str(error))), f)
 
+# %% ../nbs/25_serve.ipynb #worker-in-d
 @patch
 def close(self:Worker): self.ending = True; self.wake.set()
 
@@ -369,6 +381,7 @@ def _secret() -> bytes: # of this user on this machine; made at its first use
         finally: os.unlink(f.name)
     return p.read_bytes()
 
+# %% ../nbs/25_serve.ipynb #seal-b
 def _head(data): # header of a safetensors file, where its tensors begin
     n = 8 + int.from_bytes(data[:8], 'little')
     return json.loads(data[8:n]), n
@@ -378,6 +391,7 @@ def seal(data:bytes) -> str: # of a state file
     m = _head(data)[0]['__metadata__']; text = '\n'.join(m[k] for k in ('digest', 'model', 'meta'))
     return hmac.new(_secret(), text.encode(), 'sha256').hexdigest()
 
+# %% ../nbs/25_serve.ipynb #seal-c
 def sealed(data:bytes) -> bytes:
     "The same file with its seal in the header"
     head, n = _head(data); head['__metadata__']['seal'] = seal(data)
@@ -391,6 +405,7 @@ def write_state(model, state, ids:list, msgs:list) -> bytes: # a safetensors fil
         meta = dict(messages=msgs, tokens=[int(t) for t in ids])
         return sealed(model.save_state(Path(d)/'state', state, meta).read_bytes())
 
+# %% ../nbs/25_serve.ipynb #states-b
 def read_state(model, data:bytes, anyone:bool=False): # -> state, messages, tokens
     "Back again; refuses what is damaged, another model's or, but for `anyone`, a stranger's"
     def no(why): raise StateError(f'this memory cannot be used: {why}')
@@ -416,6 +431,7 @@ def remember(self:Worker, ids:list, msgs:list):
     for _ in prefill(e.model, ids[len(known):], state, cache, e.piece, e.exact): yield
     return write_state(e.model, state, ids, msgs)
 
+# %% ../nbs/25_serve.ipynb #remember-b
 @patch
 def recall(self:Worker, data:bytes, tok, anyone:bool):
     "Job: take a written state into the memory"
@@ -463,6 +479,7 @@ def cached(self:Answer) -> int: # tokens that were not read because they were kn
     same = len(r.prompt) if self.worker.engine.prefix.max_bytes else 0  # the one read just before
     return getattr(s, 'cached', same)
 
+# %% ../nbs/25_serve.ipynb #usage-b
 @patch
 def usage(self:Answer, limit:int) -> dict: # limit: tokens of a conversation
     "What it took; what OpenAI has no name for stands under nano_dh"
@@ -500,6 +517,7 @@ class Metrics:
 ROUTES = ('/', '/health', '/stats', '/v1/models', '/v1/chat/completions', '/v1/completions',
           '/v1/states')
 
+# %% ../nbs/25_serve.ipynb #service-b
 class Service:
     "The engines of a server and the answers on their way"
     def __init__(self, engines:list, cfg:ServeConfig|None=None):
@@ -527,6 +545,7 @@ def opens(self:Service, header:str) -> bool: # an Authorization header
     same = hmac.compare_digest(key.strip().encode(), self.key.encode())
     return not self.key or kind.lower() == 'bearer' and same
 
+# %% ../nbs/25_serve.ipynb #service2-b
 @patch
 def count(self:Service, path, status):
     known = path if path in ROUTES else 'other'             # not every name that strangers invent
@@ -551,6 +570,7 @@ def route(self:Service, ids:list, n:int=1) -> Worker: # n: answers
         return max([len(w.memory.find(ids)[0]), *snaps])
     return min(room, key=lambda w: (w.load >= w.engine.max_rows, -known(w), w.load))
 
+# %% ../nbs/25_serve.ipynb #route-b
 @patch
 def wait(self:Service) -> int: # seconds
     "Until one answer more has ended, about"
@@ -574,6 +594,7 @@ async def ids(self:Service, msgs:list[Message], answer:bool=True) -> list: # ans
     out = (await asyncio.to_thread(render, ms, self.tok) if slow else render(ms, self.tok)).ids
     return self.fit(out + [self.tok.special['<|assistant_start|>']]*answer)
 
+# %% ../nbs/25_serve.ipynb #ids-b
 @patch
 def fit(self:Service, ids, param='messages'):
     if len(ids) < self.limit: return ids
@@ -605,6 +626,7 @@ def ask(self:Service, prompts:list, # of lists of token ids
     self.answers.add(a)
     return a
 
+# %% ../nbs/25_serve.ipynb #ask-b
 @patch
 def sampling(self:Service, body, prompts): # -> tokens, choices, stop strings, fields of Request
     "Checked against the limits of this server"
@@ -643,6 +665,7 @@ def _parts(pieces) -> list: # [kind, text, pieces], neighbours of one kind joine
         else: out.append([p.kind, p.text, [p]])
     return out
 
+# %% ../nbs/25_serve.ipynb #forms-b
 class ChatForm:
     "Choices as /v1/chat/completions gives them"
     id, name, chunk = 'chatcmpl', 'chat.completion', 'chat.completion.chunk'
@@ -667,6 +690,7 @@ def likely(self:ChatForm, pieces) -> list: # pieces of drawn text
     return [p for p in pieces if p.kind == 'text' and p.logprob is not None
             and p.token not in self.special]
 
+# %% ../nbs/25_serve.ipynb #likely-b
 @patch
 def logprobs(self:ChatForm, pieces) -> dict:
     "In the form of the chat API"
@@ -710,6 +734,7 @@ def head(self:Service, form, kind) -> dict:
     return dict(id=f'{form.id}-{secrets.token_hex(12)}', object=kind, created=int(time.time()),
                 model=self.name)
 
+# %% ../nbs/25_serve.ipynb #stream-b
 @patch
 async def stream(self:Service, a:Answer, body, form):
     "Server-sent events of an answer"
@@ -749,6 +774,7 @@ async def whole(self:Service, a:Answer, body, form) -> dict:
                for i, (p, why) in enumerate(zip(got, ends))]
     return self.head(form, form.name) | dict(choices=choices, usage=a.usage(self.limit))
 
+# %% ../nbs/25_serve.ipynb #reply-b
 @patch
 async def reply(self:Service, http:HTTP, a:Answer, body, form) -> Response:
     "Stream it, or wait for it while the client waits"
@@ -878,6 +904,7 @@ def _pages(app, s):
         text = (Path(nano_dh.__file__).parent/'web'/'index.html').read_text()
         return HTMLResponse(text, headers=how)
 
+# %% ../nbs/25_serve.ipynb #routes3-b
 @patch
 def report(self:Service) -> bytes:
     "The numbers of this moment"
@@ -917,6 +944,7 @@ async def drain(self:Service, seconds:float):
     for a in list(self.answers): a.stop('the server is going down')
     while self.answers and time.monotonic() < end + 2: await asyncio.sleep(.02)
 
+# %% ../nbs/25_serve.ipynb #drain-b
 def listen(host:str, port:int) -> socket.socket: # port 0: any that is free
     "An address of one's own, before a model is loaded for nothing"
     sock = socket.socket(socket.AF_INET6 if ':' in host else socket.AF_INET)
@@ -949,6 +977,7 @@ class Got:
     error: str = ''          # what it said instead
     left: bool = False       # this client hung up
 
+# %% ../nbs/25_serve.ipynb #load-b
 async def _events(reader): # data of server-sent events in a chunked answer
     chunked, rest = False, b''
     while (line := (await reader.readline()).strip()): chunked |= b'chunked' in line.lower()
@@ -957,6 +986,7 @@ async def _events(reader): # data of server-sent events in a chunked answer
         *whole, rest = rest.split(b'\n\n')
         for e in whole: yield e.removeprefix(b'data: ')
 
+# %% ../nbs/25_serve.ipynb #load-c
 async def _client(host, port, body, leave, clock, key):
     body = dict(body, stream=True, stream_options=dict(include_usage=True))
     data, g = json.dumps(body).encode(), Got(start=clock())
@@ -988,6 +1018,7 @@ async def _read(reader, g, leave, clock): # one answer into g; leave after so ma
         if leave is not None and len(g.text) >= leave: g.left = True; return
     if not done: g.error = 'the stream broke'
 
+# %% ../nbs/25_serve.ipynb #load2-b
 def load(url:str,
          bodies:list,           # requests for /v1/chat/completions
          clients:int=8,         # that ask at the same time
@@ -1032,6 +1063,7 @@ def options(argv:list, cls, **short): # ['--port', '80', '-p', 'hi'] -> an insta
         out[k] = v
     return checked(cls, out)
 
+# %% ../nbs/25_serve.ipynb #cli-b
 def _help(cls):
     import inspect
     rows = [l.strip() for l in inspect.getsource(cls).splitlines() if re.match(r'\s+\w+:.* = ', l)]
@@ -1043,6 +1075,7 @@ def find_model(name:str='', step:int|None=None) -> str:
     "The named checkpoint; else the newest of the latest stage that talks"
     return name or newest('rl', 'sft', 'mid', 'base')
 
+# %% ../nbs/25_serve.ipynb #dhserve-b
 def open_engines(cfg:ServeConfig) -> list:
     "One engine for each GPU, or one on the CPU"
     path, out = find_model(cfg.model), []
@@ -1055,6 +1088,7 @@ def open_engines(cfg:ServeConfig) -> list:
 
 _FAILS = NameError, TypeError, ValueError, OSError, StateError, CheckpointError, PlanError
 
+# %% ../nbs/25_serve.ipynb #dhserve-c
 def dh_serve(argv:list|None=None): # default: the command line
     "Console command: serve a model until SIGTERM or Ctrl-C"
     try:
@@ -1111,6 +1145,7 @@ def keep(self:Chat, text, ids, state, pieces):
         self.messages.append(dict(role='system', content=self.system))
     self.messages += [dict(role='user', content=text), dict(role='assistant', content=said)]
 
+# %% ../nbs/25_serve.ipynb #chat-keep-b
 @patch
 @torch.inference_mode()
 def save(self:Chat, path) -> int: # bytes
@@ -1123,6 +1158,7 @@ def save(self:Chat, path) -> int: # bytes
     atomic_write(path, data)
     return len(data)
 
+# %% ../nbs/25_serve.ipynb #chat-keep-c
 @patch
 def load(self:Chat, path) -> int: # tokens
     "Take up a conversation; nothing is read again"
@@ -1149,6 +1185,7 @@ class ChatConfig:
     max_tokens: int = 1024    # an answer
     device: str = ''          # '': the best there is
 
+# %% ../nbs/25_serve.ipynb #chatconfig-b
 HELP = '''/save FILE   write the conversation as a memory
 /load FILE   take one up again
 /reset       begin anew
@@ -1167,6 +1204,7 @@ class _Stop: # Ctrl-C while an answer comes: remembered, not raised in the middl
 
 _MARKS = dict(python=' [', output=' = ', text='] ')         # [12*34 = 408]
 
+# %% ../nbs/25_serve.ipynb #show-b
 def show(chat:Chat, text:str, tools:bool=True): # tools: show what was computed
     "Print an answer as it comes"
     kind = 'text'

@@ -245,7 +245,7 @@ def test_a_body_that_does_not_come():
 
 def test_leaving_frees_the_row(srv):
     assert gauge(srv.url, 'rows') == 0
-    long = dict(messages=ask('x'), max_tokens=4000, temperature=1.)
+    long = dict(messages=ask('x'), max_tokens=4000, temperature=0)
     t = threading.Thread(target=load, args=(srv.url, [long]*4, 4, {i: 300 for i in range(4)})); t.start()
     until(lambda: gauge(srv.url, 'rows') == 4)
     t.join(); until(lambda: gauge(srv.url, 'rows') == 0, 2)
@@ -267,7 +267,7 @@ def test_key_queue_and_sigterm(base):
         assert call(p.url, '/v1/models', headers={**key, 'Origin': 'https://a.example'})[1]['access-control-allow-origin'] == 'https://a.example'
         assert 'access-control-allow-origin' not in call(p.url, '/v1/models', headers={**key, 'Origin': 'https://b.example'})[1]
 
-        bodies = [dict(messages=ask(f'{i}'), max_tokens=4096 if i % 2 else 60, temperature=1.) for i in range(20)]; bodies += [bodies[1]]*2
+        bodies = [dict(messages=ask(f'{i}'), max_tokens=4096 if i % 2 else 60, temperature=0) for i in range(20)]; bodies += [bodies[1]]*2
         got = []
         t = threading.Thread(target=lambda: got.extend(load(p.url, bodies, 22, key='s3cret'))); t.start()
         until(lambda: gauge(p.url, 'rows', key) + gauge(p.url, 'waiting', key) > 10)
@@ -281,13 +281,13 @@ def test_key_queue_and_sigterm(base):
         t.join(); assert p.wait(10) == 0
     done, broken = [g for g in got if not g.error], [g for g in got if g.error]
     print(f'{len(done)} streams finished, {len(broken)} ended with: {broken[0].error}')
-    assert len(done) >= 10 and broken and all('going down' in g.error and g.text for g in broken[:-2]), [g.error for g in broken]
-    assert all(g.tokens == 60 for g in done)
+    assert all(not g.error and g.tokens == 60 for g in got[:20:2])
+    assert all('going down' in g.error for g in got[1:20:2] + got[20:]) and sum(not g.text for g in broken) <= 2   # two waited for a row
 
 def test_an_engine_that_dies():
     eng = Engine(model(), TOK)
     with serving(eng) as url:
-        t = threading.Thread(target=lambda: setattr(t, 'got', load(url, [dict(messages=ask('x'), max_tokens=4000)]*3, 3))); t.start()
+        t = threading.Thread(target=lambda: setattr(t, 'got', load(url, [dict(messages=ask('x'), max_tokens=4000, temperature=0)]*3, 3))); t.start()
         until(lambda: sum(len(row.stream.tokens) > 9 for _, _, row in eng.rows()) == 3)
         def boom(): raise MemoryError('out of memory')
         eng.step = boom; t.join()
@@ -465,7 +465,7 @@ def test_commands_say_what_is_wrong(base, monkeypatch):
 
 def test_kill_and_start_again(base, srv): # the last one: srv is gone afterwards
     port = int(srv.url.rsplit(':', 1)[1])
-    t = threading.Thread(target=lambda: setattr(t, 'got', load(srv.url, [dict(messages=ask('x'), max_tokens=4000)]*4, 4))); t.start()
+    t = threading.Thread(target=lambda: setattr(t, 'got', load(srv.url, [dict(messages=ask('x'), max_tokens=4000, temperature=0)]*4, 4))); t.start()
     until(lambda: gauge(srv.url, 'rows') == 4)
     srv.kill(); t.join()
     assert all(g.error for g in t.got)
