@@ -24,7 +24,7 @@ from .train import PretrainConfig, _peak_memory, build_model, pretrain, settle_b
 
 # %% ../nbs/14b_speed.ipynb #timed
 def timed(f,             # what to time, without arguments
-          device='cpu',
+          device='cpu',  # where f works
           rounds:int=20, # calls that count
           warmup:int=3   # calls before them
          ) -> list[float]: # seconds of each call, sorted
@@ -37,7 +37,8 @@ def timed(f,             # what to time, without arguments
         else: t = time.perf_counter(); f(); out.append(time.perf_counter() - t)
     return sorted(out[warmup:])
 
-def middle(times): return times[len(times)//2]
+def middle(times:list): # sorted, as from `timed`
+    return times[len(times)//2]
 
 # %% ../nbs/14b_speed.ipynb #roof
 @dataclass
@@ -45,9 +46,10 @@ class Roof:
     "What a device does at best"
     flops: float     # of a matrix product, a second
     bandwidth: float # bytes read and written by a copy, a second
-    def at(self, intensity): return min(self.flops, self.bandwidth*intensity) # FLOP per byte
+    def at(self, intensity:float): # FLOP a byte -> FLOP/s
+        return min(self.flops, self.bandwidth*intensity)
 
-def measure_roof(device='cpu') -> Roof:
+def measure_roof(device='cpu') -> Roof: # device: which one
     "The roof of a device, in the format that models compute in there"
     big, dt = torch.device(device).type == 'cuda', compute_dtype(device)
     n, m = (8192, 2**30) if big else (1024, 2**26)
@@ -101,7 +103,7 @@ def measure_parts(cfg:PretrainConfig # resolved
 
 # %% ../nbs/14b_speed.ipynb #job
 def job(word:str='GGGL',   # pattern ('GGGL'), preset ('nanochat') or both ('nanochat:L')
-        depth:int=12,
+        depth:int=12,      # blocks
         seq_len:int=2048,  # tokens a row
         tokens:int=65536,  # tokens a micro-batch
         **kw               # further fields of PretrainConfig
@@ -116,7 +118,7 @@ def job(word:str='GGGL',   # pattern ('GGGL'), preset ('nanochat') or both ('nan
 
 # %% ../nbs/14b_speed.ipynb #draw-roof
 def draw_roof(ax,       # of matplotlib
-              roof:Roof,
+              roof:Roof, # of `measure_roof`
               parts:list # of `measure_parts`
              ):
     "Parts as points under the roof"
@@ -128,8 +130,8 @@ def draw_roof(ax,       # of matplotlib
 
 # %% ../nbs/14b_speed.ipynb #model
 def time_model(cfg:PretrainConfig, # of `job`
-               emit=print,
-               rounds:int=60,
+               emit=print,         # takes the record
+               rounds:int=60,      # calls that count
                trace:str=''        # where to write a profiler's trace of three steps, for Perfetto
               ) -> None:
     "Emit the speed and memory of forward and backward"
@@ -173,8 +175,9 @@ def apart(fn, cfg:PretrainConfig, **kw) -> list: # what fn(cfg, emit, **kw) emit
 
 # %% ../nbs/14b_speed.ipynb #kernels
 def time_kernels(cfg:PretrainConfig, # of `job`; its heads and tokens count
-                 emit=print,
-                 seq_lens:tuple=(2048, 16384, 65536)) -> None:
+                 emit=print,         # takes a record for each backend and length
+                 seq_lens:tuple=(2048, 16384, 65536) # tokens a row
+                ) -> None:
     "Emit forward and backward milliseconds of each backend at each length"
     dev, m = get_device(cfg.device), cfg.model_config(); dt = compute_dtype(dev)
     heads = m.n_qk_head, m.n_v_head, m.head_k_dim, m.head_v_dim
@@ -189,7 +192,9 @@ def time_kernels(cfg:PretrainConfig, # of `job`; its heads and tokens count
         names = [n for n in names if sum(ms[n]) < 100*min(map(sum, ms.values()))] # the rest is told
 
 # %% ../nbs/14b_speed.ipynb #roofline
-def time_parts(cfg:PretrainConfig, emit=print) -> None:
+def time_parts(cfg:PretrainConfig, # of `job`
+               emit=print          # takes the roof, then a record for each part
+              ) -> None:
     "Emit the roof of the device, then each part of the model"
     settle_backend(cfg); dev = get_device(cfg.device)
     emit(vars(measure_roof(dev)))
