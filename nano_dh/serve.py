@@ -13,7 +13,7 @@ __all__ = ['ROUTES', 'HELP', 'ServeConfig', 'ApiError', 'nesting', 'parse_json',
 import asyncio, hmac, json, math, os, re, secrets, signal, socket, sys, tempfile, threading, time
 import nano_dh, prometheus_client as prom, torch, uvicorn
 from collections import OrderedDict, deque
-from contextlib import asynccontextmanager, contextmanager, redirect_stdout
+from contextlib import asynccontextmanager, contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field, fields
 from fastcore.basics import patch
 from pathlib import Path
@@ -285,6 +285,8 @@ class Worker(threading.Thread):
 def turn(self:Worker):
     "Take what has arrived, do one step, hand out what is new"
     while self.inbox: answer, i, s = self.inbox.popleft(); self.live[s] = answer, i
+    for s in [s for s in self.engine.queue.copy() if s.cancelled]: # who left while waiting
+        self.engine.queue.remove(s); s.reason = 'cancelled'
     if self.jobs and _advance(*self.jobs[0]): self.jobs.popleft()
     if self.engine.busy: self.engine.step()
     news, now = {}, time.monotonic()                # event loop -> what it should know
@@ -376,9 +378,8 @@ def _secret() -> bytes: # of this user on this machine; made at its first use
     if not p.exists():
         with tempfile.NamedTemporaryFile(dir=p.parent, delete=False) as f:
             f.write(secrets.token_bytes(32))
-        try: os.link(f.name, p)                             # the first one wins
-        except FileExistsError: time.sleep(0)
-        finally: os.unlink(f.name)
+        with suppress(FileExistsError): os.link(f.name, p)  # whoever was first wins
+        os.unlink(f.name)
     return p.read_bytes()
 
 # %% ../nbs/25_serve.ipynb #seal-b
@@ -423,9 +424,10 @@ def read_state(model, data:bytes, anyone:bool=False): # -> state, messages, toke
 
 # %% ../nbs/25_serve.ipynb #remember
 @patch
-def remember(self:Worker, ids:list, msgs:list):
+def remember(self:Worker, ids:list, msgs:list,
+             known:tuple, state): # what the memory has of it
     "Job: read a conversation, write its state"
-    e, (known, state) = self.engine, self.memory.find(ids)
+    e = self.engine
     state = state.fork(1) if known else e.model.init_state(1, bucket(len(ids)))
     cache = None if known else e.prefix
     for _ in prefill(e.model, ids[len(known):], state, cache, e.piece, e.exact): yield
@@ -433,12 +435,10 @@ def remember(self:Worker, ids:list, msgs:list):
 
 # %% ../nbs/25_serve.ipynb #remember-b
 @patch
-def recall(self:Worker, data:bytes, tok, anyone:bool):
-    "Job: take a written state into the memory"
-    state, msgs, ids = read_state(self.engine.model, data, anyone)
+def recall(self:Worker, data:bytes, anyone:bool):
+    "Job: read a written state"
     yield
-    self.memory.add(render(msgs, tok).ids, state)           # found by its text, as clients send it
-    return msgs, ids
+    return read_state(self.engine.model, data, anyone)
 
 # %% ../nbs/25_serve.ipynb #answer
 class Answer:
@@ -870,7 +870,8 @@ def _states(app, s):
     async def save(body:StateRequest):
         s.right_model(body)
         ids = await s.ids(body.messages, answer=False); w = s.route(ids)
-        data = await w.do(w.remember(ids, [m.plain() for m in body.messages]))
+        msgs = [m.plain() for m in body.messages]
+        data = await w.do(w.remember(ids, msgs, *w.memory.find(ids)))
         name = re.sub(r'[^\w.-]', '_', s.name)
         return Response(data, media_type='application/octet-stream', headers={
             'Content-Disposition': f'attachment; filename="{name}.memory"'})
@@ -879,8 +880,9 @@ def _states(app, s):
     @app.put('/v1/states', responses=_SAYS, openapi_extra=takes)
     async def load(http:HTTP):
         w, data = s.route([]), await http.body()
-        try: msgs, ids = await w.do(w.recall(data, s.tok, s.cfg.any_state))
+        try: state, msgs, ids = await w.do(w.recall(data, s.cfg.any_state))
         except StateError as e: raise ApiError(400, str(e), code='invalid_state') from None
+        w.memory.add(render(msgs, s.tok).ids, state)        # found by its text, as clients send it
         return dict(messages=msgs, tokens=len(ids))
 
 # %% ../nbs/25_serve.ipynb #routes3

@@ -257,6 +257,21 @@ def test_leaving_frees_the_row(srv):
     until(lambda: gauge(srv.url, 'rows') == 0, 2)
     assert gauge(srv.url, 'state_bytes') == 0 and gauge(srv.url, 'waiting') == 0
 
+def test_leaving_the_queue_makes_room():
+    eng = Engine(model(), TOK, max_rows=1)
+    with serving(eng, ServeConfig(queue=2, seconds=.1)) as url:
+        host, port = url.removeprefix('http://').split(':'); body = json.dumps(dict(messages=ask('x'), max_tokens=4000, temperature=0, stream=True)).encode()
+        def start():
+            s = socket.create_connection((host, int(port)))
+            s.sendall(f'POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n'.encode() + body)
+            return s
+        socks = [start()]; until(lambda: gauge(url, 'rows') == 1)
+        socks += [start(), start()]; until(lambda: gauge(url, 'waiting') == 2)
+        assert call(url, '/v1/chat/completions', body)[0] == 429
+        socks[1].close(); until(lambda: gauge(url, 'waiting') == 1, 2)   # the one in the middle, while the first still writes
+        assert gauge(url, 'rows') == 1
+        for s in socks: s.close()
+
 def test_key_queue_and_sigterm(base):
     key = {'Authorization': 'Bearer s3cret'}
     with server(base, '--rows', '20', '--queue', '2', '--seconds', '2', '--origins', 'https://a.example', NANO_DH_API_KEY='s3cret') as p:
