@@ -455,11 +455,17 @@ def test_terminal_one_shot(base, tmp_path, monkeypatch, capsys):
     S.dh_chat(['-p', 'Hello', '--save', f, *kw]); a = capsys.readouterr()
     assert a.out == alone(ask('Hello'), 20).text + '\n' and 'tiny, step 0' in a.err
     reads = []; real = S.Request
-    monkeypatch.setattr(S, 'Request', lambda ids, **k: reads.append(ids) or real(ids, **k))
+    monkeypatch.setattr(S, 'Request', lambda ids, *a, **k: reads.append(ids) or real(ids, *a, **k))
     S.dh_chat(['--load', f, '-p', 'And?', *kw]); b = capsys.readouterr().out
     talk = ask('Hello') + [dict(role='assistant', content=a.out[:-1])] + ask('And?')
     assert b == alone(talk, 20).text + '\n'
     assert len(reads[0]) == 7                                            # the new turn alone was read
+    with serving(Engine(model(), TOK)) as url:                           # a server of the same user takes the file up as well
+        assert call(url, '/v1/states', Path(f).read_bytes(), 'PUT')[0] == 200
+        r = json.loads(call(url, '/v1/chat/completions', dict(messages=talk, temperature=0, max_tokens=20))[2])
+        data = call(url, '/v1/states', dict(messages=talk[:2]))[2]
+    assert r['choices'][0]['message']['content'] == b[:-1] and r['usage']['prompt_tokens'] - r['usage']['prompt_tokens_details']['cached_tokens'] == 7
+    Path(f).write_bytes(data); S.dh_chat(['--load', f, '-p', 'And?', *kw]); assert capsys.readouterr().out == b
     for argv, why in ((['--temprature', '1'], "did you mean 'temperature'"), (['--load', '/nothing', '-p', 'x'], 'No such file'), (['-m', 'nothing'], 'nothing')):
         with pytest.raises(SystemExit, match=why): S.dh_chat(argv)
 
