@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FIGURES', 'KINDS', 'git_state', 'code_name', 'system', 'machine_name', 'code_lines', 'code_size', 'dependencies',
-           'versions', 'lineage', 'stage_figures', 'scores', 'status_file', 'duration', 'compression', 'Card',
-           'report_card', 'compare_cards', 'main']
+           'versions', 'lineage', 'stage_figures', 'scores', 'status_file', 'read_status', 'duration', 'compression',
+           'Card', 'report_card', 'compare_cards', 'main']
 
 # %% ../nbs/27_report.ipynb #imp
 import ast, importlib.metadata, io, json, math, os, platform, re, subprocess, sys, time
@@ -231,6 +231,16 @@ def scores(run:str # name of a run
 # %% ../nbs/27_report.ipynb #time
 def status_file(name:str) -> Path: return base_dir()/'speedruns'/name/'status.json'
 
+def read_status(path:str|Path) -> dict|None: # None: there is no such file
+    "What a pipeline remembers"
+    if not Path(path).exists(): return None
+    x = _json(path); keys = {'status', 'digest', 'given', 'params', 'product', 'attempts'}
+    whole = isinstance(x, dict) and isinstance(x.get('earlier'), list) and \
+        isinstance(x.get('stages'), dict) and \
+        all(isinstance(r, dict) and keys <= {*r} for r in x['stages'].values())
+    if whole: return x
+    raise ValueError(f'{path} is damaged; move it away to begin anew')
+
 def duration(s:float # seconds
             ) -> str:
     "'8 s', '3 min 51 s', '2 h 05 min'"
@@ -306,7 +316,7 @@ class Card:
 
 # %% ../nbs/27_report.ipynb #make
 def _latest(name): # status of a pipeline or None, and its checkpoints
-    status = _json(status_file(name)) if name else None
+    status = read_status(status_file(name)) if name else None
     if not status: return None, lineage(name)
     for k in ('rl', 'sft', 'midtrain', 'pretrain'):
         run = status['stages'].get(k, {}).get('params', {}).get('run')

@@ -19,7 +19,7 @@ from .core import (atomic_write, base_dir, checked, closest, file_lock, human,
                           peak_flops)
 from .launch import _in_notebook, n_gpus
 from .report import (Card, _json, _table, duration, git_state, machine_name,
-                            report_card, scores, status_file, system)
+                            read_status, report_card, scores, status_file, system)
 from .tokenizer import Tokenizer
 from .train import MFU, PretrainConfig, _meta, auto_batch, read_metrics
 
@@ -102,9 +102,7 @@ class Pipeline:
         self.live = Live()
         for s in stages: check_parameters(s, parameters_of(self.notebooks/f'{s.notebook}.ipynb'))
         new = dict(name=name, created=_now(), stages={}, earlier=[])
-        self.status = _json(self.file) if self.file.exists() else new
-        if self.status is None:
-            raise ValueError(f'{self.file} is damaged; move it away to begin anew')
+        self.status = read_status(self.file) or new
         self.status['config'] = config or {}
         self.settle(again)
 
@@ -169,7 +167,6 @@ def begin(self:Pipeline, s:Stage) -> list: # the command
     "Settle an attempt and write it down"
     r, here = self.status['stages'][s.name], system(); r['params'] = self.filled(s)
     again = dict(resume=True) if s.trains and r['attempts'] else {}
-    self.out.mkdir(parents=True, exist_ok=True)
     n = [x.name for x in self.stages].index(s.name) + 1
     files = [self.out/(f'{n}-{s.name}' + f'-{i}'*(i > 1) + '.ipynb') for i in range(1, 1000)]
     to = next(f for f in files if not f.exists() and not f.with_suffix('.log').exists())
@@ -273,7 +270,8 @@ def run(self:Pipeline):
 # %% ../nbs/27b_speedrun.ipynb #run-b
 @patch
 def _run(self:Pipeline):
-    self.keep(); self.live.show(f'notebooks and logs: {shown(self.out)}')
+    self.out.mkdir(parents=True, exist_ok=True); self.keep()
+    self.live.show(f'notebooks and logs: {shown(self.out)}')
     for s in self.stages:
         r = self.status['stages'][s.name]
         spent = lambda: duration(sum(a['seconds'] for a in r['attempts']))
@@ -385,13 +383,20 @@ def _known(name): # of a pipeline; '' is the one that was written last
         raise FileNotFoundError(f'no run {name!r} to resume; the newest are {new}')
     return name or have[-1]
 
+def _place(text): # a path that exists, from any folder; anything else stays as it is
+    p = Path(text).expanduser() if '/' in text else None    # a bare name may be that of a set
+    return str(p.absolute()) if p and p.exists() else text
+
 # %% ../nbs/27b_speedrun.ipynb #resolved-b
 @patch
 def resolved(self:SpeedrunConfig) -> SpeedrunConfig:
     "Name, preset and data settled; an error where a name is taken"
     c = replace(self)
     if c.resume: c.run = _known(c.run)
-    old = _json(status_file(c.run)) if c.run else None
+    if not re.fullmatch(r'(\w[\w.-]*)?', c.run):
+        raise ValueError(f'run {c.run!r}; a name begins with a letter or digit and has only these, '
+                         "'.', '_' and '-'")
+    old = read_status(status_file(c.run)) if c.run else None
     if old and not c.resume:
         raise ValueError(f'run {c.run} exists already; resume True continues it, or take another '
                          'name')
@@ -402,7 +407,7 @@ def resolved(self:SpeedrunConfig) -> SpeedrunConfig:
     c.preset = c.preset or ('cpu' if not gpus else 'd12' if gpus < 8 else 'd20')
     if c.preset not in PRESETS:
         raise NameError(f'unknown preset {c.preset!r}; use one of {", ".join(PRESETS)}')
-    c.data = c.data or os.environ.get('NANO_DH_DATA', '')
+    c.data = _place(c.data or os.environ.get('NANO_DH_DATA', '')); c.chat_data = _place(c.chat_data)
     c.run = c.run or f"{c.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     return c
 
@@ -453,20 +458,33 @@ def find_notebooks(folder:str='' # '': beside the package, or here
     raise FileNotFoundError(f"no run notebooks in {', '.join(str(p) for p in tried)}; they are in "
                             'runs/ of the repository: clone it, or give their folder as notebooks')
 
+# %% ../nbs/27b_speedrun.ipynb #early
+def _possible(c, names): # names of the stages
+    for k in ('start', 'stop'):
+        if getattr(c, k) and getattr(c, k) not in names:
+            raise NameError(f'{k} {getattr(c, k)!r}: stages are {", ".join(names)}')
+    if c.start and c.stop and names.index(c.start) > names.index(c.stop):
+        raise ValueError(f'start {c.start} comes after stop {c.stop}; nothing would run')
+    if c.device not in ('', 'cuda', 'mps', 'cpu'):
+        raise NameError(f"device {c.device!r}; use cuda, mps, cpu, or '' for the best there is")
+    if c.chat_data and not Path(c.chat_data).is_dir():
+        raise FileNotFoundError(f'chat_data {c.chat_data}: no such folder')
+    if re.fullmatch(r'd\d+', c.preset) and not c.device and not n_gpus():
+        raise ValueError(f'preset {c.preset} is made for GPUs and none is seen here; '
+                         'say device cpu to try it all the same')
+
 # %% ../nbs/27b_speedrun.ipynb #speedrun
 class Speedrun(Pipeline):
     "The pipeline of a configuration"
     def __init__(self, cfg:SpeedrunConfig, say=print):
         c = self.cfg = cfg.resolved(); nbs = find_notebooks(c.notebooks)
         names = [s.name for s in c.stages()]
-        for k in ('start', 'stop'):
-            if getattr(c, k) and getattr(c, k) not in names:
-                raise NameError(f'{k} {getattr(c, k)!r}: stages are {", ".join(names)}')
+        _possible(c, names)
         go = ['papermill', shown(nbs/'speedrun.ipynb'), shown(nbs/'out'/f'{c.run}-more.ipynb')]
         place = {k: v for k in ('notebooks', 'out') if (v := getattr(c, k))}
         go += flags(dict(run=c.run, resume=True) | place)
         keep = {f.name: getattr(c, f.name) for f in fields(c) if f.name not in ONCE}
-        out = c.out or nbs/'out'/c.run
+        out = Path(c.out).expanduser().absolute() if c.out else nbs/'out'/c.run
         super().__init__(c.run, c.stages(), status_file(c.run), nbs, out, keep, shlex.join(go),
                          c.start, c.stop, say)
 

@@ -62,10 +62,35 @@ def test_wrong_words(base):
     for kw, e, says in ((dict(start='sfft'), NameError, 'stages are tokenizer'), (dict(more='sft.epoch:2'), NameError, "did you mean 'epochs'"),
                         (dict(more='pretrain.depth:six'), TypeError, 'pretrain.depth'), (dict(more='epochs=2'), ValueError, 'stage.parameter:value'),
                         (dict(resume=True), FileNotFoundError, 'leave resume out'), (dict(preset='d21'), NameError, 'smoke, cpu, d12, d20, d32'),
-                        (dict(stop='rl'), NameError, 'stages are')):
+                        (dict(stop='rl'), NameError, 'stages are'), (dict(run='../x'), ValueError, 'a name begins with'), (dict(run='a/b'), ValueError, "run 'a/b'"),
+                        (dict(start='sft', stop='pretrain'), ValueError, 'start sft comes after stop pretrain'), (dict(device='tpu'), NameError, 'cuda, mps, cpu'),
+                        (dict(chat_data='/no/where'), FileNotFoundError, 'no such folder')):
         with pytest.raises(e, match=re.escape(says)) as got: Speedrun(SpeedrunConfig(**(dict(preset='smoke') | kw)), say=str)
         assert '\n' not in str(got.value)
     assert not (base/'runs').exists() or not any((base/'runs').iterdir())
+
+def test_gpu_presets_ask_for_gpus(base, monkeypatch):
+    monkeypatch.setattr(speedrun, 'n_gpus', lambda: 0)
+    with pytest.raises(ValueError, match='preset d20 is made for GPUs and none is seen here; say device cpu'): Speedrun(SpeedrunConfig(preset='d20'), say=str)
+    assert Speedrun(SpeedrunConfig(preset='d20', device='cpu'), say=str).stages[1].params['depth'] == 20
+
+def test_paths_are_whole(base, tmp_path, monkeypatch):
+    (tmp_path/'my data').mkdir(); monkeypatch.chdir(tmp_path)
+    s = Speedrun(SpeedrunConfig(run='p', preset='smoke', data='./my data', chat_data='./my data', out='my out'), say=str)
+    assert {x.params['data'] for x in s.stages} == {str(tmp_path/'my data')} and s.out == tmp_path/'my out'
+    assert SpeedrunConfig(preset='smoke', data='./nothing').resolved().data == './nothing' and SpeedrunConfig(data='sample').resolved().data == 'sample'
+
+def test_a_place_that_cannot_be_written(base, tmp_path):
+    (tmp_path/'file').touch(); s = Speedrun(SpeedrunConfig(run='p', preset='smoke', out=str(tmp_path/'file'/'out')), say=str)
+    with pytest.raises(OSError, match='file/out'): s.run()
+    assert not status_file('p').exists()                                # the name is still free
+
+@pytest.mark.parametrize('text', ('', '[]', '{}', '3', '{"stages": 3, "earlier": []}', '{"stages": {"sft": {"status": "done"}}, "earlier": []}'))
+def test_a_damaged_status(base, capsys, text):
+    atomic_write(status_file('hurt'), text)
+    for kw in (dict(run='hurt'), dict(run='hurt', resume=True), dict(resume=True)):
+        with pytest.raises(ValueError, match='status.json is damaged; move it away'): Speedrun(SpeedrunConfig(preset='smoke', **kw), say=str)
+    assert main(['hurt']) == 1 and re.fullmatch('.*is damaged; move it away.*\n', capsys.readouterr().err) and status_file('hurt').read_text() == text
 
 # ---- killed and resumed
 
