@@ -132,6 +132,7 @@ def _delta_kernel(p, qk, v, A_log, dt_bias, S, o, w, live, N, A0, Z0, beta_max, 
             r *= tl.load(w + j, mask=j < V, other=0.).to(tl.float32)
     tl.store(o + row*V + j, r.to(o.dtype.element_ty), mask=j < V)
 
+# %% ../nbs/15b_decode.ipynb #gate-kernel
 @lazy_jit
 def _gate_kernel(o, p, w, y, N, Z0, eps, HV: tl.constexpr, V: tl.constexpr, BV: tl.constexpr):
     h, b, d = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.arange(0, BV)
@@ -206,6 +207,7 @@ def _attend_kernel(q, k, v, pos, live, part, ml, p, o, N, G0, cap, window, scale
         tl.store(part + e*D + d, r, mask=d < D)
         tl.store(ml + e*2, top); tl.store(ml + e*2 + 1, l)
 
+# %% ../nbs/15b_decode.ipynb #attend-out
 @lazy_jit
 def _attend_out(r, p, o, N, G0, b, h, d, H: tl.constexpr, D: tl.constexpr, GATE: tl.constexpr):
     if GATE == 1: r *= tl.sigmoid(tl.load(p + b*N + G0 + h).to(tl.float32))
@@ -267,6 +269,7 @@ def _order(x): # float32 -> int32 that sorts alike; and back, if given the bits 
 @lazy_jit
 def _value(order): return (order ^ ((order >> 31) & 0x7fffffff)).to(tl.float32, bitcast=True)
 
+# %% ../nbs/15b_decode.ipynb #sample-kernel
 @lazy_jit
 def _sample_kernel(z, key, pos, tok, lp, live, temp, top_k, top_p, min_p, N, stride, cap,
                    CAP: tl.constexpr, BN: tl.constexpr):
@@ -354,6 +357,7 @@ def _mix(self:Decoder, x, y=None, x0=None, i=0): # x += y, mixed with x0; return
                       y is not None, x0 is not None, _pow2(d))
     return n
 
+# %% ../nbs/15b_decode.ipynb #launch-skinny
 @patch
 def _skinny(self:Decoder, x, w, norm=False, act=0, res=None, x0=None, i=0, dtype=None):
     (r, D), N, m, t = x.shape, len(w), self.model, _tune(len(x))
@@ -367,6 +371,7 @@ def _skinny(self:Decoder, x, w, norm=False, act=0, res=None, x0=None, i=0, dtype
         res is not None, x0 is not None, BN, BD, num_warps=t['warps'])
     return y
 
+# %% ../nbs/15b_decode.ipynb #launch-embed
 @patch
 def _embed(self:Decoder, r, mixed): # the stream, and its beginning for all layers
     m, cfg, tok = self.model, self.model.cfg, self.tok[:r]
@@ -402,6 +407,7 @@ def _recall(self:Decoder, m, s, p, ve): # Gated DeltaNet: p (r, all projections)
     _gate_kernel[(HV, r)](o, p, m.o_norm, y, N, Z0, EPS, HV, V, _pow2(V), num_warps=1)
     return y.view(r, -1)
 
+# %% ../nbs/15b_decode.ipynb #mixers-attend
 @patch
 def _attend(self:Decoder, m, s, p, ve): # attention: p (r, all projections) -> (r, H*D)
     H, HK, D, (r, N), cap = m.n_head, m.n_kv_head, m.head_dim, p.shape, s.k.shape[1]
@@ -476,6 +482,7 @@ def logits(self:Decoder, r:int) -> tuple[Tensor, float]: # (r, >= vocab) float32
         return torch.mm(n, m.head_weight.mT, out_dtype=torch.float32), cfg.softcap
     return F.linear(n.float(), m.head_weight.float()), cfg.softcap
 
+# %% ../nbs/15b_decode.ipynb #smear
 @patch
 def _smear(self:Decoder, x, r):
     m, prev = self.model, self.state.prev[:r]

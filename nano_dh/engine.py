@@ -123,6 +123,7 @@ class Piece:
     logprob: float|None = None
     top: list|None = None # (token, logprob) of the likeliest, best first
 
+# %% ../nbs/17_engine.ipynb #stream-class
 class Stream:
     "A request on its way; iterate over its pieces, or wait for `result()`"
     def __init__(self, engine, request:Request, id:int):
@@ -170,6 +171,7 @@ def _render(self:Stream, end=False): # new tokens -> pieces; True if a stop stri
         self._pieces.append(Piece(text, t, self._kind, lp, top))
         if hit: return True
 
+# %% ../nbs/17_engine.ipynb #accept-token
 @patch
 def _ends(self:Stream):
     return self.engine.stop_tokens if self.request.stop_tokens is None else self.request.stop_tokens
@@ -273,6 +275,7 @@ def submit(self:Engine, request:Request) -> Stream:
     self._possible(r); self.queue.append(s)
     return s
 
+# %% ../nbs/17_engine.ipynb #possible
 @patch
 def _possible(self:Engine, r): # what would fail later would fail for everybody
     V, a, b = self.model.cfg.vocab_size, min(r.prompt), max(r.prompt)
@@ -308,6 +311,7 @@ def nbytes(self:Engine) -> int:
 def _slab(self:Engine, rows, cap):
     return (GraphSlab if self.graphs else Slab)(self.model, rows, cap, self.exact)
 
+# %% ../nbs/17_engine.ipynb #place-row
 @patch
 def _place(self:Engine, need): # -> slab, index of a free row for `need` tokens; None: wait
     live = len(self.rows())
@@ -356,6 +360,7 @@ def _admit(self:Engine):
         if done: self.reading = self.reads = None
         if busy: return
 
+# %% ../nbs/17_engine.ipynb #admit-read
 @patch
 def _read(self:Engine, s): # reads a prompt; yields after each piece
     r = s.request
@@ -475,6 +480,7 @@ def _results(self:Engine, slab, live, drawn): # keep them until they are read
     self.pending.append(([(i, r) for i, r in live], toks, own, top, event))
     if not self.lag: self._collect(0)
 
+# %% ../nbs/17_engine.ipynb #collect-read
 @patch
 def _collect(self:Engine, keep): # read back all but the newest results
     while len(self.pending) > keep:
