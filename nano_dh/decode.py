@@ -517,7 +517,8 @@ def record(self:Decoder, r:int):
         for _ in range(2): self.step(r)
     torch.cuda.current_stream().wait_stream(side)
     g = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(g, pool=self.pool): self.step(r)
+    own = dict(capture_error_mode='thread_local')          # other engines may work meanwhile
+    with torch.cuda.graph(g, pool=self.pool, **own): self.step(r)
     self.pool = self.pool or g.pool()
     self.graphs[r] = g, self.z
     self.live.copy_(live)
