@@ -151,9 +151,10 @@ def versions() -> dict: # name -> version, or None if it is not installed
     return out
 
 # %% ../nbs/27_report.ipynb #lineage
-def _json(path, default=None):
-    try: return json.loads(Path(path).read_text())
+def _json(path, default=None): # a dictionary; anything else is damage
+    try: x = json.loads(Path(path).read_text())
     except (OSError, ValueError): return default
+    return x if isinstance(x, dict) else default
 
 def lineage(run:str|Path='' # run or checkpoint; '' is the newest run
            ) -> list[Path]: # checkpoints, the first stage first
@@ -209,7 +210,7 @@ def _records(run): # kind -> newest record of a checkpoint of this run
     for f in sorted((base_dir()/'records').glob('*.json'), key=lambda f: f.stat().st_mtime):
         r = _json(f, {}); m = r.get('model')
         p = Path(m.get('path') or '') if isinstance(m, dict) else Path()
-        if p.parent.name == run and p.parent.parent.name == 'runs': out[r['kind']] = r
+        if p.parent.name == run and p.parent.parent.name == 'runs': out[r.get('kind')] = r
     return out
 
 # %% ../nbs/27_report.ipynb #scorefn
@@ -235,8 +236,7 @@ def read_status(path:str|Path) -> dict|None: # None: there is no such file
     "What a pipeline remembers"
     if not Path(path).exists(): return None
     x = _json(path); keys = {'status', 'digest', 'given', 'params', 'product', 'attempts'}
-    whole = isinstance(x, dict) and isinstance(x.get('earlier'), list) and \
-        isinstance(x.get('stages'), dict) and \
+    whole = x and isinstance(x.get('earlier'), list) and isinstance(x.get('stages'), dict) and \
         all(isinstance(r, dict) and keys <= {*r} for r in x['stages'].values())
     if whole: return x
     raise ValueError(f'{path} is damaged; move it away to begin anew')

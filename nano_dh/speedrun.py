@@ -173,11 +173,17 @@ def begin(self:Pipeline, s:Stage) -> list: # the command
     r['attempts'].append(dict(started=_now(), seconds=0., ended='running', notebook=str(to),
                               git=git_state(), machine=machine_name(here),
                               gpus=sum(here['gpus'].values())))
-    nb, rest = self.notebooks/f'{s.notebook}.ipynb', flags(r['params'])
-    r['command'] = 'papermill ' + shlex.join([shown(nb), shown(to), *rest])   # by hand, from new
-    r['status'] = 'running'; r.pop('error', None); self.keep()
+    r['command'] = self.command(s); r['status'] = 'running'; r.pop('error', None); self.keep()
+    nb = self.notebooks/f'{s.notebook}.ipynb'
     return [sys.executable, '-m', 'papermill', '--log-output', '--no-progress-bar', str(nb),
-            str(to), *rest, *flags(again)]
+            str(to), *flags(r['params']), *flags(again)]
+
+@patch
+def command(self:Pipeline, s:Stage) -> str:
+    "The last attempt as one would type it in this folder, from new"
+    r = self.status['stages'][s.name]
+    files = self.notebooks/f'{s.notebook}.ipynb', r['attempts'][-1]['notebook']
+    return shlex.join(['papermill', *map(shown, files), *flags(r['params'])])
 
 @patch
 def keep(self:Pipeline):
@@ -527,7 +533,8 @@ def run(self:Speedrun) -> Card:
 def commands(self:Speedrun) -> str:
     "What each stage was called with"
     st = self.status['stages']
-    return '\n'.join(st[s.name].get('command', f'{s.name}: not yet') for s in self.stages)
+    return '\n'.join(self.command(s) if st[s.name]['attempts'] else f'{s.name}: not yet'
+                     for s in self.stages)
 
 @patch
 def next(self:Speedrun) -> str:

@@ -105,7 +105,7 @@ def kill_when(cond, name, stage, sig=signal.SIGKILL):
             time.sleep(.02)
     t = threading.Thread(target=go, daemon=True); t.start(); return t
 
-def test_a_killed_stage_goes_on(base, tmp_path):
+def test_a_killed_stage_goes_on(base, tmp_path, monkeypatch):
     said, data = [], tiny_data(tmp_path/'books')
     more = ('tokenizer.vocab_size:384 pretrain.vocab_size:384 pretrain.num_iterations:150 pretrain.save_every:10 pretrain.eval_every:0 '
             'pretrain.max_seq_len:32 pretrain.total_batch_size:128')
@@ -134,6 +134,8 @@ def test_a_killed_stage_goes_on(base, tmp_path):
     with pytest.raises(FileNotFoundError, match="no run 'cute' to resume; the newest are cut"): Speedrun(SpeedrunConfig(run='cute', resume=True), str)
     said.clear(); t = Speedrun(SpeedrunConfig(run='cut', resume=True, more='pretrain.depth:1'), said.append)   # only looked at
     assert said == ['pretrain   has other parameters: depth 2 -> 1; it runs again']
+    typed = t.command(t.stages[0]); monkeypatch.chdir(tmp_path)
+    assert typed.startswith('papermill ') and t.command(t.stages[0]).split()[2] == 'out/1-tokenizer.ipynb'
     text = status_file('cut').read_text(); status_file('cut').write_text(text[:100])
     with pytest.raises(ValueError, match='is damaged; move it away'): Speedrun(SpeedrunConfig(run='cut', resume=True, preset='smoke'), str)
     assert t.status['stages']['tokenizer']['status'] == 'done' and t.filled(t.stages[1])['run'] == 'cut-pretrain-2'
@@ -224,6 +226,7 @@ def test_the_page_says_what_was_left(made):
 
 def test_a_damaged_or_missing_file_is_no_figure(made):
     (runs_dir()/'s'/'chat_eval-000007.json').write_text('{"chat_core":'); (made/'records'/'bpb-1.json').write_text('')
+    for i, x in enumerate(('[]', '3', '{}', 'null')): (made/'records'/f'odd-{i}.json').write_text(x)
     shutil.rmtree(runs_dir()/'b'); c = report_card('s')
     assert [s['run'] for s in c['stages']] == ['s'] and '- pretraining: no such run' in str(c) and '- chat evaluation of s: not done' in str(c)
     assert c['scores'] == dict(sft={}) and 'No evaluation was found' in str(c)
