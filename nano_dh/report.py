@@ -334,7 +334,7 @@ def report_card(name:str='',       # a pipeline's name, a run or a checkpoint; '
     hours = _gpu_seconds(stages, status)/3600
     if price is None: price = (status or {}).get('config', {}).get('gpu_hour_price', 3.)
     return Card(_plain(dict(
-        name=name or paths[-1].parent.name, made=time.strftime('%Y-%m-%dT%H:%M:%S'),
+        name=name if status else paths[-1].parent.name, made=time.strftime('%Y-%m-%dT%H:%M:%S'),
         system=system(), git=git_state(), versions=versions(), code=code_size(),
         dependencies=dependencies(), stages=stages, scores=judged, tokenizer=tok,
         time=_time_of(stages, status), whole=bool(status), gpu_hours=hours, price=price,
