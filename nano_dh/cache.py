@@ -136,13 +136,31 @@ def load_state(self:HybridModel,
     except FileNotFoundError: refuse('no such file')
     except Exception as e: refuse(f'not a whole safetensors file ({str(e).splitlines()[0]:.80})')
     if head.get('format') != STATE_FORMAT:
-        refuse(f"format {head.get('format')!r}, this version reads {STATE_FORMAT!r}")
+        refuse(f"format {str(head.get('format'))[:40]!r}, this version reads {STATE_FORMAT!r}")
     if (its := head.get('model')) != (mine := fingerprint(self)):
-        refuse(f'made by model {its}, this one is {mine}; load the checkpoint it was made with')
+        refuse(f'made by model {str(its)[:16]}, this one is {mine}; load the checkpoint it was made with')
+    try: n, meta = int(head['n']), json.loads(head['meta'])
+    except (KeyError, ValueError, RecursionError): refuse('damaged, its header is not valid')
+    if not self._fits(got, n): refuse('damaged, its tensors are not those of its header')
     if _digest(got, head) != head.get('digest'):
         refuse('damaged, its checksum is wrong; save it again')
-    return self._state_from(got, int(head['n']), device, dtype), json.loads(head['meta'])
+    return self._state_from(got, n, device, dtype), meta
 
+# %% ../nbs/15_cache.ipynb #fits
+@patch
+def _fits(self:HybridModel, got, n): # named tensors: do they make a state of n tokens?
+    pos = got.get('pos')
+    if not 0 <= n < 2**31 or pos is None or pos.dim() != 1 or not len(pos): return False
+    like = self.init_state(1, max(n, 1), 'meta')
+    want = _tensors(like)
+    for i, (s, names) in enumerate(zip(like.layers, slot_names(self))):
+        for k, t in _tensors(s).items(): want[f'layers.{i}.{k}'] = t[:, :n] if k in names else t
+    def form(t): return t.dim() > 0 and t.shape[1:], t.is_floating_point()
+    rows = all(t.dim() and len(t) == len(pos) for t in got.values())
+    same = {k: form(t) for k, t in got.items()} == {k: form(t) for k, t in want.items()}
+    return rows and same and pos.max() == n and pos.min() >= 0
+
+# %% ../nbs/15_cache.ipynb #state-from
 @patch
 def _state_from(self:HybridModel, got, n, device=None, dtype=None): # named tensors -> state
     state = self.init_state(len(got['pos']), max(n, 1), device, dtype)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ROUTES', 'HELP', 'ServeConfig', 'ApiError', 'nesting', 'parse_json', 'Part', 'Message', 'StreamOptions', 'Sampling',
            'ChatRequest', 'CompletionRequest', 'StateRequest', 'sentence', 'Guard', 'Down', 'Worker', 'Memory', 'seal',
-           'sealed', 'write_state', 'read_state', 'Answer', 'Metrics', 'Service', 'ChatForm', 'TextForm', 'sse',
-           'Events', 'make_app', 'ErrorBody', 'Server', 'listen', 'serving', 'Got', 'load', 'summary', 'options',
+           'sealed', 'write_state', 'opened', 'read_state', 'Answer', 'Metrics', 'Service', 'ChatForm', 'TextForm',
+           'sse', 'Events', 'make_app', 'ErrorBody', 'Server', 'listen', 'serving', 'Got', 'load', 'summary', 'options',
            'find_model', 'open_engines', 'dh_serve', 'Chat', 'ChatConfig', 'show', 'command', 'talk', 'dh_chat']
 
 # %% ../nbs/25_serve.ipynb #imports
@@ -16,6 +16,7 @@ from collections import OrderedDict, deque
 from contextlib import asynccontextmanager, contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field, fields
 from fastcore.basics import patch
+from itertools import accumulate
 from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.datastructures import Headers
@@ -23,7 +24,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request as HTTP
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
-from typing import Literal
+from typing import Annotated, Literal
 from urllib.parse import urlsplit
 from .cache import PrefixCache, StateError, _keys, prefill, read_prompt
 from .checkpoint import CheckpointError, load_model
@@ -79,32 +80,40 @@ class ApiError(Exception):
     def response(self): return JSONResponse(self.body, self.status, headers=self.headers)
 
 # %% ../nbs/25_serve.ipynb #json
-_STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.S)    # possessive: linear in the length
+_STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.S)   # always matches: linear in the length
+_STEP = dict(zip('[{]}', (1, 1, -1, -1)))
 
-def nesting(text:str) -> int:
-    "How deep brackets stand in brackets, outside of strings"
-    deep = most = 0
-    for c in re.findall(r'[][{}]', _STRING.sub('', text)):
-        deep += 1 if c in '[{' else -1
-        most = max(most, deep)
-    return most
+def nesting(text:str) -> tuple: # how deep, how many
+    "Brackets outside of strings"
+    marks = re.sub('[^][{}]+', '', _STRING.sub('', text))
+    return max(accumulate(map(_STEP.get, marks), initial=0)), len(marks)
 
 def _no_number(name): raise ValueError(f'{name} is no number of JSON')
 
 # %% ../nbs/25_serve.ipynb #json-b
-def parse_json(data:bytes, depth:int=16): # brackets in brackets
+def parse_json(data:bytes,
+               depth:int=16,   # brackets in brackets
+               most:int=64):   # fields of an object
     "The value, or an ApiError"
+    def pack(pairs):
+        if len(pairs) <= most: return dict(pairs)
+        raise ValueError(f'an object has {len(pairs):,} fields, at most {most:,}')
     def bad(why): raise ApiError(400, f'the body is not valid: {why}')
     try: text = data.decode()
     except UnicodeDecodeError as e: bad(f'byte {e.start:,} is not UTF-8')
-    if (n := nesting(text)) > depth: bad(f'brackets are nested {n:,} deep, at most {depth}')
-    try: x = json.loads(text, parse_constant=_no_number)
+    deep, many = nesting(text)
+    if deep > depth: bad(f'brackets are nested {deep:,} deep, at most {depth}')
+    if many > 100_000: bad(f'it has {many:,} brackets, at most 100,000')
+    try: x = json.loads(text, parse_constant=_no_number, object_pairs_hook=pack)
     except ValueError as e: bad(str(e).partition(';')[0])
     try: '\\u' in text and json.dumps(x, ensure_ascii=False).encode()
     except UnicodeEncodeError: bad('half a surrogate pair in a string')
     return x
 
 # %% ../nbs/25_serve.ipynb #schema
+def _many(kind, most=None): # a list that ends at its first mistake
+    return Annotated[list[kind], Field(fail_fast=True, max_length=most)]
+
 class _Strict(BaseModel): model_config = ConfigDict(strict=True, extra='forbid')
 
 class Part(BaseModel):
@@ -118,7 +127,7 @@ class Message(BaseModel):
     "One turn; what else a client sends back with it (a refusal, a name) is ignored"
     model_config = ConfigDict(strict=True)
     role: Literal['system', 'developer', 'user', 'assistant']
-    content: str|list[Part]
+    content: str|_many(Part)
 
     def plain(self) -> dict: # as chapter 21 has it
         role, c = 'system' if self.role == 'developer' else self.role, self.content
@@ -142,7 +151,7 @@ class Sampling(_Strict):
     min_p: float|None = Field(None, ge=0, le=1)
     n: int|None = Field(None, ge=1, le=128)
     seed: int|None = Field(None, ge=-2**63, lt=2**63)
-    stop: str|list[str]|None = None
+    stop: str|_many(str)|None = None
     stream: bool|None = None
     stream_options: StreamOptions|None = None
     presence_penalty: float|None = Field(None, ge=0, le=0)
@@ -153,7 +162,7 @@ class Sampling(_Strict):
 # %% ../nbs/25_serve.ipynb #schema3
 class ChatRequest(Sampling):
     "POST /v1/chat/completions"
-    messages: list[Message]
+    messages: _many(Message)
     max_completion_tokens: int|None = Field(None, ge=1)
     logprobs: bool|None = None
     top_logprobs: int|None = Field(None, ge=0, le=20)
@@ -170,7 +179,7 @@ class ChatRequest(Sampling):
 # %% ../nbs/25_serve.ipynb #schema3-b
 class CompletionRequest(Sampling):
     "POST /v1/completions"
-    prompt: str|list[int]|list[str]|list[list[int]]
+    prompt: str|_many(int)|_many(str, 128)|_many(_many(int), 128)
     logprobs: int|None = Field(None, ge=0, le=5)
     echo: Literal[False] = False
     @property
@@ -182,13 +191,13 @@ class CompletionRequest(Sampling):
 class StateRequest(_Strict):
     "POST /v1/states"
     model: str = ''
-    messages: list[Message]
+    messages: _many(Message)
 
 # %% ../nbs/25_serve.ipynb #sentence
 def sentence(errors:list, known=()) -> ApiError: # errors of pydantic; known: names of fields
     "The first thing that is wrong, in one sentence"
     e = max(errors, key=lambda e: len(e['loc']))
-    union = lambda x: x in ('str', 'int', 'float') or str(x).startswith('list[')
+    union = lambda x: str(x) in ('str', 'int', 'float') or 'list[' in str(x)
     loc = [x for x in e['loc'][1:] if not union(x)]
     where, name = '.'.join(map(str, loc)), str(loc[-1]) if loc else ''
     what = e['msg'][0].lower() + e['msg'][1:]
@@ -224,6 +233,9 @@ class Guard:
         if not api or scope['method'] not in ('POST', 'PUT'): return receive
         if s.draining: raise ApiError(503, 'the server is going down', retry=5)
         state = path == '/v1/states' and scope['method'] == 'PUT'
+        kind = head.get('content-type', '').partition(';')[0].strip().lower()
+        if not state and kind != 'application/json':
+            raise ApiError(400, 'send a JSON object with content-type application/json')
         body = await self.read(receive, s.cfg.state_mb << 20 if state else s.cfg.body_kb << 10)
         if not state: parse_json(body, s.cfg.depth)
         return _replay(body, receive)
@@ -321,7 +333,7 @@ def submit(self:Worker, answer, requests:list) -> list: # streams
     streams = []
     try:
         for r in requests: streams.append(self.engine.submit(r))
-    except ValueError: [s.cancel() for s in streams]; raise
+    except ValueError: [s.cancel() for s in streams]; self.wake.set(); raise
     self.inbox.extend((answer, i, s) for i, s in enumerate(streams))
     self.load += len(streams); self.wake.set()
     if self.error: self.fail(self.error)
@@ -343,9 +355,11 @@ def fail(self:Worker, error):
     "Tell everybody who waits"
     self.error = error
     while self.inbox: answer, i, s = self.inbox.popleft(); self.live[s] = answer, i
+    news, now = {}, time.monotonic()
     while self.live:
         s, (answer, i) = self.live.popitem(); s.reason = s.reason or 'error'
-        _post(answer.loop, self._hand, [(answer, time.monotonic(), i, [], 'error')])
+        news.setdefault(answer.loop, []).append((answer, now, i, [], 'error'))
+    for loop, batch in news.items(): _post(loop, self._hand, batch)
     while self.jobs:
         _, f, loop = self.jobs.popleft()
         _post(loop, lambda f: f.done() or f.set_exception(Down(str(error))), f)
@@ -385,17 +399,18 @@ def _secret() -> bytes: # of this user on this machine; made at its first use
 # %% ../nbs/25_serve.ipynb #seal-b
 def _head(data): # header of a safetensors file, where its tensors begin
     n = 8 + int.from_bytes(data[:8], 'little')
-    return json.loads(data[8:n]), n
+    if n > min(len(data), 1 << 24): raise ValueError(f'a header of {n - 8:,} bytes')
+    return parse_json(data[8:n], 4, 10_000), n
 
-def seal(data:bytes) -> str: # of a state file
+def seal(m:dict) -> str: # m: the metadata of a state file
     "A code that only this user's programs can compute"
-    m = _head(data)[0]['__metadata__']; text = '\n'.join(m[k] for k in ('digest', 'model', 'meta'))
+    text = '\n'.join(m[k] for k in ('digest', 'model', 'meta'))
     return hmac.new(_secret(), text.encode(), 'sha256').hexdigest()
 
 # %% ../nbs/25_serve.ipynb #seal-c
 def sealed(data:bytes) -> bytes:
     "The same file with its seal in the header"
-    head, n = _head(data); head['__metadata__']['seal'] = seal(data)
+    head, n = _head(data); m = head['__metadata__']; m['seal'] = seal(m)
     new = json.dumps(head).encode(); new += b' '*(-len(new) % 8)
     return len(new).to_bytes(8, 'little') + new + data[n:]
 
@@ -406,20 +421,33 @@ def write_state(model, state, ids:list, msgs:list) -> bytes: # a safetensors fil
         meta = dict(messages=msgs, tokens=[int(t) for t in ids])
         return sealed(model.save_state(Path(d)/'state', state, meta).read_bytes())
 
+# %% ../nbs/25_serve.ipynb #opened
+def opened(data:bytes, anyone:bool=False): # -> messages, tokens
+    "What the header of a state file says; refuses a stranger's before anything else is done with it"
+    def no(why): raise StateError(f'this memory cannot be used: {why}')
+    try:
+        m = _head(data)[0]['__metadata__']; code = seal(m)
+        own = anyone or hmac.compare_digest(str(m.get('seal')).encode(), code.encode())
+    except (ApiError, AttributeError, KeyError, TypeError, ValueError): no('not a whole state file')
+    if not own: no('this user has not written it; start the server with --any-state to take it')
+    try:
+        meta = parse_json(m['meta'].encode(), 8)
+        msgs, ids = messages(meta['messages']), meta['tokens']
+    except (ApiError, KeyError, TypeError, ConversationError): no('it holds no conversation')
+    if not isinstance(ids, list) or any(type(t) is not int for t in ids): no('it holds no tokens')
+    return msgs, ids
+
 # %% ../nbs/25_serve.ipynb #states-b
 def read_state(model, data:bytes, anyone:bool=False): # -> state, messages, tokens
     "Back again; refuses what is damaged, another model's or, but for `anyone`, a stranger's"
     def no(why): raise StateError(f'this memory cannot be used: {why}')
+    msgs, ids = opened(data, anyone)
     with tempfile.TemporaryDirectory() as d:
         (p := Path(d)/'state').write_bytes(data)
-        try: state, meta = model.load_state(p)
+        try: state, _ = model.load_state(p)
         except StateError as e: no(str(e).removeprefix(f'{p}: '))
-    own = _head(data)[0]['__metadata__'].get('seal', '')
-    if not anyone and not hmac.compare_digest(own.encode(), seal(data).encode()):
-        no('this user has not written it; start the server with --any-state True to take it')
-    try: msgs, ids = messages(meta['messages']), meta['tokens']
-    except (KeyError, ConversationError): no('it holds no conversation')
     if len(state.pos) != 1 or len(ids) != state.n: no('it holds something else')
+    if not all(t.isfinite().all() for t in state.tensors()): no('it holds numbers without end')
     return state, msgs, ids
 
 # %% ../nbs/25_serve.ipynb #remember
@@ -581,9 +609,13 @@ def wait(self:Service) -> int: # seconds
 @patch
 async def ids(self:Service, msgs:list[Message], answer:bool=True) -> list: # answer: one is wanted
     "A conversation as tokens"
-    c, ms = self.cfg, [m.plain() for m in msgs]
+    c = self.cfg
     def bad(why, code=None): raise ApiError(400, why, 'messages', code)
-    if len(ms) > c.max_messages: bad(f'{len(ms):,} messages, at most {c.max_messages:,}')
+    if len(msgs) > c.max_messages: bad(f'{len(msgs):,} messages, at most {c.max_messages:,}')
+    for i, m in enumerate(msgs):
+        if m.role != 'assistant' and any(p.type != 'text' for p in m.content if isinstance(p, Part)):
+            bad(f"message {i}: only the assistant's have other parts than text")
+    ms = [m.plain() for m in msgs]
     text = lambda x: len(x) if isinstance(x, str) else sum(len(p['text']) for p in x)
     n = sum(text(m['content']) for m in ms)
     if n > c.chars: bad(f'{n:,} characters, at most {c.chars:,}')
@@ -597,6 +629,10 @@ async def ids(self:Service, msgs:list[Message], answer:bool=True) -> list: # ans
 # %% ../nbs/25_serve.ipynb #ids-b
 @patch
 def fit(self:Service, ids, param='messages'):
+    if not ids: raise ApiError(400, 'give at least one token', param)
+    V = self.workers[0].engine.model.cfg.vocab_size
+    if (t := min(ids)) < 0 or (t := max(ids)) >= V:
+        raise ApiError(400, f'token {t:,}; this model knows 0 to {V - 1:,}'[:300], param)
     if len(ids) < self.limit: return ids
     raise ApiError(400, f'{len(ids):,} tokens, this model reads up to {self.limit - 1:,} and '
                    'answers; shorten it', param, 'context_length_exceeded')
@@ -853,9 +889,10 @@ def _answers(app, s):
         many = p if isinstance(p, list) and p and not isinstance(p[0], int) else [p]
         if sum(map(len, many)) > s.cfg.chars:
             raise ApiError(400, f'more than {s.cfg.chars:,} characters or tokens', 'prompt')
-        ids = [s.tok.encode(x, bos=True) if isinstance(x, str) else x for x in many]
+        s.sampling(body, len(many))                         # how many, before any is encoded
+        ids = await asyncio.to_thread(lambda: [
+            s.tok.encode(x, bos=True) if isinstance(x, str) else x for x in many])
         for x in ids: s.fit(x, 'prompt')
-        if not all(ids): raise ApiError(400, 'give at least one token', 'prompt')
         return await s.reply(http, s.ask(ids, body), body, TextForm(s.tok))
 
     @app.get('/v1/models')
@@ -880,7 +917,9 @@ def _states(app, s):
     @app.put('/v1/states', responses=_SAYS, openapi_extra=takes)
     async def load(http:HTTP):
         w, data = s.route([]), await http.body()
-        try: state, msgs, ids = await w.do(w.recall(data, s.cfg.any_state))
+        try:
+            await asyncio.to_thread(opened, data, s.cfg.any_state)  # the engine need not hear of it
+            state, msgs, ids = await w.do(w.recall(data, s.cfg.any_state))
         except StateError as e: raise ApiError(400, str(e), code='invalid_state') from None
         w.memory.add(render(msgs, s.tok).ids, state)        # found by its text, as clients send it
         return dict(messages=msgs, tokens=len(ids))

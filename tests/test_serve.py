@@ -241,6 +241,25 @@ def test_a_body_that_does_not_come():
             s.sendall(f'POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{{'.encode())
             assert s.recv(99).startswith(b'HTTP/1.1 408')
 
+HEAVY = {'a string without end': b'"' + b'\\"'*999_999, 'brackets': b'[]'*10**6, 'messages': b'{"messages":[' + b'{},'*600_000 + b'{}]}', 'parts': b'{"messages":[{"role":"user","content":[' + b'{},'*600_000 + b'{}]}]}',
+         'unknown fields': b'{' + b','.join(b'"k%d":1' % i for i in range(150_000)) + b'}', 'unknown fields inside': b'{"messages":[],"metadata":{' + b','.join(b'"k%d":1' % i for i in range(150_000)) + b'}}',
+         'prompts': b'{"prompt":[' + b'"",'*600_000 + b'""]}', 'prompts and a number': b'{"prompt":[' + b'"",'*600_000 + b'1]}', 'prompts of nothing': b'{"prompt":[' + b'[],'*600_000 + b'[]]}',
+         'ids and a text': b'{"prompt":[' + b'1,'*900_000 + b'""]}', 'stop': b'{"prompt":"x","stop":[' + b'1,'*900_000 + b'1]}'}
+
+@pytest.mark.parametrize('what', HEAVY)
+def test_heavy_bodies_stop_nobody(srv, what): # another process, which others may use meanwhile
+    r, path, worst = [], '/v1/completions' if b'prompt' in HEAVY[what] else '/v1/chat/completions', 0
+    t = threading.Thread(target=lambda: r.append(call(srv.url, path, HEAVY[what]))); t.start()
+    while t.is_alive():
+        start = time.time(); call(srv.url, '/health'); worst = max(worst, time.time() - start)
+    refused(r[0][0], r[0][2], 400); print(f'{what}: others waited {worst:.2f} s'); assert worst < 1
+
+def test_a_prompt_that_is_refused_leaves_no_other_behind(srv):
+    for bad in ([10**9], [2**40], [-1], []):
+        for prompt in ([[5, 6]]*7 + [bad], [bad] + [[5, 6]]*7):
+            status, _, body = call(srv.url, '/v1/completions', dict(prompt=prompt, max_tokens=2000)); refused(status, body, 400)
+    time.sleep(.1); assert gauge(srv.url, 'rows') == gauge(srv.url, 'waiting') == gauge(srv.url, 'state_bytes') == 0
+
 # ---- clients that leave, a full queue, keys, signals
 
 def test_leaving_frees_the_row(srv):
@@ -343,14 +362,14 @@ def test_memory_round_trip(client, srv):
         cached = r.usage.prompt_tokens_details.cached_tokens; print(f'turn {turn}: {cached} of {r.usage.prompt_tokens} tokens known')
         assert r.choices[0].message.content == alone(more, 12).text and cached >= back['tokens']
 
-def test_memories_that_are_refused(srv):
+def test_memories_that_are_refused(base, srv, monkeypatch):
     data = call(srv.url, '/v1/states', dict(messages=ask('hi')))[2]
     flip = lambda i: data[:i] + bytes([data[i] ^ 1]) + data[i+1:]
     head = 8 + int.from_bytes(data[:8], 'little')
     m = make(1); state = m.init_state(1, 8); S.read_prompt(m, [1, 2], state)
-    other = S.write_state(m, state, [1, 2], ask('hi'))
+    monkeypatch.setenv('NANO_DH_BASE_DIR', str(base)); other = S.write_state(m, state, [1, 2], ask('hi'))
     for bad, why in ((flip(len(data) - 1), 'damaged'), (data[:-1], 'not a whole'), (b'', 'not a whole'), (b'\xff'*9000, 'not a whole'), (other, 'made by model'),
-                     (data.replace(b'hi', b'ho'), 'damaged'), (data[:8] + b' '*(head - 8) + data[head:], 'not a whole')):
+                     (data.replace(b'hi', b'ho'), 'has not written it'), (data[:8] + b' '*(head - 8) + data[head:], 'not a whole')):
         status, _, body = call(srv.url, '/v1/states', bad, 'PUT')
         assert why in refused(status, body, 400)['message'], body
     rng = random.Random(0)
@@ -359,6 +378,35 @@ def test_memories_that_are_refused(srv):
         status, _, body = call(srv.url, '/v1/states', bad, 'PUT')
         assert status == 200 and json.loads(body)['messages'] == ask('hi') or refused(status, body, 400)
     assert call(srv.url, '/health')[0] == 200
+
+def test_forged_memories(base, monkeypatch): # with a checksum that is right, which is no secret
+    from nano_dh.cache import _digest
+    from safetensors.torch import load as tensors, save
+    monkeypatch.setenv('NANO_DH_BASE_DIR', str(base))
+    state = model().init_state(1, 8); S.read_prompt(model(), [1, 2, 3], state)
+    good = S.write_state(model(), state, [1, 2, 3], ask('hi')); T, md = tensors(good), S._head(good)[0]['__metadata__']
+    def forge(T=T, **kw): h = {**md, **kw}; h['digest'] = _digest(T, h); return save(T, h)
+    def seal(data): return S.sealed(data)
+    pos, meta = T['pos'], lambda **kw: json.dumps(dict(messages=ask('hi'), tokens=[1, 2, 3]) | kw)
+    bad = [forge(n=n) for n in ('1000000000000', '2000000', 'abc', '-5', '9'*4000)]
+    bad += [forge(meta=x) for x in ('[]', '{', '['*100_000, '7', meta(tokens=3), meta(tokens=['a', {}, None]), meta(messages=3), meta(messages=[{}]), meta(tokens=[1]))]
+    bad += [forge({k: t for k, t in T.items() if k != gone}) for gone in ('pos', 'layers.0.S')]
+    bad += [forge(dict(T, **x)) for x in (dict(pos=torch.zeros(3_000_000, dtype=torch.int64)), dict(pos=pos - 8), dict(pos=pos + 10**12), dict(pos=pos.float()), dict(more=pos + 1))]
+    bad += [forge({k: t*float('nan') if t.is_floating_point() else t for k, t in T.items()}), (2**63).to_bytes(8, 'little') + b'x'*100, b'\xff'*8 + b'{}', b'\2' + b'\0'*7 + b'[]', b'\0'*9000,
+            save(dict(T, pos=torch.tensor(3)), dict(md, seal='x')), good.replace(b'seal', b'sea_')]
+    torch.set_num_threads(1); before = rss('self'); t = time.time()
+    for anyone in (False, True):
+        for data in bad[:-1]:
+            with pytest.raises(S.StateError, match='cannot be used') as e: S.read_state(model(), data, anyone)
+            assert len(str(e.value)) < 300 and (anyone or re.search('not written it|not a whole', str(e.value)))
+    with pytest.raises(S.StateError, match='not written it'): S.read_state(model(), bad[-1])
+    assert S.read_state(model(), seal(forge()))[1] == ask('hi') and time.time() - t < 5 and rss('self') - before < 300 << 20
+    steps = []
+    with serving(Engine(model(), TOK)) as url:
+        monkeypatch.setattr(S, 'read_state', lambda *a: steps.append(a))
+        for data in bad[:8] + bad[-3:]:
+            status, _, body = call(url, '/v1/states', data, 'PUT'); refused(status, body, 400)
+        assert not steps                                                 # the engine's thread has not heard of them
 
 # ---- a fuzzer
 
