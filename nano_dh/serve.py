@@ -6,11 +6,12 @@
 __all__ = ['ROUTES', 'HELP', 'ServeConfig', 'ApiError', 'nesting', 'parse_json', 'Part', 'Message', 'StreamOptions', 'Sampling',
            'ChatRequest', 'CompletionRequest', 'StateRequest', 'sentence', 'Guard', 'Down', 'Worker', 'Memory', 'seal',
            'sealed', 'write_state', 'opened', 'read_state', 'Answer', 'Metrics', 'Service', 'ChatForm', 'TextForm',
-           'sse', 'Events', 'make_app', 'ErrorBody', 'Server', 'listen', 'serving', 'Got', 'load', 'summary', 'options',
-           'find_model', 'open_engines', 'dh_serve', 'Chat', 'ChatConfig', 'show', 'command', 'talk', 'dh_chat']
+           'sse', 'Events', 'make_app', 'ErrorBody', 'Connection', 'Server', 'listen', 'serving', 'Got', 'load',
+           'summary', 'options', 'find_model', 'open_engines', 'dh_serve', 'Chat', 'ChatConfig', 'show', 'command',
+           'talk', 'dh_chat']
 
 # %% ../nbs/25_serve.ipynb #imports
-import asyncio, hmac, json, math, os, re, secrets, signal, socket, sys, tempfile, threading, time
+import asyncio, errno, hmac, json, math, os, re, secrets, signal, socket, sys, tempfile, threading, time
 import nano_dh, prometheus_client as prom, torch, uvicorn
 from collections import OrderedDict, deque
 from contextlib import asynccontextmanager, contextmanager, redirect_stdout, suppress
@@ -26,15 +27,18 @@ from starlette.requests import Request as HTTP
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
+from uvicorn.protocols.http.h11_impl import H11Protocol
 from .cache import PrefixCache, StateError, _keys, prefill, read_prompt
 from .checkpoint import CheckpointError, load_model
-from .core import atomic_write, base_dir, checked, closest, human
+from .core import atomic_write, base_dir, checked, closest, get_device, human
 from .engine import Engine, Request, bucket
 from .sft import newest
 from .tasks import ConversationError, messages, render
 from .train import PlanError
 
 # %% ../nbs/25_serve.ipynb #config
+_MAY_BE_0 = 'step', 'port', 'queue', 'context', 'memory_mb', 'prefix_mb'
+
 @dataclass
 class ServeConfig:
     "What a server may be told; every field is an option of `dh_serve`"
@@ -61,7 +65,13 @@ class ServeConfig:
     any_state: bool = False    # take memories that this user did not write
     memory_mb: int = 512       # of memories that each engine keeps
     prefix_mb: int = 1024      # of each engine's prefix cache
-    seconds: float = 30.       # for streams to finish after SIGTERM, and for bodies to arrive
+    seconds: float = 30.       # to finish after SIGTERM; for a body to arrive, an event to be taken
+
+    def __post_init__(self):
+        for f in fields(self):
+            v, least = getattr(self, f.name), 0 if f.name in _MAY_BE_0 else 1e-3
+            if isinstance(v, (int, float)) and not isinstance(v, bool) and not v >= least:
+                raise ValueError(f'{f.name} is {v}; give {"0 or more" if not least else "more than 0"}')
 
 # %% ../nbs/25_serve.ipynb #error
 class ApiError(Exception):
@@ -171,6 +181,11 @@ class ChatRequest(Sampling):
     response_format: dict[Literal['type'], Literal['text']]|None = None
     metadata: dict[str, str]|None = None
     store: bool|None = None
+    tool_choice: Literal['none', 'auto']|None = None
+    parallel_tool_calls: bool|None = None
+    service_tier: Literal['auto', 'default']|None = None
+    reasoning_effort: str|None = None  # these two advise models that think and
+    verbosity: str|None = None         # choose their length; this one does neither
     @property
     def most(self): return self.max_completion_tokens or self.max_tokens
     @property
@@ -554,6 +569,7 @@ class Service:
         self.tok, e, cfg = engines[0].tokenizer, engines[0], engines[0].model.cfg
         self.name, self.born, self.draining = c.name or 'nano_dh', int(time.time()), False
         self.limit = min(x for x in (c.context or e.max_len or 8*cfg.sequence_len, e.max_len) if x)
+        self.until = math.inf                               # end of the time for those who are here
         self.key = c.key or os.environ.get('NANO_DH_API_KEY', '')
         self.answers, self.ended, self.metrics = set(), deque(maxlen=64), Metrics()
         self.hosts = {'localhost', '127.0.0.1', '::1', c.host.lower(), *c.hosts.lower().split()}
@@ -638,9 +654,9 @@ def fit(self:Service, ids, param='messages'):
                    'answers; shorten it', param, 'context_length_exceeded')
 
 @patch
-def right_model(self:Service, body):
-    if body.model not in ('', self.name):
-        raise ApiError(404, f'no model {body.model[:100]!r}, this is {self.name!r}', 'model',
+def right_model(self:Service, name):
+    if name not in ('', self.name):
+        raise ApiError(404, f'no model {name[:100]!r}, this is {self.name!r}', 'model',
                        'model_not_found')
 
 # %% ../nbs/25_serve.ipynb #ask
@@ -669,9 +685,10 @@ def sampling(self:Service, body, prompts): # -> tokens, choices, stop strings, f
     def need(ok, why, param):
         if not ok: raise ApiError(400, why, param)
     c, k, n = self.cfg, body.most or self.cfg.default_tokens, body.n or 1
-    self.right_model(body)
+    self.right_model(body.model)
     need(k <= c.max_tokens, f'{k:,} tokens to write, at most {c.max_tokens:,}', 'max_tokens')
-    need(n*prompts <= c.max_choices, f'{n*prompts:,} answers, at most {c.max_choices}', 'n')
+    most = min(c.max_choices, max(w.engine.max_rows for w in self.workers) + c.queue)
+    need(n*prompts <= most, f'{n*prompts:,} answers, at most {most}', 'n')
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
     need(len(stop) <= 4 and all(0 < len(s) <= 256 for s in stop),
          'at most 4 strings of 1 to 256 characters', 'stop')
@@ -895,17 +912,19 @@ def _answers(app, s):
         for x in ids: s.fit(x, 'prompt')
         return await s.reply(http, s.ask(ids, body), body, TextForm(s.tok))
 
+    me = dict(id=s.name, object='model', created=s.born, owned_by='nano_dh')
     @app.get('/v1/models')
-    async def models():
-        me = dict(id=s.name, object='model', created=s.born, owned_by='nano_dh')
-        return dict(object='list', data=[me])
+    async def models(): return dict(object='list', data=[me])
+
+    @app.get('/v1/models/{name}', responses=_SAYS)
+    async def model(name:str): s.right_model(name); return me
 
 # %% ../nbs/25_serve.ipynb #routes2
 def _states(app, s):
     file = {'application/octet-stream': dict(schema=dict(type='string', format='binary'))}
     @app.post('/v1/states', responses=_SAYS | {200: dict(content=file)}, response_class=Response)
     async def save(body:StateRequest):
-        s.right_model(body)
+        s.right_model(body.model)
         ids = await s.ids(body.messages, answer=False); w = s.route(ids)
         msgs = [m.plain() for m in body.messages]
         data = await w.do(w.remember(ids, msgs, *w.memory.find(ids)))
@@ -926,6 +945,7 @@ def _states(app, s):
 
 # %% ../nbs/25_serve.ipynb #routes3
 def _pages(app, s):
+    @app.head('/health', include_in_schema=False)
     @app.get('/health', responses={503: dict(description='going down, or no engine runs')})
     async def health():
         bad = [str(w.error) for w in s.workers if w.error]
@@ -938,6 +958,7 @@ def _pages(app, s):
     async def stats():
         return Response(s.report(), media_type='text/plain; version=0.0.4')
 
+    @app.head('/', include_in_schema=False)
     @app.get('/', response_class=HTMLResponse)
     async def page():
         how = {'X-Content-Type-Options': 'nosniff', 'X-Frame-Options': 'DENY',
@@ -957,43 +978,75 @@ def report(self:Service) -> bytes:
         for k, v in now.items(): self.metrics.now[k].labels(str(i)).set(v)
     return prom.generate_latest(self.metrics.registry)
 
+# %% ../nbs/25_serve.ipynb #connection
+class Connection(H11Protocol):
+    "Cut if no request comes, or if nothing is taken"
+    clock = stuck = None
+    def connection_made(self, transport):
+        super().connection_made(transport)
+        if len(self.connections) > self.config.most: transport.abort()
+        else: self.look()
+
+    def look(self, last=0): # last: the request that had ended at the last look
+        busy = self.cycle and not self.cycle.response_complete
+        if not busy and self.cycle is last: return self.transport.abort()
+        self.clock = self.loop.call_later(self.config.seconds, self.look, 0 if busy else self.cycle)
+
+    def pause_writing(self):
+        super().pause_writing()
+        self.stuck = self.loop.call_later(self.config.seconds, self.transport.abort)
+
+    def resume_writing(self): super().resume_writing(); self.stuck.cancel()
+
+    def connection_lost(self, exc):
+        super().connection_lost(exc)
+        for t in (self.clock, self.stuck): t and t.cancel()
+
 # %% ../nbs/25_serve.ipynb #server
 class Server(uvicorn.Server):
     "Finishes what it has begun"
     def __init__(self, app, **kw):
         super().__init__(uvicorn.Config(app, log_level='warning', timeout_graceful_shutdown=5,
-                                        **kw))
-        self.service, self.loop = app.state.service, None
+                                        http=Connection, **kw))
+        self.service = s = app.state.service; self.loop = None
+        rows = sum(w.engine.max_rows + s.cfg.queue for w in s.workers)
+        self.config.most, self.config.seconds = 4*rows, s.cfg.seconds
 
     async def startup(self, sockets=None):
         self.loop = asyncio.get_running_loop(); await super().startup(sockets)
 
     def handle_exit(self, sig, frame):
-        if self.service.draining or not self.loop: self.should_exit = True; return
+        if not self.loop: self.should_exit = True; return
+        if self.service.draining: self.service.until = 0.; return  # the second one: no waiting
         self.service.draining = True
         asyncio.run_coroutine_threadsafe(self.leave(), self.loop)
 
     async def leave(self):
-        await self.service.drain(self.service.cfg.seconds); self.should_exit = True
+        await self.service.drain(self.service.cfg.seconds)
+        for c in list(self.server_state.connections):
+            if c.flow.write_paused: c.transport.abort()
+        self.should_exit = True
 
 # %% ../nbs/25_serve.ipynb #drain
 @patch
 async def drain(self:Service, seconds:float):
     "Wait for the streams, then end them"
-    self.draining, end = True, time.monotonic() + seconds
-    while self.answers and time.monotonic() < end: await asyncio.sleep(.02)
+    self.draining, self.until = True, min(self.until, time.monotonic() + seconds)
+    while self.answers and time.monotonic() < self.until: await asyncio.sleep(.02)
     for a in list(self.answers): a.stop('the server is going down')
-    while self.answers and time.monotonic() < end + 2: await asyncio.sleep(.02)
+    end = time.monotonic() + 2
+    while self.answers and time.monotonic() < end: await asyncio.sleep(.02)
 
 # %% ../nbs/25_serve.ipynb #drain-b
 def listen(host:str, port:int) -> socket.socket: # port 0: any that is free
     "An address of one's own, before a model is loaded for nothing"
     sock = socket.socket(socket.AF_INET6 if ':' in host else socket.AF_INET)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try: sock.bind((host, port)); return sock
+    try: sock.bind((host, port)); sock.listen(); return sock
     except OSError as e:
-        sock.close()
-        raise OSError(f'{host} port {port}: {e.strerror}; give another --port') from None
+        sock.close(); what = 'port' if e.errno in (errno.EADDRINUSE, errno.EACCES) else 'host'
+        raise OSError(f'{host} port {port}: {e.strerror}; give another --{what}') from None
+    except OverflowError: sock.close(); raise ValueError(f'port is {port}, at most 65535') from None
 
 # %% ../nbs/25_serve.ipynb #serving
 @contextmanager
@@ -1087,6 +1140,11 @@ def summary(gots:list) -> dict:
                 tokens_per_s=sum(g.tokens for g in ok)/took, first_p50=at(.5), first_p99=at(.99))
 
 # %% ../nbs/25_serve.ipynb #cli
+def _plain(text): # a number, true, false or null; else the text, and `checked` says what is wrong
+    for read in (json.loads, float):
+        with suppress(ValueError): return read(text.lower())
+    return text
+
 def options(argv:list, cls, **short): # ['--port', '80', '-p', 'hi'] -> an instance of the dataclass
     "A dataclass from a command line; short: letter -> field"
     out, kinds, argv = {}, {f.name: f.type for f in fields(cls)}, list(argv)
@@ -1097,11 +1155,9 @@ def options(argv:list, cls, **short): # ['--port', '80', '-p', 'hi'] -> an insta
         if not word.startswith('--'):
             if word.startswith('-') and word[1:] in short: k = short[word[1:]]
             else: raise NameError(f'{word!r} is no option; --help lists them')
-        if not eq: v = 'true' if kinds.get(k) is bool else argv.pop(0) if argv else ''
-        if kinds.get(k) is not str:
-            try: v = json.loads(v.lower())
-            except ValueError: v = v                        # `checked` says what is wrong with it
-        out[k] = v
+        bare = kinds.get(k) is bool and ''.join(argv[:1]).lower() not in ('true', 'false')
+        if not eq: v = 'true' if bare else argv.pop(0) if argv else ''
+        out[k] = v if kinds.get(k) is str else _plain(v)
     return checked(cls, out)
 
 # %% ../nbs/25_serve.ipynb #cli-b
@@ -1116,9 +1172,14 @@ def find_model(name:str='', step:int|None=None) -> str:
     "The named checkpoint; else the newest of the latest stage that talks"
     return name or newest('rl', 'sft', 'mid', 'base')
 
+def _device(name): # an error of one line if it is not here
+    try: get_device(name)
+    except RuntimeError as e: raise ValueError(str(e).splitlines()[0]) from None
+
 # %% ../nbs/25_serve.ipynb #dhserve-b
 def open_engines(cfg:ServeConfig) -> list:
     "One engine for each GPU, or one on the CPU"
+    _device(cfg.device)
     path, out = find_model(cfg.model), []
     n = torch.cuda.device_count() if cfg.device in ('', 'cuda') else 0
     for d in [f'cuda:{i}' for i in range(n)] or [cfg.device or None]:
@@ -1138,6 +1199,7 @@ def dh_serve(argv:list|None=None): # default: the command line
         app = make_app(open_engines(cfg), cfg)
     except _FAILS as e: sys.exit(f'dh_serve: {e}')
     s, (host, port) = app.state.service, sock.getsockname()[:2]
+    if ':' in host: host = f'[{host}]'
     say = lambda text: print(text, file=sys.stderr, flush=True)
     if '*' in s.hosts and not s.key:
         say('whoever reaches this machine may ask; with NANO_DH_API_KEY set, only who knows it')
@@ -1299,6 +1361,7 @@ def dh_chat(argv:list|None=None): # default: the command line
     "Console command: talk to a model"
     try:
         c = options(sys.argv[1:] if argv is None else argv, ChatConfig, p='prompt', m='model')
+        _device(c.device)
         with redirect_stdout(sys.stderr):
             model, tok, meta = load_model(find_model(c.model), c.step, c.device or None)
         plain = (meta.get('train') or {}).get('stage', 'base') == 'base'

@@ -291,6 +291,52 @@ def test_leaving_the_queue_makes_room():
         assert gauge(url, 'rows') == 1
         for s in socks: s.close()
 
+def connect(url, body=None, small=False): # a client that does not read
+    host, port = url.removeprefix('http://').split(':'); s = socket.socket(); s.settimeout(5)
+    if small: s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    s.connect((host, int(port))); data = json.dumps(body).encode()
+    if body: s.sendall(f'POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n'.encode() + data)
+    return s
+
+def cut(s): # whether the server has closed this connection
+    try:
+        while s.recv(999): continue
+        return True
+    except ConnectionError: return True
+
+def test_silent_connections_are_cut():
+    with serving(Engine(model(), TOK, max_rows=2), ServeConfig(seconds=.4, queue=0)) as url:
+        long = [dict(messages=ask('x'), max_tokens=1500, temperature=0)]
+        t = threading.Thread(target=lambda: setattr(t, 'got', load(url, long))); t.start()
+        silent, half, again = (connect(url) for _ in range(3)); start = time.time()
+        half.sendall(b'GET /health HTTP/1.1\r\nHost: loc')
+        again.sendall(b'GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n'); again.recv(1); again.sendall(b'GET /hea')
+        assert cut(silent) and cut(half) and cut(again) and time.time() - start < 2
+        t.join(); g = t.got[0]; assert not g.error and g.tokens == 1500 and g.end - g.start > .8   # longer than two looks, and left alone
+        many = [connect(url) for _ in range(12)]; start = time.time()
+        assert cut(many[-1]) and time.time() - start < .3                # 4 for each answer, this one had no place
+        for s in many: cut(s); s.close()
+        assert call(url, '/health')[0] == 200
+
+def test_who_does_not_read_is_cut():
+    with serving(Engine(model(), TOK), ServeConfig(seconds=.4)) as url:
+        body = dict(messages=ask('x'), max_tokens=4000, temperature=0, stream=True, n=4, logprobs=True, top_logprobs=20)
+        s = connect(url, body, small=True); until(lambda: gauge(url, 'rows') == 4)
+        until(lambda: gauge(url, 'rows') == 0, 20); written = float(re.search(r'tokens_total{kind="written"} (\S+)', call(url, '/stats')[2].decode())[1])
+        print(f'{written:.0f} of 16,000 tokens were written'); assert 0 < written < 12_000
+        s.close()
+
+def test_what_monitors_and_clients_ask(client, srv):
+    assert client.models.retrieve('tiny').id == 'tiny'
+    with pytest.raises(openai.NotFoundError, match="no model 'gpt-9'"): client.models.retrieve('gpt-9')
+    for path in ('/health', '/'):
+        status, _, body = call(srv.url, path, method='HEAD'); assert (status, body) == (200, b'')
+    new = lambda **kw: client.chat.completions.create(model='tiny', messages=ask('x'), max_tokens=1, **kw)
+    for kw in (dict(tool_choice='none'), dict(parallel_tool_calls=True), dict(service_tier='auto'), dict(reasoning_effort='low'), dict(verbosity='low')): assert new(**kw).usage.completion_tokens == 1
+    with pytest.raises(openai.BadRequestError, match="only the assistant's"): client.chat.completions.create(model='tiny', messages=[dict(role='user', content=[dict(type='python', text='1')])])
+    with serving(Engine(model(), TOK, max_rows=1), ServeConfig(queue=4)) as url:
+        status, _, body = call(url, '/v1/chat/completions', dict(messages=ask('x'), n=8)); assert refused(status, body, 400)['message'] == '8 answers, at most 5'
+
 def test_key_queue_and_sigterm(base):
     key = {'Authorization': 'Bearer s3cret'}
     with server(base, '--rows', '20', '--queue', '2', '--seconds', '2', '--origins', 'https://a.example', NANO_DH_API_KEY='s3cret') as p:
@@ -528,6 +574,12 @@ def test_commands_say_what_is_wrong(base, monkeypatch):
     monkeypatch.setenv('NANO_DH_BASE_DIR', str(base))
     with pytest.raises(SystemExit, match="did you mean 'port'"): S.dh_serve(['--prot', '1'])
     with pytest.raises(SystemExit, match='no run or checkpoint'): S.dh_serve(['--model', 'nothing', '--port', '0'])
+    for argv, why in (('--port 99999', 'at most 65535'), ('--port -1', 'give 0 or more'), ('--rows 0', 'more than 0'), ('--device foo', "'foo' is not here"), ('--device cuda', 'is not here'),
+                      ('--host nonsense.invalid', 'give another --host'), ('--any-state True --model nothing', 'no run or checkpoint')):
+        if argv != '--device cuda' or not torch.cuda.is_available():
+            with pytest.raises(SystemExit, match=why): S.dh_serve(['--port', '0', *argv.split()])
+    with S.listen('127.0.0.1', 0) as first:                              # of two that start at the same moment
+        with pytest.raises(OSError, match='give another --port'): S.listen(*first.getsockname())
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0)); s.listen()
         with pytest.raises(SystemExit, match='give another --port'): S.dh_serve(['--port', str(s.getsockname()[1])])
@@ -542,3 +594,10 @@ def test_kill_and_start_again(base, srv): # the last one: srv is gone afterwards
         assert p.url == srv.url
         r = json.loads(call(p.url, '/v1/chat/completions', dict(messages=ask('Hello'), temperature=0, max_tokens=9))[2])
         assert r['choices'][0]['message']['content'] == alone(ask('Hello'), 9).text
+        long = dict(messages=ask('x'), max_tokens=4000, temperature=0)   # the second signal ends all, also who does not read
+        t = threading.Thread(target=lambda: setattr(t, 'got', load(p.url, [long]*6, 6))); t.start()
+        stalled = connect(p.url, dict(long, stream=True, n=8, logprobs=True, top_logprobs=20), small=True)
+        until(lambda: gauge(p.url, 'rows') == 14); time.sleep(.3); start = time.time()
+        p.send_signal(signal.SIGTERM); time.sleep(.2); p.send_signal(signal.SIGTERM)
+        assert p.wait(10) == 0 and time.time() - start < 5; t.join(); stalled.close()
+        assert all('going down' in g.error and g.text for g in t.got) and not any('Traceback' in l for l in p.lines)
