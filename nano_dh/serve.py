@@ -561,14 +561,17 @@ ROUTES = ('/', '/health', '/stats', '/v1/models', '/v1/chat/completions', '/v1/c
           '/v1/states')
 
 # %% ../nbs/25_serve.ipynb #service-b
+def _limit(e, context=0): # tokens of a conversation with this engine
+    return min(x for x in (context or e.max_len or 8*e.model.cfg.sequence_len, e.max_len) if x)
+
 class Service:
     "The engines of a server and the answers on their way"
     def __init__(self, engines:list, cfg:ServeConfig|None=None):
         self.cfg = c = cfg or ServeConfig()
         self.workers = [Worker(e, c.memory_mb << 20) for e in engines]
-        self.tok, e, cfg = engines[0].tokenizer, engines[0], engines[0].model.cfg
+        self.tok, e = engines[0].tokenizer, engines[0]
         self.name, self.born, self.draining = c.name or 'nano_dh', int(time.time()), False
-        self.limit = min(x for x in (c.context or e.max_len or 8*cfg.sequence_len, e.max_len) if x)
+        self.limit = _limit(e, c.context)
         self.until = math.inf                               # end of the time for those who are here
         self.key = c.key or os.environ.get('NANO_DH_API_KEY', '')
         self.answers, self.ended, self.metrics = set(), deque(maxlen=64), Metrics()
@@ -722,12 +725,14 @@ def _parts(pieces) -> list: # [kind, text, pieces], neighbours of one kind joine
 class ChatForm:
     "Choices as /v1/chat/completions gives them"
     id, name, chunk = 'chatcmpl', 'chat.completion', 'chat.completion.chunk'
-    def __init__(self, tok): self.tok, self.special = tok, set(tok.special.values())
+    def __init__(self, tok):
+        self.tok, self.special, self.book = tok, set(tok.special.values()), {}
     def begin(self): return dict(delta=dict(role='assistant', content=''))
     def delta(self, i, pieces, lp): # what is new -> fields of a choice, one after the other
         for kind, text, ps in _parts(pieces):
+            if lp: self.note(i, ps)
             d = dict(content=text) if kind == 'text' else dict(nano_dh=dict(part=kind, text=text))
-            said = self.logprobs(ps) if lp and kind == 'text' else None
+            said = self.logprobs(i) if lp and text and kind == 'text' else None
             if text: yield dict(delta=d, logprobs=said)
     def end(self): return dict(delta={})
     def whole(self, pieces, lp):
@@ -735,44 +740,55 @@ class ChatForm:
         text = ''.join(p['text'] for p in parts if p['type'] == 'text')
         m = dict(role='assistant', content=text, refusal=None)
         if any(p['type'] != 'text' for p in parts): m['nano_dh'] = dict(parts=parts)
-        return dict(message=m, logprobs=self.logprobs(pieces) if lp else None)
+        return dict(message=m, logprobs=self.note(None, pieces).logprobs(None) if lp else None)
 
 # %% ../nbs/25_serve.ipynb #likely
 @patch
-def likely(self:ChatForm, pieces) -> list: # pieces of drawn text
-    return [p for p in pieces if p.kind == 'text' and p.logprob is not None
-            and p.token not in self.special]
+def note(self:ChatForm, i, pieces): # i: a choice that goes on; None: a whole one
+    "Enter what was drawn and what has come out"
+    if i is None: self.book.pop(i, None)
+    b = self.book.setdefault(i, dict(waits=deque(), drawn=0, out=0, chars=0))
+    for p in pieces:
+        special = p.token in self.special
+        if p.kind == 'text' and p.logprob is not None and not special:
+            b['waits'].append((b['drawn'], b['chars'], p))
+        b['drawn'] += 0 if special else len(self.tok.decode_bytes([p.token]))
+        b['out'] += len(p.text.encode()); b['chars'] += len(p.text)
+    return self
+
+@patch
+def likely(self:ChatForm, i) -> list: # (characters before it, piece)
+    "Drawn tokens whose text has begun to come out since the last time"
+    b = self.book[i]; n = sum(at < b['out'] for at, *_ in b['waits'])
+    return [b['waits'].popleft()[1:] for _ in range(n)]
 
 # %% ../nbs/25_serve.ipynb #likely-b
 @patch
-def logprobs(self:ChatForm, pieces) -> dict:
+def logprobs(self:ChatForm, i) -> dict:
     "In the form of the chat API"
     def one(t, lp): # JSON has no -inf
         return dict(token=self.tok.decode([t]), logprob=max(lp, -9999.),
                     bytes=list(self.tok.decode_bytes([t])))
     return dict(refusal=None, content=[one(p.token, p.logprob) | dict(
-        top_logprobs=[one(*x) for x in p.top or []]) for p in self.likely(pieces)])
+        top_logprobs=[one(*x) for x in p.top or []]) for _, p in self.likely(i)])
 
 # %% ../nbs/25_serve.ipynb #forms2
 class TextForm(ChatForm):
     "Choices as /v1/completions gives them"
     id, name, chunk = 'cmpl', 'text_completion', 'text_completion'
-    def __init__(self, tok): super().__init__(tok); self.at = {}     # choice -> characters so far
     def begin(self): return None
     def delta(self, i, pieces, lp):
         text = ''.join(p.text for p in pieces)
-        if text: yield dict(text=text, logprobs=self.logprobs(pieces, i) if lp else None)
+        if lp: self.note(i, pieces)
+        if text: yield dict(text=text, logprobs=self.logprobs(i) if lp else None)
     def end(self): return dict(text='')
     def whole(self, pieces, lp):
         text = ''.join(p.text for p in pieces)
-        return dict(text=text, logprobs=self.logprobs(pieces, None) if lp else None)
-    def logprobs(self, pieces, i): # i: of a choice that goes on, None: the whole text
-        name, at, rows = lambda t: self.tok.decode([t]), self.at.get(i, 0), []
-        for p in pieces:
-            if self.likely([p]): rows.append((name(p.token), p.logprob,
-                                              {name(t): lp for t, lp in p.top or []}, at))
-            at += len(p.text)
-        if i is not None: self.at[i] = at
+        return dict(text=text, logprobs=self.note(None, pieces).logprobs(None) if lp else None)
+    def logprobs(self, i):
+        name = lambda t: self.tok.decode([t])
+        rows = [(name(p.token), p.logprob, {name(t): lp for t, lp in p.top or []}, at)
+                for at, p in self.likely(i)]
         return dict(zip(('tokens', 'token_logprobs', 'top_logprobs', 'text_offset'),
                         map(list, zip(*rows)) if rows else ([], [], [], [])))
 
@@ -1156,8 +1172,9 @@ def options(argv:list, cls, **short): # ['--port', '80', '-p', 'hi'] -> an insta
             if word.startswith('-') and word[1:] in short: k = short[word[1:]]
             else: raise NameError(f'{word!r} is no option; --help lists them')
         bare = kinds.get(k) is bool and ''.join(argv[:1]).lower() not in ('true', 'false')
-        if not eq: v = 'true' if bare else argv.pop(0) if argv else ''
-        out[k] = v if kinds.get(k) is str else _plain(v)
+        if not (eq or bare or argv): raise ValueError(f'{word} needs a value')
+        if not eq: v = 'true' if bare else argv.pop(0)
+        out[k] = v if kinds.get(k) in (str, str|None) else _plain(v)
     return checked(cls, out)
 
 # %% ../nbs/25_serve.ipynb #cli-b
@@ -1215,7 +1232,7 @@ class Chat:
                  **sampling):      # fields of Request
         self.engine, self.tok, self.system, self.plain = engine, engine.tokenizer, system, plain
         self.sampling = dict(tools=not plain and engine.tool_ids is not None) | sampling
-        self.reset()
+        self.limit = _limit(engine); self.reset()
 
     def reset(self): self.messages, self.ids, self.state = [], [], None   # state: of ids[:state.n]
 
@@ -1227,8 +1244,11 @@ class Chat:
 
     def ask(self, text:str): # Pieces of the answer; whoever stops iterating stops it
         ids, pieces = self.ids + self.turn(text), []
-        at = self.state.n if self.state else 0
-        s = self.engine.submit(Request(ids[at:], state=self.state, keep=True, **self.sampling))
+        at, how = self.state.n if self.state else 0, dict(self.sampling)
+        if (room := self.limit - len(ids)) < 1:
+            raise ValueError(f'{len(ids):,} tokens, this model reads up to {self.limit - 1:,}')
+        how['max_tokens'] = min(how.get('max_tokens', room), room)
+        s = self.engine.submit(Request(ids[at:], state=self.state, keep=True, **how))
         try:
             for p in s: pieces.append(p); yield p
         finally:
@@ -1249,11 +1269,19 @@ def keep(self:Chat, text, ids, state, pieces):
     self.messages += [dict(role='user', content=text), dict(role='assistant', content=said)]
 
 # %% ../nbs/25_serve.ipynb #chat-keep-b
+def _writable(path):
+    p = Path(path).expanduser()
+    try: tempfile.TemporaryFile(dir=p.parent).close()
+    except OSError as e: raise OSError(f'{path} cannot be written: {e.strerror}') from None
+    if p.is_dir(): raise OSError(f'{path} is a folder; name a file')
+    return p
+
 @patch
 @torch.inference_mode()
 def save(self:Chat, path) -> int: # bytes
     "Write the conversation as a memory"
     if not self.ids: raise StateError('nothing was said yet')
+    path = _writable(path)
     e, state = self.engine, self.state
     state = state.fork(1) if state else e.model.init_state(1, len(self.ids))
     if (rest := self.ids[state.n:]): read_prompt(e.model, rest, state)
@@ -1276,7 +1304,7 @@ class ChatConfig:
     "What `dh_chat` may be told"
     model: str = ''           # run or checkpoint; '': the newest chat model, else the newest
     step: int|None = None     # of the run; None: the newest
-    prompt: str = ''          # -p: one question, its answer, the end
+    prompt: str|None = None   # -p: one question, its answer, the end
     system: str = ''          # what comes before the first question
     load: str = ''            # a memory to begin with
     save: str = ''            # where the memory goes at the end
@@ -1305,18 +1333,21 @@ class _Stop: # Ctrl-C while an answer comes: remembered, not raised in the middl
     def __exit__(self, *_):
         if self.old is not None: signal.signal(signal.SIGINT, self.old)
 
+_RAW = re.compile(r'[\x00-\x08\x0b-\x1f\x7f-\x9f]')       # all control characters but \n and \t
+def _seen(text): return _RAW.sub(lambda m: repr(m[0])[1:-1], text)
+
 _MARKS = dict(python=' [', output=' = ', text='] ')         # [12*34 = 408]
 
 # %% ../nbs/25_serve.ipynb #show-b
 def show(chat:Chat, text:str, tools:bool=True): # tools: show what was computed
     "Print an answer as it comes"
-    kind = 'text'
+    kind, seen = 'text', _seen if sys.stdout.isatty() else str
     with _Stop() as stop:
         answer = chat.ask(text)
         for p in answer:
             if tools and p.kind != kind: print(_MARKS[p.kind], end='')
             kind = p.kind
-            if tools or kind == 'text': print(p.text, end='', flush=True)
+            if tools or kind == 'text': print(seen(p.text), end='', flush=True)
             if stop.asked: break
         answer.close()
     print(flush=True)
@@ -1331,7 +1362,7 @@ def command(chat:Chat, line:str) -> bool: # whether to go on
         elif word == '/reset': chat.reset(); say('a new conversation')
         elif word in ('/save', '/load') and not rest.strip(): say(f'{word} FILE')
         elif word == '/save':
-            n = chat.save(file := Path(rest.strip()).expanduser()); say(f'{n:,} bytes in {file}')
+            n = chat.save(file := rest.strip()); say(f'{n:,} bytes in {file}')
         elif word == '/load': say(f'{chat.load(rest.strip()):,} tokens known, none read again')
         else: say(f'{word}: unknown; /help lists the commands')
     except (StateError, OSError) as e: say(e)
@@ -1362,6 +1393,9 @@ def dh_chat(argv:list|None=None): # default: the command line
     try:
         c = options(sys.argv[1:] if argv is None else argv, ChatConfig, p='prompt', m='model')
         _device(c.device)
+        if c.prompt is not None and not c.prompt.strip(): raise ValueError('-p needs a question')
+        if c.save: _writable(c.save)
+        if hasattr(sys.stdin, 'reconfigure'): sys.stdin.reconfigure(errors='replace')
         with redirect_stdout(sys.stderr):
             model, tok, meta = load_model(find_model(c.model), c.step, c.device or None)
         plain = (meta.get('train') or {}).get('stage', 'base') == 'base'
@@ -1371,8 +1405,12 @@ def dh_chat(argv:list|None=None): # default: the command line
         engine = Engine(model, tok, max_rows=1, prefix_bytes=0)
         chat = Chat(engine, c.system, plain, seed=seed, **how)
         if c.load: chat.load(c.load)
+        if c.load and c.system: print('the memory has its own beginning; --system counts after '
+                                      '/reset', file=sys.stderr)
         show(chat, c.prompt, sys.stdout.isatty()) if c.prompt else talk(chat)
-        if c.save: chat.save(Path(c.save).expanduser())
+        if c.save: chat.save(c.save)
+    except BrokenPipeError:                                 # the reader has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()); sys.exit(1)
     except _FAILS as e: sys.exit(f'dh_chat: {e}')
 
 # %% ../nbs/25_serve.ipynb #main

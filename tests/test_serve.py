@@ -134,6 +134,17 @@ def test_logprobs(client):
         assert abs(x.logprob - z[i, toks[i]]) < 1e-3
         assert [t.bytes[0] for t in x.top_logprobs] == z[i].topk(2).indices.tolist()
 
+def test_logprobs_are_those_of_the_text(client):
+    full = alone(ask('Hello'), 40).text; word = full[12:17]
+    how = dict(model='tiny', messages=ask('Hello'), temperature=0, max_tokens=40, logprobs=True)
+    for stop, text in ((word, full[:full.index(word)]), (full[-3:] + 'x', full)):     # cut away; held back and set free at the end
+        c = client.chat.completions.create(stop=stop, **how).choices[0]
+        assert c.message.content == text == ''.join(x.token for x in c.logprobs.content)
+        events = [e.choices[0] for e in client.chat.completions.create(stop=stop, stream=True, **how)]
+        assert text == ''.join(x.token for e in events if e.logprobs for x in e.logprobs.content)
+        lp = client.completions.create(model='tiny', prompt='Hello', stop=stop, temperature=0, max_tokens=40, logprobs=0).choices[0]
+        assert ''.join(lp.logprobs.tokens) == lp.text
+
 def test_completions(client):
     r = client.completions.create(model='tiny', prompt=['ab', 'cd'], max_tokens=6, temperature=0, logprobs=1, n=2)
     want = [Engine(model(), TOK).generate(p, max_tokens=6, temperature=0).text for p in ('ab', 'cd')]
@@ -530,18 +541,24 @@ def test_two_hundred_clients(base):
 
 # ---- the terminal
 
-def terminal(base, *argv, text=''):
+def terminal(base, *argv):
     code = 'import sys; from nano_dh.serve import dh_chat; dh_chat(sys.argv[1:])'
-    return subprocess.Popen([sys.executable, '-c', code, *argv], env=environ(base), text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen([sys.executable, '-c', code, *argv], env=environ(base, PYTHONIOENCODING='utf-8:strict'), text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 def test_terminal_by_pipe(base, tmp_path):
     f = tmp_path/'talk.memory'
     p = terminal(base, '--temperature', '0', '--max-tokens', '100000')
     p.stdin.write('Hello\n'); p.stdin.flush()
     first = p.stdout.read(40); p.send_signal(signal.SIGINT)              # stops the answer, not the program
-    out, err = p.communicate(f'/save {f}\n/reset\n/nonsense\n/load {f}\n/quit\n', timeout=60)
-    assert p.returncode == 0 and 'tiny, step 0' in err and '/nonsense: unknown' in err and re.search(r'\d+ tokens known', err), err
-    said = (first + out).strip('\n')
+    p.stdin.write(f'/save {f}\n/reset\n/nonsense\n/load {f}\n/load /nothing\n'); p.stdin.flush()
+    err = ''.join(iter(p.stderr.readline, '/nothing: No such file or directory\n'))
+    assert 'tiny, step 0' in err and '/nonsense: unknown' in err and re.search(r'\d+ tokens known', err), err
+    said = first
+    while not said.endswith('\n'): said += p.stdout.read(1)
+    said = said.strip('\n')
+    p.stdin.buffer.write(b'no UTF-8: \xff\n'); p.stdin.close()
+    assert len(p.stdout.read(10)) == 10; p.stdout.close()                # whoever reads it has had enough
+    assert p.stderr.read() == '' and p.wait(20) == 1; p.stderr.close()
     assert alone(ask('Hello'), 2000).text.startswith(said[:1500]) and f.stat().st_size > 10_000
 
 def test_terminal_one_shot(base, tmp_path, monkeypatch, capsys):
@@ -560,8 +577,25 @@ def test_terminal_one_shot(base, tmp_path, monkeypatch, capsys):
         data = call(url, '/v1/states', dict(messages=talk[:2]))[2]
     assert r['choices'][0]['message']['content'] == b[:-1] and r['usage']['prompt_tokens'] - r['usage']['prompt_tokens_details']['cached_tokens'] == 7
     Path(f).write_bytes(data); S.dh_chat(['--load', f, '-p', 'And?', *kw]); assert capsys.readouterr().out == b
-    for argv, why in ((['--temprature', '1'], "did you mean 'temperature'"), (['--load', '/nothing', '-p', 'x'], 'No such file'), (['-m', 'nothing'], 'nothing')):
+    S.dh_chat(['--load', f, '--system', 'Be kind.', '-p', 'And?', *kw]); assert '--system counts after' in capsys.readouterr().err
+    for argv, why in ((['--temprature', '1'], "did you mean 'temperature'"), (['--load', '/nothing', '-p', 'x'], 'No such file'), (['-m', 'nothing'], 'nothing'), (['-p', ' '], 'needs a question'),
+                      (['-p'], 'needs a value'), (['--device', 'foo'], "'foo' is not here"), (['-p', 'x', '--save', '/nothing/x'], '/nothing/x cannot be written: No such file'), (['-p', 'x', '--save', '/tmp'], 'is a folder'),
+                      (['-p', 'x'*9000], '9,004 tokens, this model reads up to 8,191')):
         with pytest.raises(SystemExit, match=why): S.dh_chat(argv)
+
+def test_terminal_talks_to_the_limit(capsys):
+    chat = S.Chat(Engine(model(), TOK, max_len=100), temperature=0., max_tokens=1000)
+    assert len(list(chat.ask('x'*80))) == 100 - 84                      # no further than the server would
+    with pytest.raises(ValueError, match='this model reads up to 99'): next(chat.ask('More'))
+    assert len(chat.messages) == 2
+    chat.reset(); assert next(chat.ask('More')).text
+
+def test_terminal_shows_control_characters(capsys, monkeypatch):
+    evil = '\x1b]0;owned\x07\x1b[2J\x9b2J\rtab\t line\n\xe9'
+    class Parrot: ask = staticmethod(lambda text: (p for p in [E.Piece(evil, 1)]))
+    S.show(Parrot(), 'x'); assert capsys.readouterr().out == evil + '\n'  # a pipe gets what was written
+    monkeypatch.setattr(sys.stdout, 'isatty', lambda: True)
+    S.show(Parrot(), 'x'); assert capsys.readouterr().out == r'\x1b]0;owned\x07\x1b[2J\x9b2J\r' + 'tab\t line\n\xe9\n'
 
 def test_which_model_is_found(tmp_path, monkeypatch):
     monkeypatch.setenv('NANO_DH_BASE_DIR', str(tmp_path))
