@@ -211,7 +211,7 @@ class StateRequest(_Strict):
 # %% ../nbs/25_serve.ipynb #sentence
 def sentence(errors:list, known=()) -> ApiError: # errors of pydantic; known: names of fields
     "The first thing that is wrong, in one sentence"
-    e = max(errors, key=lambda e: len(e['loc']))
+    e = max(errors, key=lambda e: (e['type'] == 'too_long', len(e['loc'])))
     union = lambda x: str(x) in ('str', 'int', 'float') or 'list[' in str(x)
     loc = [x for x in e['loc'][1:] if not union(x)]
     where, name = '.'.join(map(str, loc)), str(loc[-1]) if loc else ''
@@ -462,7 +462,7 @@ def read_state(model, data:bytes, anyone:bool=False): # -> state, messages, toke
         try: state, _ = model.load_state(p)
         except StateError as e: no(str(e).removeprefix(f'{p}: '))
     if len(state.pos) != 1 or len(ids) != state.n: no('it holds something else')
-    if not all(t.isfinite().all() for t in state.tensors()): no('it holds numbers without end')
+    if not all(t.isfinite().all() for t in state.tensors()): no('its numbers are not finite')
     return state, msgs, ids
 
 # %% ../nbs/25_serve.ipynb #remember
@@ -1050,7 +1050,7 @@ async def drain(self:Service, seconds:float):
     self.draining, self.until = True, min(self.until, time.monotonic() + seconds)
     while self.answers and time.monotonic() < self.until: await asyncio.sleep(.02)
     for a in list(self.answers): a.stop('the server is going down')
-    end = time.monotonic() + 2
+    end = time.monotonic() + 1
     while self.answers and time.monotonic() < end: await asyncio.sleep(.02)
 
 # %% ../nbs/25_serve.ipynb #drain-b

@@ -269,6 +269,7 @@ def test_a_prompt_that_is_refused_leaves_no_other_behind(srv):
     for bad in ([10**9], [2**40], [-1], []):
         for prompt in ([[5, 6]]*7 + [bad], [bad] + [[5, 6]]*7):
             status, _, body = call(srv.url, '/v1/completions', dict(prompt=prompt, max_tokens=2000)); refused(status, body, 400)
+    status, _, body = call(srv.url, '/v1/completions', dict(prompt=['x']*129)); assert 'at most 128' in refused(status, body, 400)['message']
     time.sleep(.1); assert gauge(srv.url, 'rows') == gauge(srv.url, 'waiting') == gauge(srv.url, 'state_bytes') == 0
 
 # ---- clients that leave, a full queue, keys, signals
@@ -350,7 +351,7 @@ def test_what_monitors_and_clients_ask(client, srv):
 
 def test_key_queue_and_sigterm(base):
     key = {'Authorization': 'Bearer s3cret'}
-    with server(base, '--rows', '20', '--queue', '2', '--seconds', '2', '--origins', 'https://a.example', NANO_DH_API_KEY='s3cret') as p:
+    with server(base, '--rows', '20', '--queue', '2', '--seconds', '1.5', '--origins', 'https://a.example', NANO_DH_API_KEY='s3cret') as p:
         for h in ({}, {'Authorization': 'Bearer wrong'}, {'Authorization': 's3cret'}, {'Authorization': 'Bearer \xe9'}, {'Authorization': 'Basic s3cret'}):
             for path in ('/v1/models', '/stats'):
                 status, head, body = call(p.url, path, headers=h); refused(status, body, 401); assert head['WWW-Authenticate'] == 'Bearer'
@@ -633,5 +634,5 @@ def test_kill_and_start_again(base, srv): # the last one: srv is gone afterwards
         stalled = connect(p.url, dict(long, stream=True, n=8, logprobs=True, top_logprobs=20), small=True)
         until(lambda: gauge(p.url, 'rows') == 14); time.sleep(.3); start = time.time()
         p.send_signal(signal.SIGTERM); time.sleep(.2); p.send_signal(signal.SIGTERM)
-        assert p.wait(10) == 0 and time.time() - start < 5; t.join(); stalled.close()
+        assert p.wait(10) == 0 and time.time() - start < 4; t.join(); stalled.close()
         assert all('going down' in g.error and g.text for g in t.got) and not any('Traceback' in l for l in p.lines)
