@@ -11,7 +11,8 @@ __all__ = ['ROUTES', 'HELP', 'ServeConfig', 'ApiError', 'nesting', 'parse_json',
            'talk', 'dh_chat']
 
 # %% ../nbs/25_serve.ipynb #imports
-import asyncio, errno, hmac, json, math, os, re, secrets, signal, socket, sys, tempfile, threading, time
+import asyncio, errno, hmac, json, math, os, re, secrets, signal, socket, sys
+import tempfile, threading, time
 import nano_dh, prometheus_client as prom, torch, uvicorn
 from collections import OrderedDict, deque
 from contextlib import asynccontextmanager, contextmanager, redirect_stdout, suppress
@@ -69,9 +70,10 @@ class ServeConfig:
 
     def __post_init__(self):
         for f in fields(self):
-            v, least = getattr(self, f.name), 0 if f.name in _MAY_BE_0 else 1e-3
-            if isinstance(v, (int, float)) and not isinstance(v, bool) and not v >= least:
-                raise ValueError(f'{f.name} is {v}; give {"0 or more" if not least else "more than 0"}')
+            v, zero = getattr(self, f.name), f.name in _MAY_BE_0
+            if not isinstance(v, (int, float)) or isinstance(v, bool): continue
+            if not (v > 0 or zero and v == 0):
+                raise ValueError(f'{f.name} is {v}; give {"0 or more" if zero else "more than 0"}')
 
 # %% ../nbs/25_serve.ipynb #error
 class ApiError(Exception):
@@ -438,7 +440,7 @@ def write_state(model, state, ids:list, msgs:list) -> bytes: # a safetensors fil
 
 # %% ../nbs/25_serve.ipynb #opened
 def opened(data:bytes, anyone:bool=False): # -> messages, tokens
-    "What the header of a state file says; refuses a stranger's before anything else is done with it"
+    "What the header of a state file says; refuses a stranger's before anything else is done"
     def no(why): raise StateError(f'this memory cannot be used: {why}')
     try:
         m = _head(data)[0]['__metadata__']; code = seal(m)
@@ -632,7 +634,8 @@ async def ids(self:Service, msgs:list[Message], answer:bool=True) -> list: # ans
     def bad(why, code=None): raise ApiError(400, why, 'messages', code)
     if len(msgs) > c.max_messages: bad(f'{len(msgs):,} messages, at most {c.max_messages:,}')
     for i, m in enumerate(msgs):
-        if m.role != 'assistant' and any(p.type != 'text' for p in m.content if isinstance(p, Part)):
+        parts = [p for p in m.content if isinstance(p, Part)]
+        if m.role != 'assistant' and any(p.type != 'text' for p in parts):
             bad(f"message {i}: only the assistant's have other parts than text")
     ms = [m.plain() for m in msgs]
     text = lambda x: len(x) if isinstance(x, str) else sum(len(p['text']) for p in x)
