@@ -1,5 +1,5 @@
 "One pytest command for the chapters (nbs/*.ipynb, as nbdev_test runs them) and for tests/."
-import importlib, os, pytest
+import gc, importlib, os, pytest
 from pathlib import Path
 
 def pytest_addoption(parser):
@@ -40,6 +40,6 @@ class ChapterItem(pytest.Item):
         try:
             ok, _ = test_nb(self.path, skip_flags=cfg.tst_flags.split(), basepath=cfg.config_path,
                             force_flags=self.config.getoption("flags").split())
-        finally: os.chdir(cwd); restore(classes)
+        finally: os.chdir(cwd); restore(classes); gc.collect(); gc.freeze()   # the next chapter looks at its own objects alone
         if not ok: pytest.fail(f"{self.path.name}: the failing cell's traceback is in captured stderr", pytrace=False)
     def reportinfo(self): return self.path, 0, self.path.name

@@ -145,8 +145,8 @@ def speed(model, rows, ctx, steps, bw) -> dict:
 # %% ../nbs/17c_bench.ipynb #decode-stage
 def free():
     "Give memory back between measurements"
-    gc.collect()
-    if torch.cuda.is_available() and torch.cuda.is_initialized(): torch.cuda.empty_cache()
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        gc.collect(); torch.cuda.empty_cache()
 
 def ints(s): return [int(x) for x in str(s).split()]
 

@@ -340,6 +340,7 @@ def test_cancelled_together():
             assert [s.reason for s in ss] == ['cancelled' if i in gone else 'length' for i in range(4)]
             assert not e.rows() and not e.nbytes()
 
+@pytest.mark.slow
 def test_run_notebook(tmp_path):
     "runs/inference.ipynb: its parameters are those of the package, tables and figure come out"
     nb = ROOT/'runs'/'inference.ipynb'

@@ -105,6 +105,7 @@ def kill_when(cond, name, stage, sig=signal.SIGKILL):
             time.sleep(.02)
     t = threading.Thread(target=go, daemon=True); t.start(); return t
 
+@pytest.mark.slow
 def test_a_killed_stage_goes_on(base, tmp_path, monkeypatch):
     said, data = [], tiny_data(tmp_path/'books')
     more = ('tokenizer.vocab_size:384 pretrain.vocab_size:384 pretrain.num_iterations:150 pretrain.save_every:10 pretrain.eval_every:0 '

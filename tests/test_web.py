@@ -308,6 +308,7 @@ def test_scrolls_only_at_the_bottom(page):
     expect(page.locator('#down')).to_be_hidden(); assert place()[1] < 48
     page.keyboard.press('Escape'); done(page)
 
+@pytest.mark.slow
 @browsing
 def test_full_queue_counts_down(page):
     full = dict(status=429, headers={'Retry-After': '1'}, content_type='application/json', body=json.dumps(dict(error=dict(message='full'))))
@@ -335,6 +336,7 @@ def test_errors_are_said_and_can_be_retried(page):
     retry.click(); done(page)
     assert words(page) == ['Well?', 'whole']; expect(said).to_have_count(0)
 
+@pytest.mark.slow
 @browsing
 def test_no_server(page):
     page.route(re.compile('/(v1|health)'), lambda r: r.abort())
