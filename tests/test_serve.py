@@ -498,7 +498,7 @@ FUZZED = dict(default_tokens=4, max_tokens=8, any_state=True, seconds=1.)
 def test_fuzz():
     with serving(Engine(model(), TOK), ServeConfig(**FUZZED)) as url:
         counts = fuzz(url, 150); print(counts)
-        assert sum(counts.values()) >= 300 and counts[200] > 30 and call(url, '/health')[0] == 200
+        assert sum(counts.values()) >= 150 and counts[200] > 15 and call(url, '/health')[0] == 200
 
 @pytest.mark.slow
 def test_fuzz_long():
