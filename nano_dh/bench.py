@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'TABLES', 'BenchConfig', 'random_model', 'least_bytes', 'sync', 'clock', 'bandwidth', 'stepper', 'speed',
-           'free', 'ints', 'models', 'decode', 'context', 'prompt', 'first_token', 'median', 'engine', 'through',
-           'prefix', 'sample_tokens', 'train_a_little', 'agreement', 'agree', 'guess', 'stream', 'line', 'bench',
-           'BenchReport']
+           'free', 'ints', 'models', 'decode', 'context', 'prompt', 'first_token', 'engine', 'through', 'prefix',
+           'sample_tokens', 'train_a_little', 'agreement', 'agree', 'guess', 'stream', 'line', 'bench', 'BenchReport']
 
 # %% ../nbs/17c_bench.ipynb #imports
 import gc, io, time, torch, traceback
 from dataclasses import dataclass, fields, replace
+from statistics import median
 from fastcore.basics import patch
 from torch import Tensor
 from .core import checked, compute_dtype, get_device, human
@@ -192,7 +192,6 @@ def first_token(e, tokens) -> float: # seconds
     e.generate(tokens, max_tokens=1, top_k=50, stop_tokens=())
     return time.perf_counter() - t
 
-def median(xs): return sorted(xs)[len(xs)//2]
 
 def engine(cfg, bw):
     "Tokens a second through the whole engine, sampling and reading back included; first tokens"
