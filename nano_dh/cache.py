@@ -104,6 +104,7 @@ def _digest(tensors, head): # of named tensors, in the order of their names, and
         h.update(f'{k} {t.dtype} {tuple(t.shape)}'.encode() + t.view(torch.uint8).numpy().data)
     return h.hexdigest()
 
+# %% ../nbs/15_cache.ipynb #save-state
 @patch
 def save_state(self:HybridModel,
                path:str|Path,       # written at once or not at all
@@ -261,6 +262,7 @@ def add(self:PrefixCache,
     snap.nbytes = sum(t.nbytes for d in (*snap.layers, snap.own) for t in d.values())
     return self._keep(key, snap)
 
+# %% ../nbs/15_cache.ipynb #pc-keep
 @patch
 def _keep(self:PrefixCache, key, snap):
     if snap.parent is not None: snap.parent.children += 1
@@ -294,6 +296,7 @@ def prefill(model:HybridModel,
             snap = cache.add(tokens, end, state, snap) or snap
         yield z if at == len(tokens) else None
 
+# %% ../nbs/15_cache.ipynb #read-prompt
 def read_prompt(model, tokens, state, cache=None, **kw) -> Tensor: # logits (1, vocab)
     "`prefill` to its end"
     for z in prefill(model, tokens, state, cache, **kw): pass
