@@ -72,6 +72,7 @@ def buckets(n:int,      # positions
     ends[-1] = n
     return list(zip([0, *ends[:-1]], ends))
 
+# %% ../nbs/19_long_context.ipynb #curve
 @dataclass
 class PositionCurve:
     "Loss of one model by position"
@@ -119,6 +120,7 @@ class Needle:
     answer: str
     noise: bool    # in repeated sentences instead of running text
 
+# %% ../nbs/19_long_context.ipynb #makers
 def _digits(r, n): return ''.join(r.choice('0123456789') for _ in range(n))
 
 def passkey(r):
@@ -180,6 +182,7 @@ def answered(model:HybridModel, ids:Tensor, # (R, N)
     at = torch.arange(first + 1, N, device=dev) >= torch.tensor(start, device=dev)[:, None]
     return (hit | ~at).all(1).cpu()
 
+# %% ../nbs/19_long_context.ipynb #needle-grid
 def needle_grid(model, tok, hay:list, kind:str, lengths:list, depths:list, n:int=16, # rows a cell
                 piece:int=1024, rows:int=16) -> dict: # (length, depth) -> share answered
     "Accuracy by length and depth"
@@ -207,6 +210,7 @@ def draw_grid(grid:dict, # (length, depth) -> share
                     color='w' if v < .6 else 'k')
     ax.set_xticks(range(len(Ls)), [f'{L:,}' for L in Ls], fontsize=7)
     ax.set_yticks(range(len(ds)), [f'{d:.0%}' for d in ds], fontsize=7)
+    ax.set_xlabel('tokens', fontsize=8); ax.set_ylabel('depth', fontsize=8)
     ax.set_title(title, fontsize=9); return ax
 
 # %% ../nbs/19_long_context.ipynb #tune
@@ -221,6 +225,7 @@ def needle_batch(tok, hay:list, kinds:list, length:int, rows:int, seed:int
     ids = torch.tensor([m for m, _ in made]); at = torch.arange(1, length)
     return ids[:, :-1], ids[:, 1:], at >= torch.tensor([s for _, s in made])[:, None]
 
+# %% ../nbs/19_long_context.ipynb #learn
 def learn_needles(model, tok, hay:list, kinds:list, steps:int=200,
                   length:int|None=None, # default: training length
                   rows:int=16, lr:float=1e-3, forward:Callable|None=None, # a compiled model
@@ -277,6 +282,7 @@ def _grids(cfg, model, tok, hay, name, emit): # kind -> {'length depth': share}
         emit(dict(model=name, kind=k, grid=[[l, d, v] for (l, d), v in g.items()]))
     return out
 
+# %% ../nbs/19_long_context.ipynb #run-all
 def long_context(cfg:LongContextConfig, emit=print):
     "Curves and grids of several checkpoints; one process"
     docs, files = long_texts(cfg.texts), []
