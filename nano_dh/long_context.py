@@ -159,7 +159,8 @@ def needle_row(kind:str, tok,      # tokenizer
     room = length - 1 - sum(map(len, parts)) - len(q) - len(a)
     if (least := length - room + 8*len(parts)) > length:
         raise ValueError(f'{kind} needs {least} tokens, the row has {length}; take longer rows')
-    if n.noise: hay = enc(NOISE*(room//len(enc(NOISE)) + 2))
+    if n.noise: # what one more sentence adds, which may be less than the sentence alone
+        each = len(enc(NOISE*2)) - len(enc(NOISE)); hay = enc(NOISE*(room//each + 2))
     if len(hay) < room:
         raise ValueError(f'{len(hay):,} tokens of haystack, {room:,} needed; give a longer text')
     spots = [round(room*(depth + (1 - depth)*i/len(parts))) for i in range(len(parts))]

@@ -308,7 +308,7 @@ def chat_plan(cfg:FinetuneConfig # may have fields left open
                         'another name.')
     done = (latest_step(c.run_dir) or 0) if c.resume else 0
     flops = m.flops_per_token(c.max_seq_len)*c.total_tokens
-    ranks = c.nproc if c.device == 'cuda' else 1
+    ranks = max(1, c.nproc) if c.device == 'cuda' else 1
     p = ChatPlan(c, m.param_counts(), done, c.epochs, flops,
                  flops*(1 - done/c.num_iterations)/(mc['flops']*MFU[c.device]*ranks), 0., mc)
     if why := ' and '.join(_too_much(p)):

@@ -290,9 +290,10 @@ def estimate(cfg:PretrainConfig # may have fields left open
     c = cfg.resolved(); m, mc, gpu = _meta(c), machine(c.device), c.device == 'cuda'
     flops = m.flops_per_token(c.max_seq_len)*c.total_tokens
     done = (latest_step(c.run_dir) or 0) if c.resume else 0
-    seconds = flops*(1 - done/c.num_iterations)/(mc['flops']*MFU[c.device]*(c.nproc if gpu else 1))
+    ranks = max(1, c.nproc) if gpu else 1      # nproc 0 is this process
+    seconds = flops*(1 - done/c.num_iterations)/(mc['flops']*MFU[c.device]*ranks)
     tokens = open_data(c.data).n_bytes/(4.6 if c.vocab_size > 16000 else 3.4)     # by experience
-    cost = seconds/3600*c.nproc*c.gpu_hour_price if gpu else 0.
+    cost = seconds/3600*ranks*c.gpu_hour_price if gpu else 0.
     epochs = c.total_tokens/tokens
     return Plan(c, m.param_counts(), done, epochs, flops, seconds, cost, mc)
 
@@ -360,7 +361,7 @@ def __str__(self:Plan):
     c, n, mc = self.cfg, self.params, self.machine
     sums = ('total', 'scaling')
     kinds = ', '.join(f'{human(v)} {k}' for k, v in n.items() if k not in sums and v)
-    gpus = f'{c.nproc} x ' if c.device == 'cuda' else ''
+    gpus = f'{max(1, c.nproc)} x ' if c.device == 'cuda' else ''
     data = c.data or os.environ.get('NANO_DH_DATA') or 'the shipped sample'
     return '\n'.join(f'{k:9}{v}' for k, v in dict(
         run=f'{c.run_dir}' + f', continues at step {self.done}'*c.resume,
