@@ -215,6 +215,7 @@ class CardCell:
         a = self.acc[k]
         return f'{100*mean(a):.1f}' + (f' ± {100*stdev(a):.1f}' if len(a) > 1 else '')
 
+# %% ../nbs/20_mechanisms.ipynb #card-all
 def probe_card(patterns:list, probes:list, lrs:list, seeds:int=3, steps:int=1000, device='cpu',
                factors=(1, 2, 4), # lengths to ask, in training lengths
                group:int=8, record:bool=True, emit=print0,
@@ -267,6 +268,7 @@ def draw_card(cells:list, # of `probe_card`
         err = [[max(0, s*(q - f(v))) for q, v in zip(m, a)] for s, f in ((1, min), (-1, max))]
         ax.bar(x, m, w*.92, yerr=err, error_kw=dict(lw=.8), label=pat)
     ax.set_xticks(range(len(probes)), probes); ax.set_ylim(0, 1.02)
+    ax.set_ylabel('share right')
     ax.set_title(f'{factor} x training length', fontsize=9); return ax
 
 # %% ../nbs/20_mechanisms.ipynb #config
