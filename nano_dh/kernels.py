@@ -631,7 +631,9 @@ def choose_backend(device,                        # where
     if device.type == 'cuda' and ('long' in uses or seq_len > 4096): uses += ('long',)
     what = _machine(device, shape, dtype) | dict(uses=uses, everything=everything)
     path = base_dir()/'backends'/f'{hashlib.sha1(json.dumps(what).encode()).hexdigest()[:16]}.json'
-    with file_lock(path): # the first rank of a node checks, the others wait and read
+    with file_lock(path), torch.inference_mode(False), torch.enable_grad():
+        # the first rank of a node checks, the others wait and read; gradients are checked too,
+        # also where the first to ask is a model that only answers
         if refresh or not path.exists():
             table = _candidates(device, shape, dtype, uses, everything)
             where = f"{what['card']}, B {batch}, T {seq_len}"
