@@ -1,12 +1,55 @@
-"One pytest command for the chapters (nbs/*.ipynb, as nbdev_test runs them) and for tests/."
-import gc, importlib, os, pytest
+"One pytest command for the chapters (nbs/*.ipynb, as nbdev_test runs them) and for tests/; with -n auto on every core."
+import gc, importlib, os, pytest, tempfile
+from contextlib import ExitStack
 from pathlib import Path
+
+# these assert how long something takes, or look at all processes of the machine: no other test runs meanwhile
+ALONE = tuple("nbs/" + c for c in ("03_kernels", "03b_", "15_cache", "16_", "17b_", "25_")) + tuple("tests/test_" + t for t in (
+    "engine.py::test_hostile", "engine.py::test_calculator", "engine.py::test_long_streams", "sandbox.py::test_hostile",
+    "sandbox.py::test_all_hostile", "serve.py::test_two_hundred"))
+alone = lambda nodeid: nodeid.startswith(ALONE)
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0))    # 0: this process runs the tests itself, or hands them out
+if WORKERS: os.environ.setdefault("OMP_NUM_THREADS", str(max(1, CORES//WORKERS)))      # torch is not imported yet
+else: PLACE = tempfile.TemporaryDirectory(prefix="tests-"); os.environ["NANO_DH_TESTS"] = PLACE.name
 
 def pytest_addoption(parser):
     parser.addoption("--flags", default="", help="nbdev flags of cells to run too, e.g. 'cuda slow'")
     parser.addoption("--slow", action="store_true", help="run the long tests as well")
 
 def pytest_configure(config): config.addinivalue_line("markers", "slow: long test, runs with --slow")
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config): # what `-n auto` means
+    "A worker for each core and 3 GB; 8 at most, for files are handed out whole; no workers where tests would share a GPU"
+    if any(Path("/dev").glob("nvidia[0-9]*")): return 0
+    n = min(CORES, 8, int(os.sysconf("SC_PHYS_PAGES")*os.sysconf("SC_PAGE_SIZE")/3e9))
+    return n if n > 1 else 0
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    "A file's tests go to one worker, because they share fixtures; those that want the machine alone go to one as well"
+    from xdist.scheduler import LoadFileScheduling
+    class Files(LoadFileScheduling):
+        def _split_scope(self, nodeid): return "alone" if alone(nodeid) else super()._split_scope(nodeid)
+    return Files(config, log)
+
+room = ExitStack()      # what this worker holds: the room shared with the tests of others, or alone
+
+def enter(by_itself:bool):
+    "Nobody passes one who waits at the door, so who wants to be alone gets there"
+    from fcntl import LOCK_EX, LOCK_SH, LOCK_UN, flock
+    door, inside = (room.enter_context((Path(os.environ["NANO_DH_TESTS"])/f).open("w")) for f in ("door", "room"))
+    flock(door, LOCK_EX); flock(inside, LOCK_EX if by_itself else LOCK_SH); flock(door, LOCK_UN)
+    room.by_itself = by_itself
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item, nextitem):
+    if not WORKERS: return (yield)
+    if not getattr(room, "by_itself", False): enter(alone(item.nodeid))
+    try: return (yield)
+    finally:
+        if not (room.by_itself and nextitem and alone(nextitem.nodeid)): room.close(); room.by_itself = False
 
 def pytest_collection_modifyitems(config, items):
     if config.getoption("--slow"): return
