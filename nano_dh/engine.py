@@ -61,17 +61,21 @@ class Request:
         self.prompt = [int(t) for t in self.prompt]
         if isinstance(self.stop, str): self.stop = (self.stop,)
         if 0 < self.temperature < 1e-5: self.temperature = 0. # logits divided by it overflow
-        def need(ok, text): ok or _bad(text)
-        need(self.prompt, 'empty prompt; give at least one token')
-        need(self.max_tokens >= 1, f'max_tokens {self.max_tokens}; at least 1')
-        need(0 <= self.temperature < math.inf, f'temperature {self.temperature}; 0 or more')
-        need(self.top_k >= 0, f'top_k {self.top_k}; 0 is all')
-        need(0 < self.top_p <= 1, f'top_p {self.top_p}; in (0, 1]')
-        need(0 <= self.min_p <= 1, f'min_p {self.min_p}; in [0, 1]')
-        need(all(self.stop), "stop ''; give strings of at least one character")
-        need((self.logprobs or 0) >= 0, f'logprobs {self.logprobs}; 0 or more')
+        _check(self)
 
+# %% ../nbs/17_engine.ipynb #request-check
 def _bad(text): raise ValueError(text)
+
+def _check(r): # of a Request: every value within its limits
+    def need(ok, text): ok or _bad(text)
+    need(r.prompt, 'empty prompt; give at least one token')
+    need(r.max_tokens >= 1, f'max_tokens {r.max_tokens}; at least 1')
+    need(0 <= r.temperature < math.inf, f'temperature {r.temperature}; 0 or more')
+    need(r.top_k >= 0, f'top_k {r.top_k}; 0 is all')
+    need(0 < r.top_p <= 1, f'top_p {r.top_p}; in (0, 1]')
+    need(0 <= r.min_p <= 1, f'min_p {r.min_p}; in [0, 1]')
+    need(all(r.stop), "stop ''; give strings of at least one character")
+    need((r.logprobs or 0) >= 0, f'logprobs {r.logprobs}; 0 or more')
 
 # %% ../nbs/17_engine.ipynb #sample
 def sample(z:Tensor,    # (vocab,) float32 logits
@@ -248,14 +252,19 @@ class Engine:
         self.prefix = PrefixCache(model, prefix_bytes)
         self.queue, self.slabs, self.pending = deque(), [], deque()
         self.reading, self.reads, self._last, self.ids = None, None, None, itertools.count()
-        sp = tokenizer.special if tokenizer else {}
-        self.stop_tokens = {sp[k] for k in ('<|bos|>', '<|assistant_end|>') if k in sp}
-        names = [f'<|{n}|>' for n in ('python_start', 'python_end', 'output_start', 'output_end')]
-        self.tool_ids = [sp[n] for n in names] if all(n in sp for n in names) else None
+        self._specials(tokenizer.special if tokenizer else {})
 
-    def _room(self):
-        if self.device.type == 'cuda': return int(.8*torch.cuda.mem_get_info(self.device)[0])
-        return 4 << 30
+# %% ../nbs/17_engine.ipynb #engine-specials
+@patch
+def _specials(self:Engine, sp): # name -> id: what ends a text, what opens and closes a tool's call
+    self.stop_tokens = {sp[k] for k in ('<|bos|>', '<|assistant_end|>') if k in sp}
+    names = [f'<|{n}|>' for n in ('python_start', 'python_end', 'output_start', 'output_end')]
+    self.tool_ids = [sp[n] for n in names] if all(n in sp for n in names) else None
+
+@patch
+def _room(self:Engine):
+    if self.device.type == 'cuda': return int(.8*torch.cuda.mem_get_info(self.device)[0])
+    return 4 << 30
 
 # %% ../nbs/17_engine.ipynb #submit
 @patch
@@ -334,6 +343,7 @@ def _place(self:Engine, need): # -> slab, index of a free row for `need` tokens;
         self._regrow(rows, cap)
     return self.slabs[0], self.slabs[0].free()
 
+# %% ../nbs/17_engine.ipynb #place-regrow
 @patch
 def _regrow(self:Engine, rows, cap): # a new slab; who decodes moves there
     old = self.slabs
@@ -441,29 +451,33 @@ class GraphSlab(Slab):
 
     def leave(self, i): super().leave(i); self.dec.live[i] = 0
 
-    def first(self, i, row, z):
-        self.dec.draw(z, 0., i, i+1)
-        if row.stream.limit == 1: self.dec.live[i] = 0
-        return self.fetch([(i, row)], i, i+1, z, 0.)
+# %% ../nbs/17_engine.ipynb #gslab-next
+@patch
+def first(self:GraphSlab, i, row, z):
+    self.dec.draw(z, 0., i, i+1)
+    if row.stream.limit == 1: self.dec.live[i] = 0
+    return self.fetch([(i, row)], i, i+1, z, 0.)
 
-    def next(self, live):
-        r = min(len(self.rows), bucket(self.used, 1))
-        z = self.dec.replay(r)
-        for i, row in live:
-            row.fed += 1
-            if row.asked + 1 >= row.stream.limit: self.dec.live[i] = 0
-        return self.fetch(live, 0, r, z, self.dec.cap)
+@patch
+def next(self:GraphSlab, live):
+    r = min(len(self.rows), bucket(self.used, 1))
+    z = self.dec.replay(r)
+    for i, row in live:
+        row.fed += 1
+        if row.asked + 1 >= row.stream.limit: self.dec.live[i] = 0
+    return self.fetch(live, 0, r, z, self.dec.cap)
 
-    def fetch(self, live, a, b, z, cap): # start copying the results to the CPU
-        host = torch.empty(2, b-a, dtype=torch.float64, pin_memory=self.tok.is_cuda)
-        both = torch.stack([t[a:b].double() for t in (self.tok, self.dec.lp)])
-        host.copy_(both, non_blocking=True)
-        if any(r.stream.request.logprobs for _, r in live):
-            z = z[:, :self.model.cfg.vocab_size]
-            z = cap*torch.tanh(z/cap) if cap else z.clone()
-        event = torch.cuda.Event() if self.tok.is_cuda else None
-        if event: event.record()
-        return (host, [i-a for i, _ in live]), z, event
+@patch
+def fetch(self:GraphSlab, live, a, b, z, cap): # start copying the results to the CPU
+    host = torch.empty(2, b-a, dtype=torch.float64, pin_memory=self.tok.is_cuda)
+    both = torch.stack([t[a:b].double() for t in (self.tok, self.dec.lp)])
+    host.copy_(both, non_blocking=True)
+    if any(r.stream.request.logprobs for _, r in live):
+        z = z[:, :self.model.cfg.vocab_size]
+        z = cap*torch.tanh(z/cap) if cap else z.clone()
+    event = torch.cuda.Event() if self.tok.is_cuda else None
+    if event: event.record()
+    return (host, [i-a for i, _ in live]), z, event
 
 # %% ../nbs/17_engine.ipynb #collect
 @patch
@@ -503,6 +517,7 @@ def _collect(self:Engine, keep): # read back all but the newest results
             if reason: self._leave(*self._where(s), reason)
             elif s._forced and self.lag: self._set(s, s._forced[0])
 
+# %% ../nbs/17_engine.ipynb #collect-where
 @patch
 def _where(self:Engine, s): return next((slab, i) for slab, i, r in self.rows() if r.stream is s)
 @patch
