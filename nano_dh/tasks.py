@@ -10,6 +10,7 @@ __all__ = ['PARTS', 'LETTERS', 'TASKS', 'ConversationError', 'messages', 'segmen
 
 # %% ../nbs/21_tasks.ipynb #imp
 import copy, gzip, html, json, os, random, re, zlib
+from fnmatch import fnmatch
 from dataclasses import dataclass
 from pathlib import Path
 import torch
@@ -162,6 +163,7 @@ def last_number(text:str) -> str|None: # without commas
     found = re.findall(r'-?\d[\d,]*(?:\.\d+)?', text)
     return found[-1].replace(',', '') if found else None
 
+# %% ../nbs/21_tasks.ipynb #sums-task
 class Sums(Task):
     "Two numbers and the calculator; any number of examples, the same ones every time"
     name, kind = 'sums', 'generate'
@@ -182,13 +184,23 @@ class Sums(Task):
         return last_number(text) == conv['messages'][-1]['content'][1]['text']
 
 # %% ../nbs/21_tasks.ipynb #local
+def _below(root): # its files, also those in linked folders
+    seen = {os.path.realpath(root)}
+    for at, folders, files in os.walk(root, followlinks=True):
+        real = {f: os.path.realpath(os.path.join(at, f)) for f in sorted(folders)}
+        folders[:] = [f for f, r in real.items() if r not in seen]
+        seen.update(real.values())
+        yield from (Path(at)/f for f in files)
+
 def local_file(data:str|Path, *names) -> Path|None: # the first of these files below the folder
     "A data file in a folder, .gz or not"
     root = Path(data).expanduser()
-    for n in names if str(data) and root.is_dir() else ():
-        found = sorted([*root.rglob(n), *root.rglob(f'{n}.gz')])
+    files = [*_below(root)] if names and str(data) and root.is_dir() else []
+    for n in names:
+        found = sorted(f for f in files if fnmatch(f.name, n) or fnmatch(f.name, f'{n}.gz'))
         if found: return found[0]
 
+# %% ../nbs/21_tasks.ipynb #readjsonl
 def read_jsonl(path:str|Path) -> list:
     "Rows of a .jsonl or .jsonl.gz file"
     opener = gzip.open if str(path).endswith('.gz') else open
@@ -291,18 +303,19 @@ class HumanEval(Rows):
         r, m = conv['row'], re.search(r'```(?:python)?\n(.*?)```', text, re.S)
         code = m[1] if m else text
         head = r['prompt'].split('def ')[0]                         # its imports
-        whole = f'{head}\n{code}' if re.search(rf"def {r['entry_point']}\b",
-                                               code) else r['prompt'] + code
+        all_ = re.search(rf"def {r['entry_point']}\b", code)         # the function, or its rest
+        whole = f'{head}\n{code}' if all_ else r['prompt'] + code
         return f"{whole}\n{r['test']}\ncheck({r['entry_point']})\n"
     def evaluate(self, conv, text, seconds=5.):
         return run_code(self.program(conv, text), seconds=seconds).ok
 
 # %% ../nbs/21_tasks.ipynb #talk
 class SmolTalk(Rows):
-    "Conversations of many sources (Allal et al., 2025, arXiv:2502.02737); locally any sft_*.jsonl"
+    "Conversations of many sources (Allal et al., 2025, arXiv:2502.02737); locally sft_SPLIT.jsonl"
     name, hub = 'smoltalk', 'HuggingFaceTB/smol-smoltalk'
     def files(self):
-        return [f'sft_{s}.jsonl' for s in dict(test=('val', 'test')).get(self.split, (self.split,))]
+        names = ('val', 'test') if self.split == 'test' else (self.split,)
+        return [f'sft_{s}.jsonl' for s in names]
     def conversation(self, r): return dict(messages=r['messages'])
 
 # %% ../nbs/21_tasks.ipynb #custom
@@ -338,16 +351,18 @@ class SimpleSpelling(Task):
         return chat(r.choice(self.asks).format(w), ','.join(w))
     def evaluate(self, conv, text): return text.strip() == conv['messages'][-1]['content']
 
+# %% ../nbs/21_tasks.ipynb #bee
 class SpellingBee(SimpleSpelling):
     "Count a letter in a word: spell it, then let the tool count"
     name = 'spellingbee'
     asks = ('How many times does {1} occur in {0}?', 'How many {1} are in the word {0}?',
             'Count the letter {1} in {0}.')
     def example(self, i):
-        r, w = self.draw(i); l = r.choice(w) if r.random() < .8 else r.choice('abcdefghilmnoprstuw')
+        r, w = self.draw(i)
+        l = r.choice(w if r.random() < .8 else 'abcdefghilmnoprstuw')
         call = tool(f"'{w}'.count('{l}')")
-        return chat(r.choice(self.asks).format(w, l), [say(','.join(w) + '. '), *call,
-                                                       say(call[1]['text'])])
+        answer = [say(','.join(w) + '. '), *call, say(call[1]['text'])]
+        return chat(r.choice(self.asks).format(w, l), answer)
     def evaluate(self, conv, text):
         return last_number(text) == conv['messages'][-1]['content'][-1]['text']
 
@@ -371,10 +386,10 @@ class TaskMixture(TaskSequence):
     def where(self, i): return super().where(int(self.order[i]))
 
 # %% ../nbs/21_tasks.ipynb #spec
-TASKS = dict(arc_easy=ARC, arc_challenge=lambda **kw: ARC('challenge', **kw), mmlu=MMLU,
-             gsm8k=GSM8K,
-             humaneval=HumanEval, smoltalk=SmolTalk, sums=Sums, simplespelling=SimpleSpelling,
-             spellingbee=SpellingBee) # name -> class or function of (split, ...)
+TASKS = dict( # name -> class or function of (split, ...)
+    arc_easy=ARC, arc_challenge=lambda **kw: ARC('challenge', **kw), mmlu=MMLU, gsm8k=GSM8K,
+    humaneval=HumanEval, smoltalk=SmolTalk, sums=Sums, simplespelling=SimpleSpelling,
+    spellingbee=SpellingBee)
 
 def open_task(name:str,         # a key of TASKS, or the path of a .jsonl file
               split:str='test',
@@ -392,10 +407,9 @@ def open_task(name:str,         # a key of TASKS, or the path of a .jsonl file
     if size and size > len(t): raise ValueError(f'{name}: {size:,} wanted, it has {len(t):,}')
     return t[:size] if size else t
 
-# 'gsm8k:2 sums@500 my.jsonl'
-
 # %% ../nbs/21_tasks.ipynb #specs
-def open_tasks(spec:str, split:str='train', data:str='') -> list[Task]:
+def open_tasks(spec:str, # such as 'gsm8k:2 sums@500 my.jsonl'
+               split:str='train', data:str='') -> list[Task]:
     "Tasks of a mixture; one with :n is in the list n times"
     out = []
     for word in spec.split():

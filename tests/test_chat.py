@@ -167,3 +167,11 @@ def test_the_three_notebooks_in_a_row(tmp_path):
         assert r.returncode == 0, r.stderr[-3000:]
     got = json.loads(next((tmp_path/'runs').glob('*/chat_eval-*.json')).read_text())
     assert [r['n'] for r in got['results']] == [12, 10] and math.isfinite(got['chat_core'])
+
+def test_local_files_lie_in_linked_folders_too(tmp_path):
+    "`sft` and `eval` may be links; a link to a folder above ends"
+    far, data = tmp_path/'far', tmp_path/'data'; (far/'deep').mkdir(parents=True); data.mkdir()
+    (far/'deep'/'sft_train.jsonl').write_text(json.dumps(dict(messages=Sums()[0]['messages'])))
+    (data/'sft').symlink_to(far); (far/'up').symlink_to(data); (far/'same').symlink_to(far/'deep')
+    assert local_file(data, 'sft_train.jsonl').resolve() == far/'deep'/'sft_train.jsonl' and local_file(data, 'x.jsonl') is None
+    assert SmolTalk('train', data=str(data))[0] == dict(messages=Sums()[0]['messages'])
