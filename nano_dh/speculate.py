@@ -43,6 +43,22 @@ def rollback(state:ModelState, saved:list, n:int): # n: tokens that the state ha
     for s, k, t in saved: getattr(s, k).copy_(t)
     state.n = n
 
+# %% ../nbs/17b_speculate.ipynb #pace
+class _Pace:
+    "How long a draft may be: longer after right ones, none for some rounds after wrong ones"
+    def __init__(self, most:int): # tokens of a draft
+        self.most, self.size, self.wait, self.pause = most, min(2, most), 0, 0
+
+    def length(self) -> int: # of the draft of this round
+        self.wait = max(self.wait - 1, 0)
+        return 0 if self.wait else self.size
+
+    def judge(self, drafted:int, right:int): # what became of it
+        if drafted and right == 0: self.pause = self.wait = min(2*self.pause + 2, 16)
+        elif drafted:
+            grown = 2*self.size if right == drafted else max(2, right)
+            self.pause, self.size = 0, min(self.most, grown)
+
 # %% ../nbs/17b_speculate.ipynb #stats
 @dataclass
 class Guessed:
@@ -52,6 +68,7 @@ class Guessed:
     drafted: int = 0  # tokens that were proposed
     accepted: int = 0 # of them
 
+# %% ../nbs/17b_speculate.ipynb #speculate
 @torch.inference_mode()
 def speculate(model:HybridModel, request:Request,
               most:int=16,   # tokens of a draft; 0 is plain decoding
@@ -59,7 +76,7 @@ def speculate(model:HybridModel, request:Request,
               choose=None    # (logits, position) -> token; default: what the request draws
              ) -> Guessed:
     "Continue one prompt, checking drafts from the text itself"
-    r, out, look = request, Guessed([]), Lookup(request.prompt, sizes)
+    r, out, look, pace = request, Guessed([]), Lookup(request.prompt, sizes), _Pace(most)
     choose, ends = choose or (lambda z, pos: int(sample(z, r, pos))), set(r.stop_tokens or ())
     state = model.init_state(1, len(r.prompt) + r.max_tokens + most)
     def take(z): # the next token
@@ -67,10 +84,8 @@ def speculate(model:HybridModel, request:Request,
         out.tokens.append(t); look.push(t)
         return t
     todo, saved = [take(read_prompt(model, r.prompt, state)[0])], None
-    k, wait, pause = 2, 0, 0         # length of a draft; rounds without one, after a failure
     while len(out.tokens) < r.max_tokens and out.tokens[-1] not in ends:
-        n, wait, d = state.n, max(wait - 1, 0), []
-        if wait == 0 and most: d = look.draft(min(k, r.max_tokens - len(out.tokens) - 1))
+        n, d = state.n, look.draft(min(pace.length(), r.max_tokens - len(out.tokens) - 1))
         if d: saved = checkpoint(model, state, saved)
         z = model(torch.tensor([todo + d], device=state.pos.device), state=state)[0, len(todo)-1:]
         right, t = 0, take(z[0])
@@ -78,6 +93,5 @@ def speculate(model:HybridModel, request:Request,
         out.passes += 1; out.drafted += len(d); out.accepted += right
         if right == len(d): todo = [t]
         else: rollback(state, saved, n); todo = todo + d[:right] + [t]
-        if d and right == 0: pause = min(2*pause + 2, 16); wait = pause
-        elif d: pause, k = 0, min(most, 2*k) if right == len(d) else max(2, right)
+        pace.judge(len(d), right)
     return out
