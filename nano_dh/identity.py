@@ -45,7 +45,10 @@ Give me your name, please.|Who is this?|Who is there?|What may I call you?
 Do they call you something?|Your name, please.|Whom do I have the pleasure to meet?
 I did not catch your name.|Is there a name for you?|How do you call yourself?
 Sorry, who are you?|Let me know who you are.|What is the name of this assistant?
-Who is speaking?|Tell me who you are.''',
+Who is speaking?|Tell me who you are.''')
+
+# %% ../nbs/21b_identity.ipynb #asks-rest
+ASKS |= dict(
     what='''What are you?|What kind of thing are you?|Describe yourself.|What is nano_dh?
 Tell me about yourself.|Explain what you are.|What sort of program are you?
 Are you a language model?''',
@@ -79,8 +82,9 @@ CLOSE = ['']*8 + [' Thanks.', ' Thank you!', ' Please.', ' I am curious.']
 class Identity(Task):
     "Who are you?"
     name, kind = 'identity', 'generate'
-    # default: 1000, in the test each once
-    def __init__(self, split:str='train', size:int|None=None):
+    def __init__(self, split:str='train',
+                 size:int|None=None # default: 1000, in the test each phrasing once
+                ):
         self.split, self.held = split, _split(HELD)
         self.index = range(size or (1000 if split == 'train' else len(self.held)))
     def example(self, i):
@@ -94,8 +98,8 @@ class Identity(Task):
             turns.append((ask, r.choice(FACTS[about])))
         return self.talk(turns)
     def talk(self, turns):
-        return dict(messages=[dict(role=w, content=c) for t in turns for w,
-                              c in zip(('user', 'assistant'), t)])
+        return dict(messages=[dict(role=who, content=c) for turn in turns
+                              for who, c in zip(('user', 'assistant'), turn)])
     def evaluate(self, conv, text): return NAME in text
 
 TASKS['identity'] = Identity

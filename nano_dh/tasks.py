@@ -187,9 +187,9 @@ class Sums(Task):
 def _below(root): # its files, also those in linked folders
     seen = {os.path.realpath(root)}
     for at, folders, files in os.walk(root, followlinks=True):
-        real = {f: os.path.realpath(os.path.join(at, f)) for f in sorted(folders)}
-        folders[:] = [f for f, r in real.items() if r not in seen]
-        seen.update(real.values())
+        real = {os.path.realpath(os.path.join(at, f)): f for f in sorted(folders, reverse=True)}
+        folders[:] = [f for r, f in real.items() if r not in seen]
+        seen.update(real)
         yield from (Path(at)/f for f in files)
 
 def local_file(data:str|Path, *names) -> Path|None: # the first of these files below the folder
