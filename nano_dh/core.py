@@ -223,4 +223,5 @@ def _help(cls): # a line for each field: name, default, comment
             says |= re.findall(r'^ +(\w+):.*?  ?# *(.*)', inspect.getsource(c), re.M)
     rows = [(f.name.replace('_', '-'), '' if f.default is MISSING else repr(f.default),
              says.get(f.name, '')) for f in fields(cls)]
-    return '\n'.join(f'--{n:16} {d:14} {t}'.rstrip() for n, d, t in rows)
+    wide = max(len(n) for n, *_ in rows)
+    return '\n'.join(f'--{n:{wide}} {d:14} {t}'.rstrip() for n, d, t in rows)

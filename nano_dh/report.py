@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FIGURES', 'KINDS', 'git_state', 'code_name', 'system', 'machine_name', 'code_lines', 'code_size', 'dependencies',
-           'versions', 'lineage', 'stage_figures', 'scores', 'status_file', 'read_status', 'duration', 'compression',
-           'Card', 'report_card', 'compare_cards', 'main']
+           'versions', 'lineage', 'stage_figures', 'scores', 'status_file', 'read_status', 'compression', 'Card',
+           'report_card', 'compare_cards', 'main']
 
 # %% ../nbs/27_report.ipynb #imp
 import ast, importlib.metadata, io, json, math, os, platform, re, subprocess, sys, time
@@ -17,7 +17,7 @@ import torch
 from fastcore.basics import patch
 import nano_dh
 from .checkpoint import CheckpointError, find_checkpoint, latest_step, runs_dir
-from .core import atomic_write, base_dir, human
+from .core import atomic_write, base_dir, duration, human
 from .dataset import open_data
 from .hybrid_model import HybridConfig
 from .launch import LiveFigure, n_cores, n_gpus
@@ -240,13 +240,6 @@ def read_status(path:str|Path) -> dict|None: # None: there is no such file
         all(isinstance(r, dict) and keys <= {*r} for r in x['stages'].values())
     if whole: return x
     raise ValueError(f'{path} is damaged; move it away to begin anew')
-
-def duration(s:float # seconds
-            ) -> str:
-    "'8 s', '3 min 51 s', '2 h 05 min'"
-    s = round(s)
-    if s < 60: return f'{s} s'
-    return f'{s//60} min {s%60:02} s' if s < 3600 else f'{s//3600} h {s%3600//60:02} min'
 
 # %% ../nbs/27_report.ipynb #timeof
 def _time_of(stages, status): # a row each: stage, seconds, tries, status, commit, machine

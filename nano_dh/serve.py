@@ -7,8 +7,8 @@ __all__ = ['ROUTES', 'HELP', 'ServeConfig', 'ApiError', 'nesting', 'parse_json',
            'ChatRequest', 'CompletionRequest', 'StateRequest', 'sentence', 'Guard', 'Down', 'Worker', 'Memory', 'seal',
            'sealed', 'write_state', 'opened', 'read_state', 'Answer', 'Metrics', 'Service', 'ChatForm', 'TextForm',
            'sse', 'Events', 'make_app', 'ErrorBody', 'Connection', 'Server', 'listen', 'serving', 'Got', 'load',
-           'summary', 'options', 'find_model', 'open_engines', 'dh_serve', 'Chat', 'ChatConfig', 'show', 'command',
-           'talk', 'dh_chat']
+           'summary', 'find_model', 'open_engines', 'dh_serve', 'Chat', 'ChatConfig', 'show', 'command', 'talk',
+           'dh_chat']
 
 # %% ../nbs/25_serve.ipynb #imports
 import asyncio, errno, hmac, json, math, os, re, secrets, signal, socket, sys
@@ -31,7 +31,7 @@ from urllib.parse import urlsplit
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from .cache import PrefixCache, StateError, _keys, prefill, read_prompt
 from .checkpoint import CheckpointError, load_model
-from .core import atomic_write, base_dir, checked, closest, get_device, human
+from .core import atomic_write, base_dir, closest, get_device, human, options
 from .engine import Engine, Request, bucket
 from .sft import newest
 from .tasks import ConversationError, messages, render
@@ -1157,35 +1157,6 @@ def summary(gots:list) -> dict:
     return dict(answers=len(ok), left=sum(g.left for g in gots),
                 errors=sum(bool(g.error) for g in gots),
                 tokens_per_s=sum(g.tokens for g in ok)/took, first_p50=at(.5), first_p99=at(.99))
-
-# %% ../nbs/25_serve.ipynb #cli
-def _plain(text): # a number, true, false or null; else the text, and `checked` says what is wrong
-    for read in (json.loads, float):
-        with suppress(ValueError): return read(text.lower())
-    return text
-
-def options(argv:list, cls, **short): # ['--port', '80', '-p', 'hi'] -> an instance of the dataclass
-    "A dataclass from a command line; short: letter -> field"
-    out, kinds, argv = {}, {f.name: f.type for f in fields(cls)}, list(argv)
-    if {'-h', '--help'} & {*argv}: print(_help(cls)); sys.exit()
-    while argv:
-        word = argv.pop(0); k, eq, v = word.removeprefix('--').partition('=')
-        k = k.replace('-', '_')
-        if not word.startswith('--'):
-            if word.startswith('-') and word[1:] in short: k = short[word[1:]]
-            else: raise NameError(f'{word!r} is no option; --help lists them')
-        bare = kinds.get(k) is bool and ''.join(argv[:1]).lower() not in ('true', 'false')
-        if not (eq or bare or argv): raise ValueError(f'{word} needs a value')
-        if not eq: v = 'true' if bare else argv.pop(0)
-        out[k] = v if kinds.get(k) in (str, str|None) else _plain(v)
-    return checked(cls, out)
-
-# %% ../nbs/25_serve.ipynb #cli-b
-def _help(cls):
-    import inspect
-    rows = [l.strip() for l in inspect.getsource(cls).splitlines() if re.match(r'\s+\w+:.* = ', l)]
-    out = [re.match(r'(\w+):.*? = (.*?)\s*(?:#\s*(.*))?$', r).groups() for r in rows]
-    return '\n'.join(f"--{n.replace('_', '-'):16} {d:14} {t or ''}" for n, d, t in out)
 
 # %% ../nbs/25_serve.ipynb #dhserve
 def find_model(name:str='', step:int|None=None) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np, torch, torch.distributed as dist
 from fastcore.basics import patch
 from .checkpoint import find_checkpoint, latest_step, list_runs, load_model, runs_dir
-from .core import compute_dtype, get_device, human
+from .core import compute_dtype, duration, get_device, human
 from .dataloader import (N_STREAMS, DocTokens, EvalPacker, Loader, Packer, Piece, Stream,
                                 shuffled)
 from .engine import Engine
@@ -23,8 +23,8 @@ from .identity import Identity
 from .launch import n_gpus
 from .tasks import TaskMixture, open_tasks, render_batch, render_for_completion
 from .tokenizer import Tokenizer
-from .train import (MFU, Plan, PlanError, PretrainConfig, Report, Trainer, _clock, _meta,
-                           _too_much, machine, pretrain)
+from .train import (MFU, Plan, PlanError, PretrainConfig, Report, Trainer, _meta, _too_much,
+                           machine, pretrain)
 
 # %% ../nbs/22_sft.ipynb #wholefit
 MASK = 1 << 24      # added to the id of a supervised token on its way through the packer
@@ -296,7 +296,7 @@ class ChatPlan(Plan):
                   f'x {c.grad_accum_steps} micro-batches x {c.device_batch_size} rows x '
                   f'{c.max_seq_len}; {lr}',
             walls='conversations in a row do not see each other' if c.doc_mask else 'none in a row',
-            time=f'about {_clock(self.seconds)} on {mc["name"]}').items())
+            time=f'about {duration(self.seconds, about=True)} on {mc["name"]}').items())
 
 # %% ../nbs/22_sft.ipynb #mkplan
 def chat_plan(cfg:FinetuneConfig # may have fields left open

@@ -15,11 +15,11 @@ from fastcore.basics import patch
 from filelock import Timeout
 import nano_dh
 from .checkpoint import latest_step, runs_dir
-from .core import (atomic_write, base_dir, checked, closest, file_lock, human,
-                          peak_flops)
+from .core import (atomic_write, base_dir, checked, closest, duration, file_lock,
+                          human, peak_flops)
 from .launch import _in_notebook, n_gpus
-from .report import (Card, _json, _table, duration, git_state, machine_name,
-                            read_status, report_card, scores, status_file, system)
+from .report import (Card, _json, _table, git_state, machine_name, read_status,
+                            report_card, scores, status_file, system)
 from .tokenizer import Tokenizer
 from .train import MFU, PretrainConfig, _meta, auto_batch, read_metrics
 

@@ -16,8 +16,8 @@ from functools import lru_cache
 from pathlib import Path
 import torch, torch.distributed as dist
 from fastcore.basics import patch
-from .core import (atomic_write, checked, closest, compute_dtype, dist_info, get_device,
-                          human, peak_flops, print0, set_seed)
+from .core import (atomic_write, checked, closest, compute_dtype, dist_info, duration,
+                          get_device, human, options, peak_flops, print0, set_seed)
 from .kernels import choose_backend, set_backend
 from .hybrid_model import HybridConfig, HybridModel, generate
 from .tokenizer import get_tokenizer
@@ -322,16 +322,11 @@ class PlanError(RuntimeError):
     "A plan that cannot be carried out; the message says what to change"
     def _render_traceback_(self): return [f'{type(self).__name__}: {self}']
 
-def _clock(s):
-    if s < 100: return f'{s:.0f} s'
-    if s < 6000: return f'{s/60:.0f} min'
-    return f'{s/3600:.1f} h' if s < 172800 else f'{s/86400:.0f} days'
-
 def _too_much(p):
     "Why this machine cannot, as text; one reason at a time"
     c, have = p.cfg, p.machine['memory']/(1 if p.cfg.device == 'cuda' else max(1, p.cfg.nproc))
     if p.seconds > c.max_hours*3600:
-        yield f'would take about {_clock(p.seconds)} (max_hours is {c.max_hours:g})'
+        yield f'would take about {duration(p.seconds, about=True)} (max_hours is {c.max_hours:g})'
     if p.memory > have:
         need, have = human(p.memory, unit='B'), human(have, unit='B')
         yield f'needs about {need} of memory a rank ({have} are free)'
@@ -374,7 +369,7 @@ def __str__(self:Plan):
                 f"{human(mc['flops'], unit='FLOP/s')}",
         memory=f"about {human(self.memory, unit='B')} a rank; "
                f"{human(mc['memory'], unit='B')} are free",
-        time=f'about {_clock(self.seconds)}' +
+        time=f'about {duration(self.seconds, about=True)}' +
              f', ${self.cost:.2f} at ${c.gpu_hour_price:g} a GPU hour'*(self.cost > 0)).items())
 
 # %% ../nbs/14_train.ipynb #showbatch
@@ -718,7 +713,7 @@ class Report:
         if 'loss' in rec and (s % self.every == 0 or s in (1, n)):
             mfu = f"  MFU {rec['mfu']:.1%}" if 'mfu' in rec else ''
             print(f"step {s:>5}/{n}  loss {rec['loss']:.3f}  {human(rec['tok_s'])} tokens/s{mfu}  "
-                  f"{_clock(rec['seconds'])} gone, {_clock(rec['eta'])} to go")
+                  f"{duration(rec['seconds'])} gone, {duration(rec['eta'], about=True)} to go")
         if 'val_bpb' in rec:
             print(f"step {s:>5}/{n}  val bpb {rec['val_bpb']:.4f} "
                   f"(standard error {rec['val_stderr']:.4f})")
@@ -757,7 +752,7 @@ def table(self:Report):
     speeds = sorted(r['tok_s'] for r in self.records if 'tok_s' in r) or [0]
     bpb, mfu = self.last('val_bpb'), self.last('mfu')
     rows = {'steps': f"{self.last('step', 0):,} of {self.cfg.num_iterations:,}",
-            'training time': _clock(self.last('seconds', 0)),
+            'training time': duration(self.last('seconds', 0)),
             'tokens/s (median)': human(speeds[len(speeds)//2]), 'MFU': f'{mfu:.1%}' if mfu else '-',
             'memory': human(self.last('memory', 0), unit='B'),
             'train loss': f"{self.last('loss', math.nan):.4f}",
@@ -776,26 +771,11 @@ def next(self:Report) -> str:
             f'to use it:\n  from nano_dh.checkpoint import load_model\n'
             f'  model, tokenizer, meta = load_model({c.run!r})')
 
-# %% ../nbs/14_train.ipynb #args
-def _args(argv): # ['--eval-every', '4', 'run=x', '--resume'] -> {'eval_every': 4, 'run': 'x', ...}
-    out, texts = {}, {f.name for f in fields(PretrainConfig) if f.type in (str, 'str')}
-    while argv:
-        k, *argv = argv; k, eq, v = k.removeprefix('--').partition('='); k = k.replace('-', '_')
-        if not eq:
-            alone = not argv or argv[0].startswith('--') or '=' in argv[0]
-            v, argv = ('True', argv) if alone else (argv[0], argv[1:])
-        try: out[k] = v if k in texts else ast.literal_eval(v)
-        except (ValueError, SyntaxError): out[k] = v
-    return out
-
 # %% ../nbs/14_train.ipynb #main
 def main(argv:list|None=None # default: the command line
         ):
     "python -m nano_dh.train --depth 4 run=x ...; every field of PretrainConfig is an option"
-    args = _args(sys.argv[1:] if argv is None else argv)
-    if 'help' in args:
-        return print(*(f'--{f.name:24} {f.default!r}' for f in fields(PretrainConfig)), sep='\n')
-    cfg = checked(PretrainConfig, args)
+    cfg = options(sys.argv[1:] if argv is None else argv, PretrainConfig)
     run_env(_main, cfg, device=cfg.device)
 
 def _main(cfg, emit):
