@@ -234,7 +234,7 @@ class Questions:
     "This rank's questions, a step at a time, with the answers of the model as it is then"
     def __init__(self, trainer, task): self.t, self.task, self.index = trainer, task, 0
     def __iter__(self): return self
-    def close(self): self.index = self.index
+    def close(self): pass # nothing is open
     def state_dict(self):
         return dict(identity=self.task.name, row=self.index, index=self.index, streams={})
     def load_state_dict(self, s): self.index = s['index']
@@ -269,16 +269,19 @@ class RLTrainer(ChatTrainer):
         self.peak = None              # FLOPs a token say nothing here
         super().restore()
 
-    def answer(self, convs, n, seed): # -> prompts, groups of finished Streams
-        c = self.cfg; refresh(self.engine, self.model)
-        prompts = [render_for_completion(v, self.tok) for v in convs]
-        return prompts, rollout(self.engine, prompts, n, c.max_tokens, c.temperature, c.top_k, seed)
+# %% ../nbs/23_rl.ipynb #answer
+@patch
+def answer(self:RLTrainer, convs, n, seed): # -> prompts, groups of finished Streams
+    c = self.cfg; refresh(self.engine, self.model)
+    prompts = [render_for_completion(v, self.tok) for v in convs]
+    return prompts, rollout(self.engine, prompts, n, c.max_tokens, c.temperature, c.top_k, seed)
 
-    def sums(self, *xs): # over ranks
-        t = torch.tensor(xs, dtype=torch.float64, device='cpu'
-                         if self.device.type == 'mps' else self.device)
-        if self.world > 1: dist.all_reduce(t)
-        return t.tolist()
+@patch
+def sums(self:RLTrainer, *xs): # over ranks
+    dev = 'cpu' if self.device.type == 'mps' else self.device      # float64 is unknown to mps
+    t = torch.tensor(xs, dtype=torch.float64, device=dev)
+    if self.world > 1: dist.all_reduce(t)
+    return t.tolist()
 
 # %% ../nbs/23_rl.ipynb #step
 @patch
@@ -323,12 +326,11 @@ def evaluate(self:RLTrainer):
                                          self.world)]
     prompts, groups = self.answer(convs, k, seed=10**6 + c.seed)
     right = [sum(bool(self.held.evaluate(v, s.text)) for s in g) for v, g in zip(convs, groups)]
-    n, *got = self.sums(len(convs), *(sum(pass_at_k(k, r,
-                                                    j) for r in right) for j in range(1, k + 1)))
-    p = got[0]/n
+    at = [sum(pass_at_k(k, r, j) for r in right) for j in range(1, k + 1)]
+    n, *got = self.sums(len(convs), *at); p = got[0]/n
+    some = {1, 2, 4, 8, 16, k} if k > 1 else ()
     self.log(val_reward=p, val_reward_stderr=math.sqrt(max(p*(1 - p), 1e-4)/n), questions=int(n),
-             **{f'pass_{j}': g/n for j, g in enumerate(got,
-                                                       1) if k > 1 and j in (1, 2, 4, 8, 16, k)},
+             **{f'pass_{j}': g/n for j, g in enumerate(got, 1) if j in some},
              examples=[self.tok.decode(s.tokens) for g in groups[:3] for s in g[:1]])
 
 def rl(cfg:RLConfig, # may have fields left open
