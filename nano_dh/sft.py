@@ -59,22 +59,27 @@ class ChatTokens(DocTokens):
         some = [task[i] for i in {0, self.n//2, self.n - 1}]
         self.fingerprint = hashlib.sha256(repr((self.n, some)).encode()).hexdigest()[:12]
 
-    def at(self, p): # which conversation stands at position p
-        epoch, q = divmod(p, self.n)
-        if not self.train: return q
-        if epoch not in self.orders: self.orders = {epoch: shuffled(self.n, self.seed, epoch),
-                                                    **dict(list(self.orders.items())[-2:])}
-        return int(self.orders[epoch][q])
+# %% ../nbs/22_sft.ipynb #fit
+@patch
+def at(self:ChatTokens, p): # which conversation stands at position p
+    epoch, q = divmod(p, self.n)
+    if not self.train: return q
+    if epoch not in self.orders: self.orders = {epoch: shuffled(self.n, self.seed, epoch),
+                                                **dict(list(self.orders.items())[-2:])}
+    return int(self.orders[epoch][q])
 
-    def encode(self, positions): # -> position: (n,) int32 ids without BOS, supervised ones + MASK
-        rs = render_batch([self.task[self.at(p)] for p in positions], self.tok, self.threads)
-        return {p: self.fit(r) for p, r in zip(positions, rs)}
+@patch
+def encode(self:ChatTokens, positions
+          ) -> dict: # position -> (n,) int32 ids without BOS, supervised ones + MASK
+    rs = render_batch([self.task[self.at(p)] for p in positions], self.tok, self.threads)
+    return {p: self.fit(r) for p, r in zip(positions, rs)}
 
-    def fit(self, r): # not longer than a row; nothing if nothing is left to learn
-        ids, on = np.array(r.ids[1:], np.int32), np.array(r.mask[1:], np.int32)
-        if len(ids) > self.T and self.long == 'drop': return ids[:0]
-        ids, on = ids[:self.T], on[:self.T]
-        return ids + MASK*on if on.any() else ids[:0]
+@patch
+def fit(self:ChatTokens, r): # not longer than a row; nothing if nothing is left to learn
+    ids, on = np.array(r.ids[1:], np.int32), np.array(r.mask[1:], np.int32)
+    if len(ids) > self.T and self.long == 'drop': return ids[:0]
+    ids, on = ids[:self.T], on[:self.T]
+    return ids + MASK*on if on.any() else ids[:0]
 
 # %% ../nbs/22_sft.ipynb #chatstream
 class ChatStream(Stream):
@@ -142,8 +147,8 @@ class ChatTrainer(Trainer):
 
     def make_loader(self, split, rows):
         c, task = self.cfg, self.mixture if split == 'train' else self.valtask
-        return ChatLoader(task, self.tok, split, rows, c.max_seq_len, c.seed, self.rank, self.world,
-                          self.device, c.doc_mask, c.long_chats)
+        return ChatLoader(task, self.tok, split, rows, c.max_seq_len, c.seed, self.rank,
+                          self.world, self.device, c.doc_mask, c.long_chats)
 
     def restore(self): # a run that begins is judged before its first step
         super().restore()
@@ -151,7 +156,8 @@ class ChatTrainer(Trainer):
 
 # %% ../nbs/22_sft.ipynb #chatstep2
 @patch
-def train_step(self:ChatTrainer, batch) -> torch.Tensor: # (2,) summed loss and targets of all ranks
+def train_step(self:ChatTrainer, batch
+              ) -> torch.Tensor: # (2,) summed loss and targets of all ranks
     "One optimizer step; the loss is a mean over the supervised tokens of all ranks"
     c = self.cfg; dt = torch.float32 if self.device.type == 'mps' else torch.float64
     total = torch.stack([torch.zeros((), device=self.device, dtype=dt),
@@ -215,13 +221,13 @@ def newest(*stages) -> str: # path of the checkpoint; '' if there is none
     for s in stages:
         if found := [r for r in list_runs() if of(r) == s]:
             return str(find_checkpoint(found[-1]['name']))
-    raise PlanError(f'{runs_dir()} holds no run of {" or ".join(stages)}; train one: make pretrain')
+    raise PlanError(f'{runs_dir()} holds no run of {" or ".join(stages)}; '
+                    'train one: make pretrain')
 
 @patch
 def model_config(self:FinetuneConfig) -> HybridConfig: return _config_of(self.base)
 @patch
-# learning rates as they are: a batch below LR_FLOOR counts as that
-def scaling(self:FinetuneConfig):
+def scaling(self:FinetuneConfig): # learning rates as they are
     return PretrainConfig.scaling(self) | dict(weight_decay=self.weight_decay, total_tokens=None)
 
 def _base_meta(path): return json.loads((Path(path)/'meta.json').read_text())
@@ -233,7 +239,8 @@ def resolved(self:FinetuneConfig) -> FinetuneConfig:
     "Derive every field that was left at -1 or ''; a resumed run brings its own"
     c = self.continued() if self.resume else replace(self)
     if c.stage not in STAGES: raise ValueError(f'stage {c.stage!r}: use {" or ".join(STAGES)}')
-    c.base = str(find_checkpoint(c.base)) if c.base else newest(*('mid', 'base')[c.stage == 'mid':])
+    before = ('mid', 'base')[c.stage == 'mid':]
+    c.base = str(find_checkpoint(c.base)) if c.base else newest(*before)
     old, gpu, s = _base_meta(c.base), c.device in ('', 'cuda') and n_gpus() > 0, STAGES[c.stage]
     was = old.get('train', {}); m = c.model_config()
     own = dict(depth=m.n_layer, pattern=m.pattern, vocab_size=m.vocab_size)
@@ -273,7 +280,8 @@ def _steps(self:FinetuneConfig, was, gpu): # batch and number of steps
     self.device = self.device or get_device().type
     if self.compile == 'auto': self.compile = 'on' if gpu else 'off'
     task, tok = self.mixture('train'), Tokenizer.load(Path(self.base)/'tokenizer')
-    tokens = self.epochs*len(task)*mean_tokens(task, tok, self.max_seq_len)/.97  # rows are 97% full
+    tokens = self.epochs*len(task)*mean_tokens(task, tok, self.max_seq_len)
+    tokens /= .97                                              # rows are about so full
     unit = self.max_seq_len*max(1, self.nproc)
     if self.total_batch_size == -1:
         most = min(was.get('total_batch_size', 2**19), tokens/60)  # 60 steps or more
@@ -285,17 +293,19 @@ def _steps(self:FinetuneConfig, was, gpu): # batch and number of steps
 
 # %% ../nbs/22_sft.ipynb #plan
 class ChatPlan(Plan):
+    "What a run will do, in words"
     def __str__(self):
         c, mc = self.cfg, self.machine
-        lr = f"learning rates x {c.lr_frac:g}" if c.lr_frac >= 0 else ''
+        lr = f'learning rates x {c.lr_frac:g}' if c.lr_frac >= 0 else ''
         return '\n'.join(f'{k:9}{v}' for k, v in dict(
             run=f'{c.run_dir}' + f', continues at step {self.done}'*c.resume,
             base=f"{c.base}: depth {c.depth}, {c.pattern}, {self.params['total']:,} parameters",
             tasks=f"{c.tasks}: {len(c.mixture('train')):,} conversations, {c.epochs:g} epochs",
-            steps=f'{c.num_iterations:,} of {c.total_batch_size:,} tokens: {max(1, c.nproc)} ranks '
-                  f'x {c.grad_accum_steps} micro-batches x {c.device_batch_size} rows x '
+            steps=f'{c.num_iterations:,} of {c.total_batch_size:,} tokens: '
+                  f'{max(1, c.nproc)} ranks x {c.grad_accum_steps} micro-batches x '
+                  f'{c.device_batch_size} rows x '
                   f'{c.max_seq_len}; {lr}',
-            walls='conversations in a row do not see each other' if c.doc_mask else 'none in a row',
+            walls='conversations do not see each other' if c.doc_mask else 'none in a row',
             time=f'about {duration(self.seconds, about=True)} on {mc["name"]}').items())
 
 # %% ../nbs/22_sft.ipynb #mkplan
