@@ -178,6 +178,7 @@ def _targets(rows, starts, shift=0): # where the judged tokens are: batch row, p
           for t in range(s, len(r))]
     return torch.tensor(at).T
 
+# %% ../nbs/18_core_eval.ipynb #scorer
 class Scorer:
     "Plain: every option is read from its beginning"
     def __init__(self, logits, # tokens (B, T) -> logits (B, T, vocab)
@@ -251,6 +252,7 @@ def forked(self:ModelScorer, items:list[Item]) -> list: # as `Scorer.__call__`
             for i, v in zip(group, self._fork(part, [cuts[i] for i in group])): got[i] = v
     return got
 
+# %% ../nbs/18_core_eval.ipynb #fork
 @patch
 @torch.no_grad()
 def _fork(self:ModelScorer, items, cuts):
@@ -408,6 +410,7 @@ def base_eval(cfg:BaseEvalConfig, emit=print):
         if first: files.append(write_record('core', figures, meta, 'CORE', **how))
     emit(dict(records=[str(f) for f in files]))
 
+# %% ../nbs/18_core_eval.ipynb #core-metric
 def core_metric(model, tok, step, max_items:int=100) -> dict:
     "CORE for the training loop, on the first questions of each task"
     was = model.training; model.eval()
