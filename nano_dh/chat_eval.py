@@ -33,16 +33,15 @@ class Score:
     @property
     def accuracy(self): return self.right/max(1, self.n)
     @property
-    # of the accuracy, with one right and one wrong added so that 0 of 10 has one, too
-    def stderr(self):
+    def stderr(self): # one right and one wrong are added, so that 0 of 10 has one, too
         p = (self.right + 1)/(self.n + 2)
         return math.sqrt(p*(1 - p)/max(1, self.n))
     @property
-    # 0 is guessing, 1 perfect
-    def centred(self): return (self.accuracy - self.chance)/(1 - self.chance)
+    def centred(self): # 0 is guessing, 1 perfect
+        return (self.accuracy - self.chance)/(1 - self.chance)
     def record(self) -> dict:
-        return asdict(self) | {k: round(getattr(self, k),
-                                        4) for k in ('accuracy', 'stderr', 'centred')}
+        more = {k: round(getattr(self, k), 4) for k in ('accuracy', 'stderr', 'centred')}
+        return asdict(self) | more
     def __str__(self):
         return (f'{self.task:16}{self.accuracy:7.1%} +-{self.stderr:5.1%}   '
                 f'chance {self.chance:4.0%}   {self.right:,} of {self.n:,}')
@@ -96,7 +95,8 @@ def evaluate_task(model, tok, task:Task, # this rank's model
                  ) -> tuple:             # Score over all ranks, list of (question, answer, right)
     "Judge a model on a task"
     me, t = dist_info(), time.perf_counter()
-    if task.kind == 'chat': raise ValueError(f'{task.name} has no right answers; take another task')
+    if task.kind == 'chat':
+        raise ValueError(f'{task.name} has no right answers; take another task')
     task = task[:size] if size else task
     convs = [task[i] for i in range(me.rank, len(task), me.world_size)]
     if task.kind == 'choice': raw = shown = answer_choices(model, tok, convs)
@@ -121,7 +121,7 @@ OWN = 'identity sums@100 simplespelling@50 spellingbee@50'
 class ChatEvalConfig:
     "Parameters of runs/chat_eval.ipynb"
     model: str = ''        # run or checkpoint; '': the newest that was fine-tuned
-    tasks: str = ''  # such as 'gsm8k@200 mmlu'; '': all on a GPU, those that need no files on a CPU
+    tasks: str = ''        # 'gsm8k@200 mmlu'; '': all on a GPU, those without files on a CPU
     data: str = ''         # folder with local files; '': NANO_DH_DATA, then the hub
     max_tokens: int = 256  # of an answer
     keep: int = 10         # answers shown a task, the first ones
@@ -131,8 +131,8 @@ class ChatEvalConfig:
     @classmethod
     def from_ns(cls, ns:dict, before:set) -> 'ChatEvalConfig':
         "From a notebook's globals: what was assigned since `before` was taken"
-        return checked(cls, {k: v for k, v in ns.items() if k not in before
-                             and k[0] != '_'}).resolved()
+        new = {k: v for k, v in ns.items() if k not in before and k[0] != '_'}
+        return checked(cls, new).resolved()
 
 # %% ../nbs/24_chat_eval.ipynb #cfg2
 @patch
@@ -177,6 +177,7 @@ def eval_table(records:list): # of `chat_eval` -> Markdown
     return Markdown('\n'.join(['| task | accuracy | chance | right | time |',
                                '|---|---|---|---|---|', *rows, *end]))
 
+# %% ../nbs/24_chat_eval.ipynb #metrics
 def chat_metrics(model, tok, step) -> dict: # fits `core_metric` of a training run
     "Accuracies on the tasks that need no files, while a model trains"
     model.eval()
