@@ -346,10 +346,10 @@ def tier(depth:int,
 def tier_table(depths=(12, 20, 32), gpus:int=8, gpu:str='H100', price:float=3.) -> str: # Markdown
     "Estimates of pretraining, a row a depth"
     rows = [[f"d{t['depth']}", human(t['params']), human(t['tokens']), human(t['batch']),
-             f"{t['steps']:,}", f"{t['flops']:.1e}", f"{t['hours']:.1f}", f"{t['dollars']:,.0f}"]
-            for t in (tier(d, gpus, gpu, price) for d in depths)]
+             f"{t['steps']:,}", f"{t['flops']:.1e}", duration(3600*t['hours'], about=True),
+             f"{t['dollars']:,.0f}"] for t in (tier(d, gpus, gpu, price) for d in depths)]
     return _table(['preset', 'parameters', 'tokens', 'batch', 'steps', 'FLOPs',
-                   f"hours on {gpus} {gpu} at {MFU['cuda']:.0%} of the peak",
+                   f"time on {gpus} {gpu} at {MFU['cuda']:.0%} of the peak",
                    f'dollars at {price:g} an hour'], rows)
 
 # %% ../nbs/27b_speedrun.ipynb #cfg
