@@ -54,8 +54,8 @@ def code_name(git:dict # from `git_state`
 # %% ../nbs/27_report.ipynb #smi
 def _gpus(): # [(name, bytes, driver)] of the GPUs that this process may use
     q = '--query-gpu=name,memory.total,driver_version'
-    rows = [l.rsplit(', ', 2) for l in
-            _out('nvidia-smi', q, '--format=csv,noheader,nounits').splitlines()]
+    lines = _out('nvidia-smi', q, '--format=csv,noheader,nounits').splitlines()
+    rows = [l.rsplit(', ', 2) for l in lines if l.count(', ') > 1]      # others are messages
     return [(n, int(m)*2**20, d) for n, m, d in rows if m.isdigit()][:n_gpus()]
 
 def _cpu():
@@ -433,16 +433,18 @@ def markdown(self:Card, figure:str='' # file name of the figure to show
 def figure(self:Card) -> bytes: # PNG
     "Loss of each stage, and where the time went"
     stages = [s for s in self['stages'] if s['curves']]
+    t = [r for r in self['time'] if r['seconds']]
+    unit, size = ('minutes', 60) if sum(r['seconds'] for r in t) > 120 else ('seconds', 1)
     def draw(fig):
         axes = fig.subplots(1, len(stages) + 1, squeeze=False)[0]
         for ax, s in zip(axes, stages):
             for k, pts in s['curves'].items():
-                x, y = zip(*pts); ax.plot(x, y, lw=1, label=k, marker='o'*(len(x) < 12), ms=3)
+                x, y = zip(*pts); mark = 'o'*(len(x) < 12)
+                ax.plot(x, y, lw=1, label=FIGURES[k], marker=mark, ms=3)
             ax.set_title(s['stage'], fontsize=9); ax.set_xlabel('step'); ax.legend(fontsize=7)
-        t = [r for r in self['time'] if r['seconds']]
-        axes[-1].barh([r['stage'] for r in t], [r['seconds']/60 for r in t])
-        axes[-1].invert_yaxis(); axes[-1].tick_params(labelsize=7)
-        axes[-1].set_title('minutes', fontsize=9)
+        axes[-1].barh([r['stage'] for r in t], [r['seconds']/size for r in t])
+        axes[-1].invert_yaxis(); axes[-1].set_title(unit, fontsize=9)
+        for ax in axes: ax.tick_params(labelsize=7)
     return LiveFigure(draw, figsize=(2.6*len(stages) + 2.8, 2.6)).draw_now()
 
 # %% ../nbs/27_report.ipynb #savecard
