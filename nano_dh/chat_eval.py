@@ -8,14 +8,14 @@ __all__ = ['ALL', 'OWN', 'Score', 'chat_core', 'answer_choices', 'answers', 'eva
 
 # %% ../nbs/24_chat_eval.ipynb #imp
 import json, math, time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 import torch, torch.distributed as dist
 from fastcore.basics import patch
 from .checkpoint import find_checkpoint, load_model
-from .core import atomic_write, checked, dist_info, get_device, print0
-from .engine import Engine, Request
-from .identity import Identity
+from .core import atomic_write, checked, dist_info, get_device
+from .engine import Engine
+from .identity import Identity    # adds its task to the known ones
 from .launch import n_gpus
 from .sft import newest
 from .tasks import LETTERS, Task, open_tasks, render_for_completion

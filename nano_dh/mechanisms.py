@@ -13,7 +13,6 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from statistics import mean, stdev
-from torch import Tensor
 from fastcore.basics import patch
 from .core import closest, get_device, print0
 from .hybrid_model import HybridConfig, HybridModel

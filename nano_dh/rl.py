@@ -7,25 +7,25 @@ __all__ = ['TASKS', 'advantages', 'Rollouts', 'pack_rollouts', 'rollout', 'refre
            'make_start', 'drift', 'token_losses', 'pass_at_k', 'RLConfig', 'Questions', 'RLTrainer', 'rl', 'RLReport']
 
 # %% ../nbs/23_rl.ipynb #imp
-import json, math, random, time
-from dataclasses import dataclass, fields, replace
+import math, random, time
+from dataclasses import dataclass, replace
 from pathlib import Path
 import torch, torch.distributed as dist
 from torch import Tensor
 from fastcore.basics import patch
 from .checkpoint import find_checkpoint, latest_step, load_model, runs_dir, save_checkpoint
 from .cross_entropy import linear_cross_entropy
-from .core import checked, compute_dtype, dist_info, file_lock, get_device, human, set_seed
+from .core import file_lock, get_device
 from .dataloader import shuffled
 from .decode import inference_copy
 from .engine import Engine, Request
 from .hybrid_model import HybridConfig, HybridModel
 from .launch import LiveCurve, n_gpus
 from .sft import ChatTrainer, FinetuneConfig, finetune, newest
-from .tasks import (TASKS, Task, chat, last_number, open_task, render_for_completion, say,
-                           tool)
+from .tasks import (TASKS, Task, chat, last_number, open_task, render_for_completion,
+                           say, tool)
 from .tokenizer import Tokenizer
-from .train import Late, PlanError, PretrainConfig, Report, pretrain, read_metrics
+from .train import Report, pretrain
 
 # %% ../nbs/23_rl.ipynb #adv
 def advantages(rewards:Tensor # (prompts, samples)

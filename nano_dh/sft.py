@@ -9,17 +9,17 @@ __all__ = ['MASK', 'STAGES', 'HELD_OUT', 'INHERITED', 'whole_fit', 'ChatTokens',
 
 # %% ../nbs/22_sft.ipynb #imp
 import hashlib, json, math, time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np, torch, torch.distributed as dist
 from fastcore.basics import patch
 from .checkpoint import find_checkpoint, latest_step, list_runs, load_model, runs_dir
-from .core import compute_dtype, duration, get_device, human
+from .core import compute_dtype, duration, get_device
 from .dataloader import (N_STREAMS, DocTokens, EvalPacker, Loader, Packer, Piece, Stream,
                                 shuffled)
 from .engine import Engine
 from .hybrid_model import HybridConfig
-from .identity import Identity
+from .identity import Identity    # adds its task to the known ones
 from .launch import n_gpus
 from .tasks import TaskMixture, open_tasks, render_batch, render_for_completion
 from .tokenizer import Tokenizer

@@ -13,7 +13,6 @@ import copy, gzip, html, json, os, random, re, zlib
 from fnmatch import fnmatch
 from dataclasses import dataclass
 from pathlib import Path
-import torch
 from fastcore.basics import patch
 from .core import closest, package_data
 from .dataloader import shuffled
