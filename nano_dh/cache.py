@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STATE_FORMAT', 'GRID', 'STRIDE', 'slot_names', 'fingerprint', 'StateError', 'cuts', 'Snapshot', 'PrefixCache',
-           'prefill', 'read_prompt']
+           'Reading', 'prefill', 'read_prompt']
 
 # %% ../nbs/15_cache.ipynb #imports
 import hashlib, json, torch
@@ -29,10 +29,11 @@ def slot_names(model:HybridModel) -> list[set]: # for each layer the fields with
 # %% ../nbs/15_cache.ipynb #view
 @patch
 def view(self:ModelState,
-         rows:int        # the first so many
+         rows:int,       # so many
+         first:int=0     # beginning with this one
         ) -> ModelState: # shares the memory of this one
-    "The first rows, not copied"
-    cut = lambda s: {k: t[:rows] for k, t in _tensors(s).items()}
+    "Some rows, not copied"
+    cut = lambda s: {k: t[first:first+rows] for k, t in _tensors(s).items()}
     return replace(self, layers=[type(s)(**cut(s)) for s in self.layers], **cut(self))
 
 # %% ../nbs/15_cache.ipynb #take
@@ -275,26 +276,60 @@ def _keep(self:PrefixCache, key, snap):
     return snap if key in self.snaps else None
 
 # %% ../nbs/15_cache.ipynb #read
+class Reading:
+    "Prompts on their way into the rows of a state"
+    def __init__(self, model:HybridModel,
+                 prompts:list,             # of token ids, one a row
+                 state:ModelState,         # empty rows, or one row that has read something else
+                 cache:PrefixCache|None=None, # looked up and filled; only for empty rows
+                 piece:int=STRIDE,         # largest piece, a multiple of GRID
+                 exact:bool=False):        # pieces of GRID: the same bits with a cache and without
+        if not all(map(len, prompts)): raise ValueError('empty prompt; give at least one token')
+        self.model, self.prompts, self.state, self.before = model, prompts, state, state.n
+        self.cache = cache if cache is not None and cache.max_bytes > 0 and state.n == 0 else None
+        self.snaps, self.rows = [None]*len(prompts), [state]
+        if len(prompts) > 1: self.rows = [state.view(1, i) for i in range(len(prompts))]
+        if self.cache: self.snaps = [cache.find(p) for p in prompts]
+        self.at = [cache.restore(s, r) if s else 0 for s, r in zip(self.snaps, self.rows)]
+        state.n, step = self.before + max(self.at), GRID if exact else piece
+        self.cuts = [cuts(a, len(p), step, bool(self.cache) or exact)
+                     for a, p in zip(self.at, prompts)]
+
+    @property
+    def left(self) -> int: return sum(map(len, self.cuts)) # pieces
+
+# %% ../nbs/15_cache.ipynb #reading-read
+@patch
 @torch.inference_mode()
+def read(self:Reading) -> dict: # row -> logits (1, vocab), of the rows that are now at their end
+    "One forward: the next piece of each row"
+    spans = [(a, c[0] if c else a) for a, c in zip(self.at, self.cuts)]
+    n, many = [b - a for a, b in spans], len(spans) > 1
+    x = torch.zeros(len(n), max(n), dtype=torch.int64)
+    for r, p, (a, b) in zip(x, self.prompts, spans): r[:b-a] = torch.tensor(p[a:b])
+    x, lengths = (t.to(self.state.pos.device) for t in (x, torch.tensor(n)))
+    z = self.model(x, state=self.state, lengths=lengths if many else None, last_only=True)[:, -1]
+    self.at = [b for _, b in spans]; self.state.n = self.before + max(self.at)
+    for i, c in enumerate(self.cuts):
+        if c: c.pop(0); self._keep(i)
+    return {i: z[i:i+1] for i, c in enumerate(self.cuts) if n[i] and not c}
+
+@patch
+def _keep(self:Reading, i): # a snapshot of row i, where one belongs
+    p, at = self.prompts[i], self.at[i]
+    grid = at % STRIDE == 0 or at == (len(p)-1)//GRID*GRID
+    if self.cache and grid and at < len(p):
+        self.snaps[i] = self.cache.add(p, at, self.rows[i], self.snaps[i]) or self.snaps[i]
+
+# %% ../nbs/15_cache.ipynb #prefill
 def prefill(model:HybridModel,
             tokens:list,              # the prompt, at least one token
             state:ModelState,         # one empty row, or one that has read something else before
-            cache:PrefixCache|None=None, # looked up and filled; only for an empty row
-            piece:int=STRIDE,         # largest piece, a multiple of GRID
-            exact:bool=False          # pieces of GRID: the same bits with and without the cache
+            cache:PrefixCache|None=None, **kw # as in `Reading`
            ):                         # yields after each piece; the last time the logits (1, vocab)
     "Read a prompt piece by piece"
-    if not tokens: raise ValueError('empty prompt; give at least one token')
-    fresh = cache is not None and cache.max_bytes > 0 and state.n == 0
-    snap = cache.find(tokens) if fresh else None
-    at = cache.restore(snap, state) if fresh else 0
-    x = torch.tensor([tokens], device=state.pos.device)
-    for end in cuts(at, len(tokens), GRID if exact else piece, fresh or exact):
-        z = model(x[:, at:end], state=state, last_only=True)[:, -1]
-        at, keep = end, end % STRIDE == 0 or end == (len(tokens)-1)//GRID*GRID
-        if fresh and keep and end < len(tokens):
-            snap = cache.add(tokens, end, state, snap) or snap
-        yield z if at == len(tokens) else None
+    r = Reading(model, [tokens], state, cache, **kw)
+    while r.left: yield r.read().get(0)
 
 # %% ../nbs/15_cache.ipynb #read-prompt
 def read_prompt(model, tokens, state, cache=None, **kw) -> Tensor: # logits (1, vocab)

@@ -12,7 +12,7 @@ from collections import deque
 from dataclasses import dataclass, field, replace
 from fastcore.basics import patch
 from torch import Tensor
-from .cache import GRID, STRIDE, PrefixCache, prefill
+from .cache import GRID, STRIDE, PrefixCache, Reading
 from .core import human
 from .decode import Decoder, inference_copy
 from .execution import calculator
@@ -136,6 +136,7 @@ class Stream:
         self.reason, self.state, self.cancelled = None, None, False # stop, length, cancelled, error
         self._text, self._pieces, self._kind, self._seen = [], deque(), 'text', 0   # rendered
         self._call, self._forced = None, deque()                                    # tools
+        self.cached, self.alone = 0, False   # tokens of the prompt that were known; read by itself
         self._out = TextStream(engine.tokenizer, request.stop) if engine.tokenizer else None
 
     @property
@@ -240,6 +241,7 @@ class Engine:
                  exact:bool=False,         # on CPU: the same bits in any company
                  group:int=4,              # exact: rows that are computed together
                  piece:int=STRIDE,         # tokens of a prompt that are read at once
+                 reads:int|None=None,      # of all prompts; default STRIDE, on CUDA 16 of them
                  graphs:bool|None=None):   # recorded steps, sampling on the device; None: on CUDA
         self.device, cfg = model.wte.weight.device, model.cfg
         self.graphs = self.device.type == 'cuda' and HAS_TRITON if graphs is None else graphs
@@ -251,7 +253,8 @@ class Engine:
         self.max_bytes = max_bytes or self._room()
         self.prefix = PrefixCache(model, prefix_bytes)
         self.queue, self.slabs, self.pending = deque(), [], deque()
-        self.reading, self.reads, self._last, self.ids = None, None, None, itertools.count()
+        self.reads = reads or STRIDE*(16 if self.device.type == 'cuda' else 1)
+        self.reading, self.reader, self._last, self.ids = [], None, None, itertools.count()
         self._specials(tokenizer.special if tokenizer else {})
 
 # %% ../nbs/17_engine.ipynb #engine-specials
@@ -356,39 +359,78 @@ def _regrow(self:Engine, rows, cap): # a new slab; who decodes moves there
 
 # %% ../nbs/17_engine.ipynb #admit
 @patch
+def _together(self:Engine) -> list: # the streams at the head of the queue that are read together
+    group, prompts, longest, live = [], set(), 1, len(self.rows())
+    while self.queue and live + len(group) < self.max_rows:
+        s = self.queue[0]; r = s.request
+        if s.cancelled: self._end(self.queue.popleft(), 'cancelled'); continue
+        alone = self.exact or s.alone or r.state is not None
+        prompts.add(tuple(r.prompt)); longest = max(longest, min(len(r.prompt), self.piece))
+        if group and (alone or len(prompts)*longest > self.reads): break
+        if self._place(s.need) is None: break
+        group.append(self.queue.popleft())
+        if alone: break
+    return group
+
+# %% ../nbs/17_engine.ipynb #admit-2
+@patch
 def _admit(self:Engine):
     "Read prompts, first come first served; while others decode, one piece a step"
     busy = bool(self.rows())
     while True:
-        if self.reading is None:
-            while self.queue and self.queue[0].cancelled:
-                self._end(self.queue.popleft(), 'cancelled')
-            if not self.queue or self._place(self.queue[0].need) is None: return
-            self.reading = self.queue.popleft(); self.reads = self._read(self.reading)
-        try: done = next(self.reads, 'done') == 'done'
-        except BaseException: self._end(self.reading, 'error'); self.reading = None; raise
-        if done: self.reading = self.reads = None
-        if busy: return
+        if self.reader is None:
+            if not (group := self._together()): return
+            self.reading, self.reader = group, self._read(group)
+        try: got = next(self.reader, 'done')
+        except BaseException as e: self._failed(e); continue
+        if got == 'done': self.reading, self.reader = [], None
+        if busy or got == 'wait': return
+
+@patch
+def _failed(self:Engine, error): # while the prompts of `reading` were read
+    left, self.reading, self.reader = self.reading, [], None
+    if len(left) > 1 and isinstance(error, Exception):
+        for s in reversed(left): s.alone = True; self.queue.appendleft(s)
+    else:
+        for s in left: self._end(s, 'error')
+        raise error
 
 # %% ../nbs/17_engine.ipynb #admit-read
 @patch
-def _read(self:Engine, s): # reads a prompt; yields after each piece
-    r = s.request
-    if self._last and r.state is None and self._last[0] == r.prompt: _, state, z = self._last
-    else:
-        new = r.state is None
-        state = self.model.init_state(1, bucket(len(r.prompt))) if new else r.state.fork(1)
-        cache, how = self.prefix if new else None, dict(piece=self.piece, exact=self.exact)
-        for z in prefill(self.model, r.prompt, state, cache, **how):
-            if z is None: yield
-            if s.cancelled: return self._end(s, 'cancelled')
-        if new: self._last = r.prompt, state, z
-    while (place := self._place(s.need)) is None:
-        if s.cancelled: return self._end(s, 'cancelled')
-        yield
-    slab, i = place
-    slab.enter(i, row := Row(s, state.n), state)
-    self._results(slab, [(i, row)], slab.first(i, row, z))
+def _read(self:Engine, group): # reads the prompts of these streams; yields after each piece
+    new, by = group[0].request.state is None, {}
+    for s in group: by.setdefault(tuple(s.request.prompt), []).append(s)
+    if new and self._last and (same := by.pop(self._last[0], None)):
+        for s in same: s.cached = len(s.request.prompt)
+        yield from self._seat(same, *self._last[1:])
+    if not (prompts := [*by]): return
+    state = self.model.init_state(len(by), bucket(max(map(len, by)))) if new else \
+        group[0].request.state.fork(1)
+    r = Reading(self.model, prompts, state, self.prefix if new else None, self.piece, self.exact)
+    for p, n in zip(prompts, r.at):
+        for s in by[p]: s.cached = n if new else state.n
+    while r.left:
+        for i, z in r.read().items():
+            one = state if len(by) == 1 else self.model.take(state, i, len(prompts[i]))
+            if new: self._last = prompts[i], one, z
+            yield from self._seat(by[prompts[i]], one, z)
+        if r.left: yield
+        for s in [s for s in self.reading if s.cancelled]: self._unread(s)
+        if not self.reading: return
+
+# %% ../nbs/17_engine.ipynb #admit-seat
+@patch
+def _seat(self:Engine, streams, state, z): # their prompt has been read; yields while rows are short
+    for s in streams:
+        while not s.cancelled and (place := self._place(s.need)) is None: yield 'wait'
+        if s.done: continue
+        if s.cancelled: self._unread(s); continue
+        slab, i = place
+        slab.enter(i, row := Row(s, state.n), state); self.reading.remove(s)
+        self._results(slab, [(i, row)], slab.first(i, row, z))
+
+@patch
+def _unread(self:Engine, s): self.reading.remove(s); self._end(s, 'cancelled')
 
 # %% ../nbs/17_engine.ipynb #step
 @patch
@@ -408,7 +450,7 @@ def step(self:Engine) -> bool: # whether anything is left to do
 @patch(as_prop=True)
 def busy(self:Engine) -> bool: # anything queued, being read or decoding
     "Whether `step` has work to do"
-    return bool(self.queue or self.reading or self.pending or self.slabs and self.rows())
+    return bool(self.queue or self.reader or self.pending or self.slabs and self.rows())
 
 # %% ../nbs/17_engine.ipynb #draw
 @patch

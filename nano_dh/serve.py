@@ -283,21 +283,14 @@ def _replay(body, receive): # the body once more, then what comes after it
 # %% ../nbs/25_serve.ipynb #worker
 class Down(RuntimeError): "The engine has stopped"
 
-class _Prefix(PrefixCache): # notes how much of a prompt it had
-    def find(self, tokens):
-        snap, s = PrefixCache.find(self, tokens), self.engine.reading
-        if s and s.request.prompt is tokens: s.cached = snap.n if snap else 0
-        return snap
-
 # %% ../nbs/25_serve.ipynb #worker-b
 class Worker(threading.Thread):
     "An engine and the thread that steps it"
     def __init__(self, engine:Engine, memory_bytes:int=512 << 20):
         super().__init__(daemon=True, name=f'engine on {engine.device}')
         self.engine, self.error, self.ending, self.wake = engine, None, False, threading.Event()
-        engine.prefix = _Prefix(engine.model, engine.prefix.max_bytes)
-        engine.prefix.engine, self.memory = engine, Memory(memory_bytes)
         self.inbox, self.jobs, self.live, self.load = deque(), deque(), {}, 0
+        self.memory = Memory(memory_bytes)
 
     def run(self):
         try:
@@ -475,7 +468,7 @@ def remember(self:Worker, ids:list, msgs:list,
     e = self.engine
     state = state.fork(1) if known else e.model.init_state(1, bucket(len(ids)))
     cache = None if known else e.prefix
-    for _ in prefill(e.model, ids[len(known):], state, cache, e.piece, e.exact): yield
+    for _ in prefill(e.model, ids[len(known):], state, cache, piece=e.piece, exact=e.exact): yield
     return write_state(e.model, state, ids, msgs)
 
 # %% ../nbs/25_serve.ipynb #remember-b
@@ -519,10 +512,7 @@ class Answer:
 @patch
 def cached(self:Answer) -> int: # tokens that were not read because they were known
     "Of the conversation, for the first choice"
-    s = self.streams[0]; r = s.request
-    if r.state: return r.state.n
-    same = len(r.prompt) if self.worker.engine.prefix.max_bytes else 0  # the one read just before
-    return getattr(s, 'cached', same)
+    return self.streams[0].cached
 
 # %% ../nbs/25_serve.ipynb #usage-b
 @patch

@@ -135,7 +135,7 @@ def schedule(events, pattern, exact, rows, lag):
         assert e.prefix.nbytes == sum(s.nbytes for s in e.prefix.snaps.values())
     drain(e)
     assert all(s.done and (s.reason == 'cancelled' or len(s.tokens) == s.limit or s.tokens[-1] in s.request.stop_tokens) for s in streams)
-    assert not e.rows() and not e.pending and e.nbytes() == 0 and e.reading is None
+    assert not e.rows() and not e.pending and e.nbytes() == 0 and not e.reading and e.reader is None
     e.release(); assert e.prefix.nbytes == 0 and not e.prefix.snaps
 ARGS = dict(events=st.lists(EVENT, max_size=14), pattern=st.sampled_from('GL'), exact=st.booleans(), rows=st.integers(1, 6), lag=st.integers(0, 1))
 QUIET = dict(deadline=None, suppress_health_check=list(HealthCheck), database=None)
@@ -356,16 +356,42 @@ def test_run_notebook(tmp_path):
     assert any('image/png' in o.get('data', {}) for o in out['figure'])
 
 def test_failed_prompt_ends_alone(monkeypatch):
-    """Memory runs out while a prompt is read: its stream ends with the error, the others go on"""
-    m = make(); e = Engine(m, TOK); read = E.prefill
-    def fails(model, tokens, *a, **kw):
-        if tokens[0] == 66: raise MemoryError('no room')
-        return read(model, tokens, *a, **kw)
-    monkeypatch.setattr(E, 'prefill', fails)
+    """Memory runs out while prompts are read together: the one at fault ends with the error, the others go on"""
+    m = make(); e = Engine(m, TOK); read = E.Reading.read
+    def fails(self):
+        if any(p[0] == 66 for p in self.prompts): raise MemoryError('no room')
+        return read(self)
+    monkeypatch.setattr(E.Reading, 'read', fails)
     a, b, c = (e.submit(Request([t], max_tokens=5, stop_tokens=())) for t in (65, 66, 67))
     with pytest.raises(MemoryError): e.run([a, b, c])
     e.run([a, b, c])
     assert (a.reason, b.reason, c.reason) == ('length', 'error', 'length') and not e.busy
+
+@pytest.mark.parametrize('reads', [1, 300, 4096])
+def test_prompts_read_together(reads):
+    """Many prompts of different lengths, some known, some twice, some cancelled on the way: the tokens of each alone"""
+    m, rng = make().double(), random.Random(reads); kw = dict(max_tokens=6, top_k=20, stop_tokens=())
+    base = [rng.randrange(200) for _ in range(150)]
+    prompts = [base[:rng.choice((0, 64, 150))] + [rng.randrange(200) for _ in range(rng.randint(1, 140))] for _ in range(14)]
+    asks = [Request(p, seed=i, **kw) for i, p in enumerate([*prompts, *prompts[:4]])]
+    want = []
+    for r in asks:
+        e = Engine(m, TOK, prefix_bytes=0); want.append(e.run([e.submit(replace(r))])[0].tokens)
+    e, forwards = Engine(m, TOK, max_rows=8, piece=128, reads=reads), 0
+    streams = [e.submit(replace(r)) for r in asks]
+    for i in range(200):
+        if i == 1: streams[11].cancel()
+        if not e.step(): break
+    assert [s.tokens for i, s in enumerate(streams) if i != 11] == [w for i, w in enumerate(want) if i != 11]
+    assert streams[11].reason == 'cancelled' and not e.busy and not e.rows()
+
+def test_together_needs_fewer_forwards(monkeypatch):
+    m, calls = make(), []; read = E.Reading.read
+    monkeypatch.setattr(E.Reading, 'read', lambda self: calls.append(len(self.prompts)) or read(self))
+    for reads, want in ((1, [1]*6), (120, [3, 3]), (4096, [6])):
+        calls.clear(); e = Engine(m, TOK, reads=reads)
+        e.generate_batch([[i]*40 for i in range(6)], max_tokens=2, stop_tokens=())
+        assert calls == want
 
 def reading(m, n, times=200): # seconds of attention to n slots
     b = next(b.mixer for b in m.blocks if hasattr(b.mixer, 'c_k'))
