@@ -140,7 +140,8 @@ def load_state(self:HybridModel,
     if head.get('format') != STATE_FORMAT:
         refuse(f"format {str(head.get('format'))[:40]!r}, this version reads {STATE_FORMAT!r}")
     if (its := head.get('model')) != (mine := fingerprint(self)):
-        refuse(f'made by model {str(its)[:16]}, this one is {mine}; load the checkpoint it was made with')
+        refuse(f'made by model {str(its)[:16]}, this one is {mine}; '
+               'load the checkpoint it was made with')
     try: n, meta = int(head['n']), json.loads(head['meta'])
     except (KeyError, ValueError, RecursionError): refuse('damaged, its header is not valid')
     if not self._fits(got, n): refuse('damaged, its tensors are not those of its header')
