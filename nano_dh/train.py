@@ -27,7 +27,7 @@ from .optim import (REF_BATCH, REF_TOKENS, build_optimizer, lr_multiplier, muon_
                            weight_decay_at)
 from .loss_eval import evaluate_bpb
 from .checkpoint import latest_step, load_checkpoint, runs_dir, save_checkpoint
-from .launch import LiveCurve, n_cores, n_gpus, run_env
+from .launch import LiveCurve, n_cores, n_gpus, run_env, run_ranks
 
 # %% ../nbs/14_train.ipynb #c-run
 @dataclass
@@ -776,7 +776,10 @@ def main(argv:list|None=None # default: the command line
         ):
     "python -m nano_dh.train --depth 4 run=x ...; every field of PretrainConfig is an option"
     cfg = options(sys.argv[1:] if argv is None else argv, PretrainConfig)
-    run_env(_main, cfg, device=cfg.device)
+    if cfg.resolved().nproc <= 1 or 'WORLD_SIZE' in os.environ: # alone, or a rank of torchrun
+        return run_env(_main, cfg, device=cfg.device)
+    p = plan(cfg); print(p, flush=True); r = Report(p.cfg)
+    for rec in run_ranks(pretrain, p.cfg, p.cfg.nproc, p.cfg.device): r.add(rec)
 
 def _main(cfg, emit):
     if dist_info().rank == 0:
@@ -785,4 +788,6 @@ def _main(cfg, emit):
 
 # %% ../nbs/14_train.ipynb #main-run
 #| eval: false
-if __name__ == '__main__': main()
+if __name__ == '__main__':
+    from nano_dh.train import main  # as a module, so that ranks can import what they are given
+    main()

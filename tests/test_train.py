@@ -72,7 +72,7 @@ def test_resumed_on_two_ranks(base, data, straight):
 
 @pytest.mark.parametrize('dtype,d_loss,d_weights', [('float64', 1e-10, 1e-8), ('float32', 1e-5, 1e-3)])
 def test_two_ranks_equal_one(base, data, monkeypatch, dtype, d_loss, d_weights):
-    "20 steps, the same global batch, default warm-up; ranks started as the notebook does, and by torchrun"
+    "20 steps, the same global batch, default warm-up; ranks started as the notebook does, by the command line and by torchrun"
     kw = dict(data=data, num_iterations=20, save_every=0, eval_every=0, prompts='')
     monkeypatch.setenv('NANO_DH_DTYPE', dtype)
     for n in (0, 2): here(n, run=f'{dtype}-{n}', **kw)
@@ -81,8 +81,10 @@ def test_two_ranks_equal_one(base, data, monkeypatch, dtype, d_loss, d_weights):
         r = subprocess.run([PY, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', '-m', 'nano_dh.train', *args],
                            env=environ(base), capture_output=True, text=True)
         assert r.returncode == 0, r.stderr
+        train(base, **kw, run='float64-m', nproc=2)
+        assert json.loads((base/'runs'/'float64-m'/'000020'/'meta.json').read_text())['world_size'] == 2
     one, w1 = losses(base, f'{dtype}-0'), weights_of(base, f'{dtype}-0', dtype)
-    for other in ('2', 't') if dtype == 'float64' else ('2',):
+    for other in ('2', 't', 'm') if dtype == 'float64' else ('2',):
         two, w2 = losses(base, f'{dtype}-{other}'), weights_of(base, f'{dtype}-{other}', dtype)
         assert list(two) == list(range(1, 21)) and max(abs(one[s] - two[s]) for s in one) <= d_loss
         assert max(((w1[k] - w2[k]).norm()/(w1[k].norm() + 1e-12)).item() for k in w1) <= d_weights
