@@ -200,11 +200,12 @@ def _tool(self:Stream, t): # the states: text -> python -> (forced) output -> te
             self._forced.extend([out, *self.engine.tokenizer.encode(result), out_end])
     elif self._call is not None: self._call.append(t)
 
-# %% ../nbs/17_engine.ipynb #slab
+# %% ../nbs/17_engine.ipynb #bucket
 def bucket(n:int, least:int=64) -> int: # a power of two
     "Capacity for n tokens"
     return max(least, 1 << (n-1).bit_length())
 
+# %% ../nbs/17_engine.ipynb #slab
 @dataclass
 class Row:
     "A stream that decodes"
