@@ -1149,7 +1149,8 @@ def summary(gots:list) -> dict:
                 tokens_per_s=sum(g.tokens for g in ok)/took, first_p50=at(.5), first_p99=at(.99))
 
 # %% ../nbs/25_serve.ipynb #dhserve
-def find_model(name:str='', step:int|None=None) -> str:
+def find_model(name:str='' # run or checkpoint
+              ) -> str:
     "The named checkpoint; else the newest of the latest stage that talks"
     return name or newest('rl', 'sft', 'mid', 'base')
 
