@@ -320,7 +320,7 @@ FEW = 2 # rows up to which the product of a matrix with single vectors is the fa
 SOME = 64 # rows up to which one row still needs several programs to read its context
 TUNE = dict( # by rows; sizes of the kernels' blocks, the fastest of a sweep on one H200
     few=dict(programs=1024, block=256, warps=4, delta_bv=16, delta_warps=4,
-             attend_programs=1024, attend_bn=32, attend_warps=2, attend_stages=1),
+             attend_programs=2048, attend_bn=32, attend_warps=2, attend_stages=1),
     some=dict(delta_bv=32, delta_warps=4,
               attend_programs=512, attend_bn=64, attend_warps=4, attend_stages=1),
     many=dict(delta_bv=32, delta_warps=4,
@@ -421,14 +421,15 @@ def _attend(self:Decoder, m, s, p, ve): # attention: p (r, all projections) -> (
                                    p if ve is None else ve, self.tok, N, G0 + n_gate, cap, L, EPS,
                                    H, HK, D, rot, BD, ve is not None, num_warps=1)
     tune, y = _tune(r), torch.empty_like(q)
-    S = min(64, _floor2(tune['attend_programs']//(r*H)))  # enough programs to fill the machine
+    S = min(_floor2(tune['attend_programs']//(r*H)), max(64, min(256, _floor2(cap//512))))
     part, ml = (q.new_empty(r, H, S, n, dtype=torch.float32) for n in (D, 2))
     window = (1 << 30) if m.window is None else m.window
     gate = 0 if n_gate == 0 else 1 if n_gate == H else 2
     _attend_kernel[(S, H, r)](
         q, s.k, s.v, pos, self.live, part, ml, p, y, N, G0, cap, window, m.scale, H, HK, D, BD,
         tune['attend_bn'], S, gate, tune['attend_stages'], num_warps=tune['attend_warps'])
-    if S > 1: _combine_kernel[(H, r)](part, ml, p, y, N, G0, H, D, BD, S, gate)
+    if S > 1: _combine_kernel[(H, r)](part, ml, p, y, N, G0, H, D, BD, S, gate,
+                                      num_warps=4 if S <= 64 else 8)
     return y.view(r, -1)
 
 # %% ../nbs/15b_decode.ipynb #layer

@@ -10,7 +10,7 @@ from nano_dh.short_conv import conv_split_norm
 ROOT = Path(__file__).resolve().parent.parent
 
 def python(code, **env):
-    env = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', **env}
+    env = {**os.environ, 'PYTHONPATH': os.pathsep.join(filter(None, (str(ROOT), os.environ.get('PYTHONPATH')))), 'OMP_NUM_THREADS': '1', **env}
     return subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
 
 def finish(p):
@@ -92,7 +92,7 @@ from nano_dh.hybrid_model import HybridConfig, HybridModel
 torch.set_grad_enabled(False)
 FEW = dict(programs=4, block=32, attend_programs=4, attend_bn=8, delta_bv=64) # small blocks and few programs: every
 MANY = dict(attend_programs=4, attend_bn=16, delta_bv=8)                     # loop has an end that is not full
-D.TUNE['few'].update(FEW); D.TUNE['many'].update(MANY)
+for k, t in D.TUNE.items(): t.update(FEW if k == 'few' else MANY)
 SIZE = dict(vocab_size=70, sequence_len=64, d_model=64, head_dim=16, head_k_dim=16, head_v_dim=16, window=24, mlp_ratio=2.)
 def make(depth=2, seed=1, noise=.1, **kw):
     g = torch.Generator().manual_seed(seed)
@@ -105,13 +105,14 @@ STEP = INTERPRET + """
 KINDS = dict(GL=dict(pattern='GL', kv_group=2), nanochat=dict(preset='nanochat', pattern='SL'),
              odd=dict(pattern='GL', d_model=80, head_dim=10, head_v_dim=20, head_k_dim=12, pos='partial', attn_gate='elementwise', mlp_ratio=1.5),
              conversation=dict(preset='conversation', vocab_size=64, neg_eigval=True), GGGL=dict(depth=4), gelu=dict(pattern='G', activation='gelu', resid_scalars=False),
-             wide=dict(depth=4, preset='nanochat', kv_group=4), bfloat16=dict(pattern='GL'))
+             wide=dict(depth=4, preset='nanochat', kv_group=4), bfloat16=dict(pattern='GL'), room=dict(pattern='GL'))
 for name in sys.argv[2:]:
-    kw = dict(KINDS[name]); m = make(**kw); half = name == 'bfloat16'; V = m.cfg.vocab_size
+    kw = dict(KINDS[name]); m = make(**kw); half = name == 'bfloat16'; V = m.cfg.vocab_size; slots = 64
+    if name == 'room': slots = 70_000; [t.update(attend_programs=512) for t in D.TUNE.values()] # more parts than slots in use
     c = D.inference_copy(m, torch.bfloat16 if half else torch.float32)
     for R in map(int, sys.argv[1].split(',')):
         x = torch.randint(0, V, (R, 45), generator=torch.Generator().manual_seed(R)); ref = c(x)
-        a, n = c.init_state(R, 64), [41 - 3*r for r in range(R)]         # rows of different lengths, the last asleep
+        a, n = c.init_state(R, slots), [41 - 3*r for r in range(R)]         # rows of different lengths, the last asleep
         for r in range(R):
             one = c.init_state(1, 64); c(x[r:r+1, :n[r]], state=one); c.put(a, r, one)
         a.n = None; d = D.Decoder(c, a, torch.zeros(R, dtype=torch.int64)); assert d.fused
@@ -181,7 +182,7 @@ def interpreted(code, *args):
     assert p.returncode == 0 and out.endswith('fine\n'), out
 
 @needs_triton
-@pytest.mark.parametrize('kind', ['GL', 'nanochat', 'odd'])
+@pytest.mark.parametrize('kind', ['GL', 'nanochat', 'odd', 'room'])
 def test_decoding_step_interpreted(kind):
     "Few rows and many, of different lengths, one asleep; sizes that fill no block"
     interpreted(STEP, '1,3', kind)

@@ -17,7 +17,7 @@ def tiny_data(folder):
 
 def environ(base, **kw):
     "The environment of a fresh process: the checkout's package, its own base folder, one thread"
-    env = {**os.environ, 'NANO_DH_BASE_DIR': str(base), 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', **kw}
+    env = {**os.environ, 'NANO_DH_BASE_DIR': str(base), 'PYTHONPATH': os.pathsep.join(filter(None, (str(ROOT), os.environ.get('PYTHONPATH')))), 'OMP_NUM_THREADS': '1', **kw}
     return {k: v for k, v in env.items() if k not in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'NANO_DH_DATA')}
 
 def options(**kw): return [f'--{k}={v}' for k, v in kw.items()]
