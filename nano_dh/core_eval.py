@@ -55,8 +55,9 @@ def centred(accuracy:float, baseline:float) -> float: # 0 at the baseline, 1 is 
 BUNDLE_URL = 'https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip'
 
 def _inside(path): # the folder in or below path that holds the categories
-    tails, p = ('', 'core', 'eval/core', 'eval_data', 'eval_bundle/eval_data'), Path(path)
-    return next((p/t for t in tails if (p.expanduser()/t/'world_knowledge').is_dir()), None)
+    tails = '', 'core', 'eval/core', 'eval_data', 'eval_bundle/eval_data'
+    p = Path(path).expanduser()
+    return next((p/t for t in tails if (p/t/'world_knowledge').is_dir()), None)
 
 def core_bundle(path:str|Path='', # folder; '': NANO_DH_DATA if it has one, else downloaded
                 url:str=BUNDLE_URL
