@@ -30,6 +30,7 @@ def inference_copy(model:HybridModel,
         if hasattr(m, 'a_proj') or hasattr(m, 'c_q'): m.fused = _fuse(m)
     return new.eval()
 
+# %% ../nbs/15b_decode.ipynb #fuse
 def _fuse(m): # every matrix that reads the normed stream, as one; the parts become views of it
     if isinstance(m, GatedDeltaNet):
         parts = [m.q_proj, m.k_proj, m.v_proj, m.z_proj, m.a_proj, m.b_proj]
@@ -57,6 +58,7 @@ def _mix_kernel(x, y, x0, a, b, n, i, d, eps, ADD: tl.constexpr, MIX: tl.constex
     r = tl.rsqrt(tl.sum(s*s, 0)/d + eps)
     tl.store(n + at, (s*r).to(n.dtype.element_ty), mask=live)
 
+# %% ../nbs/15b_decode.ipynb #embed-kernel
 @lazy_jit
 def _embed_kernel(tok, w, x, x0, a, b, d, eps, MIX: tl.constexpr, BD: tl.constexpr):
     r, c = tl.program_id(0), tl.arange(0, BD)
@@ -66,6 +68,7 @@ def _embed_kernel(tok, w, x, x0, a, b, d, eps, MIX: tl.constexpr, BD: tl.constex
     if MIX: s = ((tl.load(a) + tl.load(b))*s.to(tl.float32)).to(x.dtype.element_ty)
     tl.store(x + r*d + c, s, mask=c < d)
 
+# %% ../nbs/15b_decode.ipynb #act-kernel
 @lazy_jit
 def _act_kernel(x, n, ACT: tl.constexpr, BN: tl.constexpr):
     i = tl.program_id(0).to(tl.int64)*BN + tl.arange(0, BN)
@@ -326,6 +329,7 @@ TUNE = dict( # by rows; sizes of the kernels' blocks, the fastest of a sweep on 
     many=dict(delta_bv=32, delta_warps=4,
               attend_programs=512, attend_bn=32, attend_warps=2, attend_stages=1))
 
+# %% ../nbs/15b_decode.ipynb #decoder-class
 class Decoder:
     "One token for the rows of a static state: the launches of a step, and their recording"
     def __init__(self, model:HybridModel, # from `inference_copy`
@@ -339,6 +343,7 @@ class Decoder:
         self.table, self.one = model.rope.table if model.rope else None, torch.zeros(1, device=dev)
         self.fused = fits(model)
 
+# %% ../nbs/15b_decode.ipynb #fits
 def fits(model:HybridModel) -> bool:
     "Whether the step written out here is that of this model, and its kernels run here"
     cfg, kinds = model.cfg, {type(b.mixer) for b in model.blocks}
@@ -441,6 +446,7 @@ def _mixer(self:Decoder, i, p): # projections (r, N) -> what mixer i read, and i
     o = (self._recall if gdn else self._attend)(b, self.state.layers[i], p, ve)
     return o, (b.o_proj if gdn else b.c_proj).weight
 
+# %% ../nbs/15b_decode.ipynb #layer-few
 @patch
 def _few(self:Decoder, i, x, x0): # few rows: each matrix with all that stands around it
     b, act = self.model.blocks[i], _ACT[self.model.cfg.activation]
@@ -450,6 +456,7 @@ def _few(self:Decoder, i, x, x0): # few rows: each matrix with all that stands a
     if act == 0: h = b.mlp.act(h)
     return self._skinny(h, b.mlp.c_proj.weight, res=x, x0=x0, i=i+1) # x0: mixed for the next layer
 
+# %% ../nbs/15b_decode.ipynb #layer-many
 @patch
 def _layer(self:Decoder, i, x, y, x0): # stream x (r, d) and what is still to be added -> the same
     b, act = self.model.blocks[i], _ACT[self.model.cfg.activation]
@@ -527,6 +534,7 @@ def record(self:Decoder, r:int):
     self.graphs[r] = g, self.z
     self.live.copy_(live)
 
+# %% ../nbs/15b_decode.ipynb #replay
 @patch
 def replay(self:Decoder, r:int) -> Tensor: # logits before the cap, valid until the next step
     "A recorded step; the first time it is recorded"
