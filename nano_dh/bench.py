@@ -357,9 +357,10 @@ class Attending(Decoder):
             for i, p in self.p.items(): self.z, _ = self._mixer(i, p[:r])
 
 def attending(model:HybridModel, # from `inference_copy`
-              ctx:int):          # tokens behind the row
+              ctx:int,           # tokens behind the row
+              capacity:int|None=None): # slots of its state; more than ctx, default one more
     "A function that makes the attention of one step, in all layers, on a state of its own"
-    state, tok = pretend(model, 1, ctx, 1024 - ctx%1024) # sizes for which the kernels are compiled
+    state, tok = pretend(model, 1, ctx, (capacity or ctx + 1) - ctx)
     attn = {i: b.mixer for i, b in enumerate(model.blocks) if hasattr(b.mixer, 'recall')}
     draw = lambda *shape: torch.randn(*shape, device=tok.device, dtype=model.dtype)
     if tok.is_cuda and HAS_TRITON and fits(model):
@@ -375,11 +376,11 @@ def attending(model:HybridModel, # from `inference_copy`
 
 # %% ../nbs/17c_bench.ipynb #attention
 @torch.inference_mode()
-def attention(model:HybridModel, ctx:int, # as in `attending`
+def attention(model:HybridModel, ctx:int, capacity:int|None=None, # as in `attending`
               calls:int=20 # that are timed
              ) -> float: # seconds
     "Time of a step's attention by itself, one row"
-    f = attending(model, ctx)
+    f = attending(model, ctx, capacity)
     for _ in range(3): f()
     s = clock(f, calls, model.wte.weight.device)
     del f; free()
@@ -407,7 +408,8 @@ def stream(cfg, bw):
     e, every, tail = Engine(m, max_rows=1, prefix_bytes=0), max(n//10, 8), max(n//200, 3)
     s = e.submit(Request([1], max_tokens=n, seed=1, stop_tokens=()))
     pace(e, s, tail); first = pace(e, s, 2*tail)
-    read = lambda k: (attention(m, k), least_bytes(m, 1, k)['kv']) # seconds, bytes
+    room = e.slabs[0].capacity
+    read = lambda k: (attention(m, k, room), least_bytes(m, 1, k)['kv']) # seconds, bytes
     begin, kv0 = read(2*tail)
     for k in range(every, n+1, every):
         pace(e, s, min(k, n-1) - tail); held = holds(e); us = pace(e, s, min(k, n-1))*1e6
