@@ -284,9 +284,11 @@ class Reading:
                  state:ModelState,         # empty rows, or one row that has read something else
                  cache:PrefixCache|None=None, # looked up and filled; only for empty rows
                  piece:int=STRIDE,         # largest piece, a multiple of GRID
-                 exact:bool=False):        # pieces of GRID: the same bits with a cache and without
+                 exact:bool=False,         # pieces of GRID: the same bits with a cache and without
+                 forward=None):            # called like the model, instead of it
         if not all(map(len, prompts)): raise ValueError('empty prompt; give at least one token')
-        self.model, self.prompts, self.state, self.before = model, prompts, state, state.n
+        self.forward, self.prompts = forward or model, prompts
+        self.state, self.before = state, state.n
         self.cache = cache if cache is not None and cache.max_bytes > 0 and state.n == 0 else None
         self.snaps, self.rows = [None]*len(prompts), [state]
         if len(prompts) > 1: self.rows = [state.view(1, i) for i in range(len(prompts))]
@@ -309,7 +311,7 @@ def read(self:Reading) -> dict: # row -> logits (1, vocab), of the rows that are
     x = torch.zeros(len(n), max(n), dtype=torch.int64)
     for r, p, (a, b) in zip(x, self.prompts, spans): r[:b-a] = torch.tensor(p[a:b])
     x, lengths = (t.to(self.state.pos.device) for t in (x, torch.tensor(n)))
-    z = self.model(x, state=self.state, lengths=lengths if many else None, last_only=True)[:, -1]
+    z = self.forward(x, state=self.state, lengths=lengths if many else None, last_only=True)[:, -1]
     self.at = [b for _, b in spans]; self.state.n = self.before + max(self.at)
     for i, c in enumerate(self.cuts):
         if c: c.pop(0); self._keep(i)

@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from torch import Tensor
 from .cache import GRID, STRIDE, PrefixCache, Reading
 from .core import human
-from .decode import Decoder, inference_copy
+from .decode import Decoder, Recorded, inference_copy
 from .execution import calculator
 from .hybrid_model import HybridModel, ModelState
 from .kernels import HAS_TRITON
@@ -253,6 +253,7 @@ class Engine:
         self.max_len = max_len or (None if cfg.pos == 'none' else cfg.sequence_len)
         self.max_bytes = max_bytes or self._room()
         self.prefix = PrefixCache(model, prefix_bytes)
+        self.recorded = Recorded(model) if self.graphs else None
         self.queue, self.slabs, self.pending = deque(), [], deque()
         self.reads = reads or STRIDE*(16 if self.device.type == 'cuda' else 1)
         self.reading, self.reader, self._last, self.ids = [], None, None, itertools.count()
@@ -405,19 +406,29 @@ def _read(self:Engine, group): # reads the prompts of these streams; yields afte
         for s in same: s.cached = len(s.request.prompt)
         yield from self._seat(same, *self._last[1:])
     if not (prompts := [*by]): return
-    state = self.model.init_state(len(by), bucket(max(map(len, by)))) if new else \
-        group[0].request.state.fork(1)
-    r = Reading(self.model, prompts, state, self.prefix if new else None, self.piece, self.exact)
+    r = self._rows(prompts, group[0].request.state)
     for p, n in zip(prompts, r.at):
-        for s in by[p]: s.cached = n if new else state.n
+        for s in by[p]: s.cached = n if new else r.state.n
     while r.left:
         for i, z in r.read().items():
-            one = state if len(by) == 1 else self.model.take(state, i, len(prompts[i]))
+            one = self.model.take(r.state, i, len(prompts[i])) if new else r.state
             if new: self._last = prompts[i], one, z
             yield from self._seat(by[prompts[i]], one, z)
         if r.left: yield
         for s in [s for s in self.reading if s.cancelled]: self._unread(s)
         if not self.reading: return
+
+# %% ../nbs/17_engine.ipynb #admit-rows
+@patch
+def _rows(self:Engine, prompts, before) -> Reading: # before: the state that the only one continues
+    how = dict(piece=self.piece, exact=self.exact)
+    if before is not None: return Reading(self.model, prompts, before.fork(1), **how)
+    how['cache'], longest = self.prefix, max(map(len, prompts))
+    room = self.recorded.capacity if self.recorded and len(prompts) == 1 else 0
+    if longest <= room and min(self.piece, longest) <= room//2:
+        state = self.recorded.empty()
+        return Reading(self.model, prompts, state, forward=self.recorded, **how)
+    return Reading(self.model, prompts, self.model.init_state(len(prompts), bucket(longest)), **how)
 
 # %% ../nbs/17_engine.ipynb #admit-seat
 @patch

@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from nano_dh.bench import TABLES, BenchConfig
 from nano_dh.cache import PrefixCache, StateError, read_prompt
 from nano_dh.dataset import open_data
+from nano_dh.decode import Recorded
 import nano_dh.engine as E
 from nano_dh.engine import Engine, Request, TextStream, gumbel, sample
 from nano_dh.execution import calculator
@@ -367,8 +368,8 @@ def test_failed_prompt_ends_alone(monkeypatch):
     e.run([a, b, c])
     assert (a.reason, b.reason, c.reason) == ('length', 'error', 'length') and not e.busy
 
-@pytest.mark.parametrize('reads', [1, 300, 4096])
-def test_prompts_read_together(reads):
+@pytest.mark.parametrize('reads,recorded', [(1, 0), (300, 0), (4096, 0), (1, 512), (300, 128)])
+def test_prompts_read_together(reads, recorded):
     """Many prompts of different lengths, some known, some twice, some cancelled on the way: the tokens of each alone"""
     m, rng = make().double(), random.Random(reads); kw = dict(max_tokens=6, top_k=20, stop_tokens=())
     base = [rng.randrange(200) for _ in range(150)]
@@ -377,7 +378,8 @@ def test_prompts_read_together(reads):
     want = []
     for r in asks:
         e = Engine(m, TOK, prefix_bytes=0); want.append(e.run([e.submit(replace(r))])[0].tokens)
-    e, forwards = Engine(m, TOK, max_rows=8, piece=128, reads=reads), 0
+    e = Engine(m, TOK, max_rows=8, piece=128, reads=reads)
+    if recorded: e.recorded = Recorded(e.model, recorded)      # as on a GPU, where its pieces are recordings
     streams = [e.submit(replace(r)) for r in asks]
     for i in range(200):
         if i == 1: streams[11].cancel()
