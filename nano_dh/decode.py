@@ -552,7 +552,7 @@ class Recorded:
     def __init__(self, model:HybridModel, # from `inference_copy`
                  capacity:int=2048):      # tokens of a prompt, half of them in one piece
         dev, ids = model.wte.weight.device, torch.int64
-        self.model, self.capacity, self.made = model, capacity, {}
+        self.model, self.capacity, self.made, self.records = model, capacity, {}, dev.type == 'cuda'
         self.state = model.init_state(1, capacity); self.state.n = None      # never moves
         self.x, self.n = (torch.zeros(s, dtype=ids, device=dev) for s in ((1, capacity), (1,)))
 
@@ -578,7 +578,7 @@ class Recorded:
 def make(self:Recorded, T:int): # -> a function without arguments
     "Record a piece of T tokens; without a GPU the plain forward"
     run = lambda: self.run(T)
-    if not self.x.is_cuda: return run
+    if not self.records: return run
     mine = self.state.tensors(); was = [t.clone() for t in mine]; self.x.zero_()
     def again(f): # from the same state -> what came out
         for t, w in zip(mine, was): t.copy_(w)
@@ -588,7 +588,8 @@ def make(self:Recorded, T:int): # -> a function without arguments
         replay = self.capture(run)
         self.x[0, :T] = torch.arange(T, device=self.x.device) % self.model.cfg.vocab_size
         want, got = again(run), again(replay)
-        far = max(((a - b).norm()/(a.norm() + 1)).item() for a, b in zip(want, got))
+        away = lambda a, b: ((a - b).float().norm()/(a.float().norm() + 1)).item()
+        far = max(away(a, b) for a, b in zip(want, got))
         why = '' if far < 1e-2 else f'differs by {far:.1e}'
     except RuntimeError as e: why = str(e).splitlines()[0][:200]
     for t, w in zip(mine, was): t.copy_(w)
