@@ -196,6 +196,7 @@ class Snapshot:
     own: dict         # position and, for smear, the last embedding
     nbytes: int
     children: int = 0
+    gone: bool = False # no longer in the cache; those who continue from it may still hold it
 
 def _keys(tokens): # digest of tokens[:n] for each n on the grid, n at most len-1
     h, out, data = hashlib.blake2b(digest_size=16), {}, array('I', tokens)
@@ -222,7 +223,9 @@ class PrefixCache:
             return s
         self.misses += 1
 
-    def clear(self): self.snaps.clear(); self.nbytes = 0
+    def clear(self):
+        for s in self.snaps.values(): s.gone = True
+        self.snaps.clear(); self.nbytes = 0
 
 # %% ../nbs/15_cache.ipynb #pc-restore
 @patch
@@ -256,6 +259,7 @@ def add(self:PrefixCache,
     "Remember a state"
     key = _keys(tokens[:n+1])[n]
     if key in self.snaps: self.snaps.move_to_end(key); return self.snaps[key]
+    while parent is not None and parent.gone: parent = parent.parent
     a = parent.n if parent else 0
     def part(s, names):
         return {k: (t[:, a:n] if k in names else t).clone() for k, t in _tensors(s).items()}
@@ -272,7 +276,7 @@ def _keep(self:PrefixCache, key, snap):
     while self.nbytes > self.max_bytes:
         k = next((k for k, s in self.snaps.items() if not s.children), None)
         if k is None: break
-        gone = self.snaps.pop(k); self.nbytes -= gone.nbytes
+        gone = self.snaps.pop(k); self.nbytes -= gone.nbytes; gone.gone = True
         if gone.parent is not None: gone.parent.children -= 1
     return snap if key in self.snaps else None
 
@@ -290,14 +294,15 @@ class Reading:
         self.forward, self.prompts = forward or model, prompts
         self.state, self.before = state, state.n
         self.cache = cache if cache is not None and cache.max_bytes > 0 and state.n == 0 else None
-        self.snaps, self.rows = [None]*len(prompts), [state]
-        if len(prompts) > 1: self.rows = [state.view(1, i) for i in range(len(prompts))]
+        self.snaps = [None]*len(prompts)
         if self.cache: self.snaps = [cache.find(p) for p in prompts]
-        self.at = [cache.restore(s, r) if s else 0 for s, r in zip(self.snaps, self.rows)]
+        self.at = [cache.restore(s, self.row(i)) if s else 0 for i, s in enumerate(self.snaps)]
         state.n, step = self.before + max(self.at), GRID if exact else piece
         self.cuts = [cuts(a, len(p), step, bool(self.cache) or exact)
                      for a, p in zip(self.at, prompts)]
 
+    def row(self, i:int) -> ModelState: # its memory moves when the state grows
+        return self.state if len(self.prompts) == 1 else self.state.view(1, i)
     @property
     def left(self) -> int: return sum(map(len, self.cuts)) # pieces
 
@@ -322,7 +327,7 @@ def _keep(self:Reading, i): # a snapshot of row i, where one belongs
     p, at = self.prompts[i], self.at[i]
     grid = at % STRIDE == 0 or at == (len(p)-1)//GRID*GRID
     if self.cache and grid and at < len(p):
-        self.snaps[i] = self.cache.add(p, at, self.rows[i], self.snaps[i]) or self.snaps[i]
+        self.snaps[i] = self.cache.add(p, at, self.row(i), self.snaps[i]) or self.snaps[i]
 
 # %% ../nbs/15_cache.ipynb #prefill
 def prefill(model:HybridModel,

@@ -553,6 +553,7 @@ class Recorded:
                  capacity:int=2048):      # tokens of a prompt, half of them in one piece
         dev, ids = model.wte.weight.device, torch.int64
         self.model, self.capacity, self.made, self.records = model, capacity, {}, dev.type == 'cuda'
+        model._reach(capacity + capacity//2)         # positions of a last piece with its padding
         self.state = model.init_state(1, capacity); self.state.n = None      # never moves
         self.x, self.n = (torch.zeros(s, dtype=ids, device=dev) for s in ((1, capacity), (1,)))
 
@@ -582,6 +583,7 @@ def make(self:Recorded, T:int): # -> a function without arguments
     mine = self.state.tensors(); was = [t.clone() for t in mine]; self.x.zero_()
     def again(f): # from the same state -> what came out
         for t, w in zip(mine, was): t.copy_(w)
+        self.state.pos.clamp_(max=self.capacity - T)
         return [f().clone(), *[t.clone() for t in mine]]
     self.n.fill_(T); again(run)                                          # compiles
     try:
@@ -598,7 +600,8 @@ def make(self:Recorded, T:int): # -> a function without arguments
 
 @patch
 def capture(self:Recorded, run): # -> a function that replays it
-    torch.cuda.synchronize(); g = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize(); g, rope = torch.cuda.CUDAGraph(), self.model.rope
     with torch.cuda.graph(g, capture_error_mode='thread_local'): z = run()
     def replay(): g.replay(); return z
+    replay.reads = rope and rope.table   # a longer one may take its place in the model
     return replay

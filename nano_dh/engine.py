@@ -362,17 +362,23 @@ def _regrow(self:Engine, rows, cap): # a new slab; who decodes moves there
 # %% ../nbs/17_engine.ipynb #admit
 @patch
 def _together(self:Engine) -> list: # the streams at the head of the queue that are read together
-    group, prompts, longest, live = [], set(), 1, len(self.rows())
+    group, prompts, live = self.reading, set(), len(self.rows())
     while self.queue and live + len(group) < self.max_rows:
         s = self.queue[0]; r = s.request
         if s.cancelled: self._end(self.queue.popleft(), 'cancelled'); continue
         alone = self.exact or s.alone or r.state is not None
-        prompts.add(tuple(r.prompt)); longest = max(longest, min(len(r.prompt), self.piece))
-        if group and (alone or len(prompts)*longest > self.reads): break
-        if self._place(s.need) is None: break
+        prompts.add(tuple(r.prompt))
+        if group and (alone or self._much(prompts)): break
         group.append(self.queue.popleft())
+        if self._place(s.need) is None: self.queue.appendleft(group.pop()); break
         if alone: break
     return group
+
+@patch
+def _much(self:Engine, prompts): # more than a piece may hold, or mostly padding
+    n, longest = len(prompts), max(map(len, prompts))
+    padded = n*longest > max(self.reads, 2*sum(map(len, prompts)))
+    return padded or n*min(longest, self.piece) > self.reads
 
 # %% ../nbs/17_engine.ipynb #admit-2
 @patch
@@ -380,10 +386,12 @@ def _admit(self:Engine):
     "Read prompts, first come first served; while others decode, one piece a step"
     busy = bool(self.rows())
     while True:
-        if self.reader is None:
-            if not (group := self._together()): return
-            self.reading, self.reader = group, self._read(group)
-        try: got = next(self.reader, 'done')
+        for s in [s for s in self.reading if s.cancelled]: self._unread(s)
+        try:
+            if self.reader is None:
+                if not self._together(): return
+                self.reader = self._read(self.reading)
+            got = next(self.reader, 'done')
         except BaseException as e: self._failed(e); continue
         if got == 'done': self.reading, self.reader = [], None
         if busy or got == 'wait': return
@@ -400,13 +408,13 @@ def _failed(self:Engine, error): # while the prompts of `reading` were read
 # %% ../nbs/17_engine.ipynb #admit-read
 @patch
 def _read(self:Engine, group): # reads the prompts of these streams; yields after each piece
-    new, by = group[0].request.state is None, {}
+    before, by = group[0].request.state, {}; new = before is None
     for s in group: by.setdefault(tuple(s.request.prompt), []).append(s)
     if new and self._last and (same := by.pop(self._last[0], None)):
         for s in same: s.cached = len(s.request.prompt)
         yield from self._seat(same, *self._last[1:])
-    if not (prompts := [*by]): return
-    r = self._rows(prompts, group[0].request.state)
+    if not (prompts := [*by]) or not group: return
+    r = self._rows(prompts, before)
     for p, n in zip(prompts, r.at):
         for s in by[p]: s.cached = n if new else r.state.n
     while r.left:
@@ -415,8 +423,7 @@ def _read(self:Engine, group): # reads the prompts of these streams; yields afte
             if new: self._last = prompts[i], one, z
             yield from self._seat(by[prompts[i]], one, z)
         if r.left: yield
-        for s in [s for s in self.reading if s.cancelled]: self._unread(s)
-        if not self.reading: return
+        if not group: return            # all were cancelled
 
 # %% ../nbs/17_engine.ipynb #admit-rows
 @patch
@@ -437,9 +444,10 @@ def _seat(self:Engine, streams, state, z): # their prompt has been read; yields 
         while not s.cancelled and (place := self._place(s.need)) is None: yield 'wait'
         if s.done: continue
         if s.cancelled: self._unread(s); continue
-        slab, i = place
-        slab.enter(i, row := Row(s, state.n), state); self.reading.remove(s)
-        self._results(slab, [(i, row)], slab.first(i, row, z))
+        slab, i = place; row = Row(s, state.n)
+        try: slab.enter(i, row, state); drawn = slab.first(i, row, z)
+        except BaseException: slab.leave(i); raise
+        self.reading.remove(s); self._results(slab, [(i, row)], drawn)
 
 @patch
 def _unread(self:Engine, s): self.reading.remove(s); self._end(s, 'cancelled')
@@ -592,11 +600,12 @@ def _leave(self:Engine, slab, i, reason): # free a row; the last one moves into 
     slab.leave(i)
     if self.exact: self.slabs = [x for x in self.slabs if any(x.rows)]
     elif (last := slab.used - 1) > i: slab.move(slab, last, i)
-    if not self.graphs and not self.rows(): self.slabs = []
     self._end(s, reason)
 
 @patch
-def _end(self:Engine, s, reason): s.reason = reason
+def _end(self:Engine, s, reason):
+    s.reason = reason
+    if not self.graphs and not self.rows(): self.slabs = []
 
 @patch
 def release(self:Engine):

@@ -422,3 +422,132 @@ def test_long_streams(pattern, n):
         extra = reading(m, n - 500) - reading(m, 500)
         print(f'attention explains {1e3*extra:.3f} ms more a token, {d[0] + 1e3*extra:.3f} in all')
         assert d[-1] < 1.3*(d[0] + 1e3*extra)
+
+def reachable(cache): # bytes that its snapshots keep alive
+    seen, todo = {}, list(cache.snaps.values())
+    while todo:
+        s = todo.pop(); seen[id(s)] = s.nbytes; todo += [s.parent]*(s.parent is not None)
+    return sum(seen.values())
+
+def numbers(seed, n): rng = random.Random(seed); return [rng.randrange(200) for _ in range(n)]
+
+def test_state_that_grows_while_read():
+    "A known beginning and a new prompt: padded they need more slots than either; what the cache keeps is right"
+    m, a, b = make(2, pattern='GL').double(), numbers(0, 200), numbers(1, 150); kw = dict(max_tokens=6, stop_tokens=(), temperature=0)
+    e = Engine(m, TOK, reads=4096); e.generate(a, **kw)
+    e.run([e.submit(Request(p, **kw)) for p in (a[:199] + [7], b)])
+    s = e.generate(b[:140] + [3], **kw)
+    assert s.cached == 128 and s.tokens == alone(m, s.request).tokens
+
+def test_bytes_of_the_cache_are_all_counted():
+    "A snapshot may leave while a prompt that begins with it is still read"
+    m, kw = one_layer('G'), dict(max_tokens=1, stop_tokens=()); e = Engine(m, TOK, reads=4096); a = numbers(0, 65)
+    for p in (a, numbers(1, 65)): e.generate(p, **kw)
+    e.prefix.max_bytes = e.prefix.nbytes
+    e.run([e.submit(Request(p, **kw)) for p in (numbers(2, 70), numbers(3, 80), a[:64] + numbers(4, 140))])
+    assert 0 < e.prefix.nbytes == reachable(e.prefix) <= e.prefix.max_bytes
+
+def test_no_room_for_a_prompt(monkeypatch):
+    "No memory for a state, then none for the first draw: who needs it ends, nobody is lost, nothing is left behind"
+    m, place, first = make(2).double(), Engine._place, E.Slab.first
+    def small(self, need):
+        if need > 64: raise MemoryError('no room')
+        return place(self, need)
+    def unlucky(self, i, row, z):
+        if row.stream.request.prompt == [66]: raise MemoryError('no room')
+        return first(self, i, row, z)
+    for name, f, on in (('_place', small, Engine), ('first', unlucky, E.Slab)):
+        for exact in (False, True):
+            rs = [Request([t], max_tokens=n, stop_tokens=(), temperature=0) for t, n in ((65, 5), (66, 90), (67, 5), (68, 1))]
+            want = [alone(m, r, exact=exact).tokens for r in rs]
+            with monkeypatch.context() as patch:
+                patch.setattr(on, name, f); e = Engine(m, TOK, exact=exact); ss = [e.submit(r) for r in rs]
+                with pytest.raises(MemoryError): drain(e)
+                drain(e)
+            assert [s.reason for s in ss] == ['length', 'error', 'length', 'length'] and not ss[1].tokens and e.nbytes() == 0
+            assert [s.tokens for s in ss if s is not ss[1]] == [w for i, w in enumerate(want) if i != 1]
+
+def test_cancelled_while_rows_are_short():
+    "Read, and waiting for a row behind others: it ends at the next step, not when its turn comes"
+    m = make(2); e = Engine(m, TOK, max_rows=4, max_bytes=3*m.state_bytes(128, 1)); kw = dict(max_tokens=100, stop_tokens=())
+    e.submit(Request([1], **kw)); e.step(); ss = [e.submit(Request([2+i], **kw)) for i in range(3)]
+    for _ in range(3): e.step()
+    assert len(e.reading) == 2
+    ss[2].cancel(); e.step(); assert ss[2].reason == 'cancelled' and ss[1].reason is None
+    drain(e); assert [s.reason for s in ss] == ['length', 'length', 'cancelled']
+
+def test_long_prompt_does_not_widen_others(monkeypatch):
+    "A long prompt is not padded with rows that ended long ago"
+    calls, read = [], E.Reading.read
+    monkeypatch.setattr(E.Reading, 'read', lambda self: calls.append(len(self.prompts)) or read(self))
+    for prompts, most in (([[1]*9, [2]*9, [3]*1000, [4]*9], 2), ([[i]*500 for i in range(4)], 4)):
+        calls.clear(); e = Engine(one_layer('G'), TOK, piece=64, reads=1024, prefix_bytes=0)
+        e.run([e.submit(Request(p, max_tokens=1, stop_tokens=())) for p in prompts])
+        assert max(calls) == most, calls
+
+def test_padding_of_a_recorded_piece_has_positions():
+    "A piece that begins behind a known beginning, padded beyond the last trained position"
+    m = make(2, pattern='GL', pos='full', sequence_len=1024, d_model=64).double(); a = numbers(0, 1023); kw = dict(max_tokens=1, stop_tokens=())
+    e = Engine(m, TOK, piece=512); e.recorded = Recorded(e.model, 1024); e.generate(a[:577] + [5], **kw)
+    s = e.generate(a, temperature=0, **kw)
+    assert s.cached == 576 and s.tokens == alone(m, s.request).tokens
+
+@lru_cache
+def mixed(kind): # small, float64
+    kw = dict(G=dict(pattern='G'), GL=dict(pattern='GL'), full=dict(pattern='GL', pos='full', sequence_len=300), nanochat=dict(preset='nanochat', window=32))[kind]
+    return make(2, **{**dict(d_model=32, head_dim=16, head_k_dim=16, head_v_dim=16, mlp_ratio=1., sequence_len=512), **kw}).double()
+
+@lru_cache
+def by_itself(kind, prompt, known, k, seed):
+    m, state = mixed(kind), None
+    if known: state = m.init_state(1, 64); read_prompt(m, numbers(known, 30), state)
+    r = Request(prompt, max_tokens=k, seed=seed, temperature=seed % 2, top_k=20, stop_tokens=(seed,), state=state)
+    s = alone(m, r); return r, s.tokens, s.reason
+
+def journey(seed, kind):
+    "Requests, cancels, errors in a random order: every stream ends once, with the tokens of the request alone"
+    rng, m = random.Random(seed), mixed(kind)
+    e = Engine(m, TOK, max_rows=rng.randint(1, 6), max_bytes=m.state_bytes(256, rng.randint(1, 6)), prefix_bytes=rng.choice((0, 1, 60_000, 1 << 30)),
+               piece=rng.choice((64, 128, 1024)), reads=rng.choice((1, 100, 300, 4096)))
+    if rng.random() < .5: e.recorded = Recorded(m, 256)
+    e.lag = rng.randint(0, 1); risk = rng.choice((0, 0, .1)); ends, streams, base = [], [], numbers(seed, 200)
+    end = e._end; e._end = lambda s, reason: (ends.append(s.id), end(s, reason))
+    def risky(f):
+        def g(*args):
+            if rng.random() < risk: raise MemoryError('bad luck')
+            return f(*args)
+        return g
+    def step():
+        try: e.step()
+        except MemoryError: pass
+        assert e.nbytes() <= e.max_bytes and len(e.rows()) <= e.max_rows and len(e.reading) == len({s.id for s in e.reading})
+        assert e.prefix.nbytes == reachable(e.prefix) <= e.prefix.max_bytes
+        kids = [id(s.parent) for s in e.prefix.snaps.values()]
+        assert all(s.children == kids.count(id(s)) and not s.gone for s in e.prefix.snaps.values())
+    with pytest.MonkeyPatch.context() as patch:
+        for on, name in ((E.Reading, 'read'), (Engine, '_place'), (Engine, '_rows'), (E.Slab, 'first')): patch.setattr(on, name, risky(getattr(on, name)))
+        for _ in range(rng.randint(5, 40)):
+            what = rng.random()
+            if what < .5:
+                p = tuple(base[:rng.choice((0, 1, 64, 65, 128, 200))] + numbers(rng.randrange(9), rng.choice((1, 3, 40))))
+                was, risk = risk, 0; r, tokens, reason = by_itself(kind, p, rng.choice((0, 0, 0, 7)), rng.choice((1, 2, 12)), rng.randrange(6)); risk = was
+                try: streams.append((e.submit(replace(r, keep=rng.random() < .3)), tokens, reason))
+                except ValueError: pass                     # does not fit
+            elif what < .65 and streams: rng.choice(streams)[0].cancel()
+            elif what < .68: e.release()
+            else: step()
+        for _ in range(2000):
+            if not e.busy: break
+            step()
+    assert not e.busy and not e.rows() and not e.reading and not e.nbytes() and sorted(ends) == sorted(s.id for s, *_ in streams)
+    for s, tokens, reason in streams:
+        if s.reason in ('cancelled', 'error'): assert s.tokens == tokens[:len(s.tokens)] and (s.cancelled or risk)
+        else: assert (s.tokens, s.reason) == (tokens, reason)
+        if s.state: assert s.state.n == (s.request.state.n if s.request.state else 0) + len(s.request.prompt) + len(s.tokens)
+    return sum(s.reason in ('stop', 'length') for s, *_ in streams)
+
+@pytest.mark.parametrize('kind', ['G', 'GL', 'full', 'nanochat'])
+def test_journeys(kind): assert sum(journey(i, kind) for i in range(8)) > 20
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', ['G', 'GL', 'full', 'nanochat'])
+def test_journeys_long(kind): assert sum(journey(i, kind) for i in range(8, 200)) > 300
