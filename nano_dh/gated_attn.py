@@ -330,7 +330,8 @@ def recall(self:GatedAttention, q:Tensor, k:Tensor, v:Tensor, # of this piece
     if w is not None and w >= n-1: w = None
     local = w is not None and n > 2*(w + T)
     if ('cache', w) not in ctx.masks:
-        at = torch.arange(-w, T, device=q.device) + ctx.pos[:, :1] if local else \
+        more = -(w + T) % 16 if local and ctx.exact else 0 # odd sizes: bits depend on the row
+        at = torch.arange(-w - more, T, device=q.device) + ctx.pos[:, :1] if local else \
              torch.arange(n, device=q.device)[None]
         ctx.masks['cache', w] = at, causal_mask(ctx.pos, at, w)
     at, mask = ctx.masks['cache', w]

@@ -551,3 +551,11 @@ def test_journeys(kind): assert sum(journey(i, kind) for i in range(8)) > 20
 @pytest.mark.slow
 @pytest.mark.parametrize('kind', ['G', 'GL', 'full', 'nanochat'])
 def test_journeys_long(kind): assert sum(journey(i, kind) for i in range(8, 200)) > 300
+
+def test_exact_window_in_every_row():
+    "Logprobs of a row do not depend on which row of a group it is, with 33 keys neither"
+    m = make(2, preset='nanochat', window=32, d_model=32, head_dim=16, head_k_dim=16, head_v_dim=16, mlp_ratio=1., sequence_len=512)
+    e = Engine(m, TOK, exact=True, prefix_bytes=0)
+    for seed in range(3):
+        ss = [e.submit(Request(numbers(seed, 280), max_tokens=10, seed=seed, stop_tokens=(), logprobs=3)) for _ in range(4)]; e.run(ss)
+        assert all((s.tokens, s.logprobs, s.tops) == (ss[0].tokens, ss[0].logprobs, ss[0].tops) for s in ss)
