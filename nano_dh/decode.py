@@ -274,6 +274,36 @@ def _order(x): # float32 -> int32 that sorts alike; and back, if given the bits 
 @lazy_jit
 def _value(order): return (order ^ ((order >> 31) & 0x7fffffff)).to(tl.float32, bitcast=True)
 
+# %% ../nbs/15b_decode.ipynb #bisect
+@lazy_jit
+def _kth(order, k): # the largest value that k of them reach
+    lo, hi = tl.full([], -(1 << 31), tl.int64), tl.full([], 1, tl.int64)
+    while lo < hi:
+        mid = (lo + hi + 1) >> 1
+        n = tl.sum((order >= mid.to(tl.int32)).to(tl.int32), 0)
+        lo = tl.where(n >= k, mid, lo)
+        hi = tl.where(n == k, mid, tl.where(n > k, hi, mid - 1))       # n == k: found
+    return lo.to(tl.int32)
+
+@lazy_jit
+def _mass(order, low, p): # the largest value above which lies the share p of what reaches `low`
+    need = p*tl.sum(tl.where(order >= low, tl.exp(_value(order)), 0.), 0)
+    lo, hi = tl.full([], -(1 << 31), tl.int64), tl.full([], 1, tl.int64)
+    while lo < hi:
+        mid = (lo + hi + 1) >> 1
+        least = tl.maximum(mid.to(tl.int32), low)
+        more = tl.sum(tl.where(order >= least, tl.exp(_value(order)), 0.), 0) >= need
+        lo, hi = tl.where(more, mid, lo), tl.where(more, hi, mid - 1)
+    return lo.to(tl.int32)
+
+# %% ../nbs/15b_decode.ipynb #noise
+@lazy_jit
+def _noise(key, at, i): # standard Gumbel
+    c = _hash(key + _hash(at + 0x9e3779b9)*5)
+    h = _hash(_hash(i.to(tl.uint32) + c) ^ c)
+    u = ((h >> 9).to(tl.float32) + .5) * 1.1920928955078125e-07
+    return -tl.log(-tl.log(u))
+
 # %% ../nbs/15b_decode.ipynb #sample-kernel
 @lazy_jit
 def _sample_kernel(z, key, pos, tok, lp, live, temp, top_k, top_p, min_p, N, stride, cap,
@@ -289,31 +319,10 @@ def _sample_kernel(z, key, pos, tok, lp, live, temp, top_k, top_p, min_p, N, str
     order = _order(tl.maximum((x - top)/heat, -1e30))   # from here on the only vector that is kept
     k, p = tl.load(top_k + b), tl.load(top_p + b)
     low = tl.maximum(_order(tl.log(tl.maximum(tl.load(min_p + b), 1e-30))), _order(top*0. - 9e29))
-    if (k > 0) & (k < N) & (t > 0):
-        lo, hi = tl.full([], -(1 << 31), tl.int64), tl.full([], 1, tl.int64)
-        while lo < hi:
-            mid = (lo + hi + 1) >> 1
-            n = tl.sum((order >= mid.to(tl.int32)).to(tl.int32), 0)
-            lo = tl.where(n >= k, mid, lo)
-            hi = tl.where(n == k, mid, tl.where(n > k, hi, mid - 1))   # n == k: found
-        low = tl.maximum(low, lo.to(tl.int32))
-    if (p < 1) & (t > 0):
-        need = p*tl.sum(tl.where(order >= low, tl.exp(_value(order)), 0.), 0)
-        lo, hi = tl.full([], -(1 << 31), tl.int64), tl.full([], 1, tl.int64)
-        while lo < hi:
-            mid = (lo + hi + 1) >> 1
-            least = tl.maximum(mid.to(tl.int32), low)
-            more = tl.sum(tl.where(order >= least, tl.exp(_value(order)), 0.), 0) >= need
-            lo, hi = tl.where(more, mid, lo), tl.where(more, hi, mid - 1)
-        low = tl.maximum(low, lo.to(tl.int32))
+    if (k > 0) & (k < N) & (t > 0): low = tl.maximum(low, _kth(order, k))
+    if (p < 1) & (t > 0): low = tl.maximum(low, _mass(order, low, p))
     y = tl.where(order >= low, _value(order), -1e30)
-    if t > 0:
-        c = tl.load(key + b).to(tl.uint32)
-        at = tl.load(pos + b).to(tl.uint32)
-        c = _hash(c + _hash(at + 0x9e3779b9)*5)
-        h = _hash(_hash(i.to(tl.uint32) + c) ^ c)
-        u = ((h >> 9).to(tl.float32) + .5) * 1.1920928955078125e-07
-        y += -tl.log(-tl.log(u))
+    if t > 0: y += _noise(tl.load(key + b).to(tl.uint32), tl.load(pos + b).to(tl.uint32), i)
     best = tl.argmax(y, 0)
     own = tl.load(z + b*stride + best)
     if CAP: own = cap*(2*tl.sigmoid(2*own/cap) - 1)
