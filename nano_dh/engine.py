@@ -12,7 +12,7 @@ from collections import deque
 from dataclasses import dataclass, field, replace
 from fastcore.basics import patch
 from torch import Tensor
-from .cache import GRID, STRIDE, PrefixCache, Reading
+from .cache import STRIDE, PrefixCache, Reading, _keys, cuts
 from .core import human
 from .decode import Decoder, Recorded, inference_copy
 from .execution import calculator
@@ -137,6 +137,7 @@ class Stream:
         self._text, self._pieces, self._kind, self._seen = [], deque(), 'text', 0   # rendered
         self._call, self._forced = None, deque()                                    # tools
         self.cached, self.alone = 0, False   # tokens of the prompt that were known; read by itself
+        self._begun, self._marks = False, None       # its reading; digests of its beginnings
         self._out = TextStream(engine.tokenizer, request.stop) if engine.tokenizer else None
 
     @property
@@ -257,6 +258,7 @@ class Engine:
         self.queue, self.slabs, self.pending = deque(), [], deque()
         self.reads = reads or STRIDE*(16 if self.device.type == 'cuda' else 1)
         self.reading, self.reader, self._last, self.ids = [], None, None, itertools.count()
+        self.awaited = []    # beginnings that others in the queue wait for
         self._specials(tokenizer.special if tokenizer else {})
 
 # %% ../nbs/17_engine.ipynb #engine-specials
@@ -361,16 +363,20 @@ def _regrow(self:Engine, rows, cap): # a new slab; who decodes moves there
 
 # %% ../nbs/17_engine.ipynb #admit
 @patch
-def _together(self:Engine) -> list: # the streams at the head of the queue that are read together
-    group, prompts, live = self.reading, set(), len(self.rows())
-    while self.queue and live + len(group) < self.max_rows:
-        s = self.queue[0]; r = s.request
-        if s.cancelled: self._end(self.queue.popleft(), 'cancelled'); continue
+def _together(self:Engine) -> list: # the streams of the queue that are read together
+    group, prompts, live, coming = self.reading, set(), len(self.rows()), set()
+    self.awaited = []
+    for s in list(self.queue):
+        if live + len(group) + len(self.awaited) >= self.max_rows: break
+        if s.cancelled: self.queue.remove(s); self._end(s, 'cancelled'); continue
+        r, p = s.request, tuple(s.request.prompt)
         alone = self.exact or s.alone or r.state is not None
-        prompts.add(tuple(r.prompt))
-        if group and (alone or self._much(prompts)): break
-        group.append(self.queue.popleft())
-        if self._place(s.need) is None: self.queue.appendleft(group.pop()); break
+        if group and (alone or self._much(prompts | {p})): break
+        new = {} if alone else self._leaves(s)
+        if p not in prompts and (same := coming & new.keys()):
+            self.awaited.append(max(same, key=new.get)); continue
+        prompts.add(p); coming |= new.keys(); group.append(s); self.queue.remove(s)
+        if self._place(s.need) is None: self.queue.insert(len(self.awaited), group.pop()); break
         if alone: break
     return group
 
@@ -380,13 +386,25 @@ def _much(self:Engine, prompts): # more than a piece may hold, or mostly padding
     padded = n*longest > max(self.reads, 2*sum(map(len, prompts)))
     return padded or n*min(longest, self.piece) > self.reads
 
+# %% ../nbs/17_engine.ipynb #leaves
+@patch
+def _leaves(self:Engine, s) -> dict: # digest -> length of each beginning that reading it will add
+    p, cache = s.request.prompt, self.prefix
+    most = cache.max_bytes//self.model.state_bytes(STRIDE)*STRIDE    # 0 without a cache
+    if min(len(p) - 1, most) < STRIDE: return {}
+    keys = s._marks = s._marks or _keys(p)
+    known = max((n for n, k in keys.items() if k in cache.snaps), default=0)
+    ends = cuts(known, len(p), self.piece)
+    return {keys[n]: n for n in ends if n % STRIDE == 0 and n in keys and n <= most}
+
 # %% ../nbs/17_engine.ipynb #admit-2
 @patch
 def _admit(self:Engine):
     "Read prompts, first come first served; while others decode, one piece a step"
     busy = bool(self.rows())
     while True:
-        for s in [s for s in self.reading if s.cancelled]: self._unread(s)
+        for s in (gone := [s for s in self.reading if s.cancelled]): self._unread(s)
+        if gone and self.awaited: self._again()
         try:
             if self.reader is None:
                 if not self._together(): return
@@ -395,6 +413,10 @@ def _admit(self:Engine):
         except BaseException as e: self._failed(e); continue
         if got == 'done': self.reading, self.reader = [], None
         if busy or got == 'wait': return
+
+@patch
+def _again(self:Engine): # back to the head of the queue
+    self.queue.extendleft(reversed(self.reading)); self.reading, self.reader = [], None
 
 @patch
 def _failed(self:Engine, error): # while the prompts of `reading` were read
@@ -416,12 +438,15 @@ def _read(self:Engine, group): # reads the prompts of these streams; yields afte
     if not (prompts := [*by]) or not group: return
     r = self._rows(prompts, before)
     for p, n in zip(prompts, r.at):
-        for s in by[p]: s.cached = n if new else r.state.n
+        for s in by[p]:
+            if not s._begun: s._begun, s.cached = True, n if new else r.state.n
     while r.left:
         for i, z in r.read().items():
             one = self.model.take(r.state, i, len(prompts[i])) if new else r.state
             if new: self._last = prompts[i], one, z
             yield from self._seat(by[prompts[i]], one, z)
+        if r.left and any(k in self.prefix.snaps for k in self.awaited):
+            return self._again()
         if r.left: yield
         if not group: return            # all were cancelled
 

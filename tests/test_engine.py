@@ -1,11 +1,13 @@
 "Inference beyond the chapters: exactness in any company, random schedules, fresh processes, hostile tool calls, long streams."
 import copy, os, random, re, subprocess, sys, threading, time, tracemalloc
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import lru_cache
 from pathlib import Path
 import nbformat, pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from nano_dh.bench import TABLES, BenchConfig
+import nano_dh.cache as C
 from nano_dh.cache import PrefixCache, StateError, read_prompt
 from nano_dh.dataset import open_data
 from nano_dh.decode import Recorded
@@ -122,7 +124,7 @@ def one_layer(pattern): return make(1, pattern=pattern, d_model=32, head_dim=16,
 EVENT = st.tuples(st.integers(1, 90), st.integers(1, 12), st.integers(0, 3), st.sampled_from(['submit', 'submit', 'cancel', 'step', 'step']))
 def schedule(events, pattern, exact, rows, lag):
     m = one_layer(pattern)
-    e = Engine(m, TOK, exact=exact, max_rows=rows, max_bytes=m.state_bytes(128, 6), prefix_bytes=20_000)
+    e = Engine(m, TOK, exact=exact, max_rows=rows, max_bytes=m.state_bytes(128, 6), prefix_bytes=20_000, piece=64)
     e.lag, make_slab = lag, e._slab       # lag 1: results are read a step later, as on a GPU
     def counted(rows, cap): # while a slab grows, the old one is still there
         assert e.nbytes() + m.state_bytes(cap, rows) <= e.max_bytes
@@ -142,11 +144,13 @@ ARGS = dict(events=st.lists(EVENT, max_size=14), pattern=st.sampled_from('GL'), 
 QUIET = dict(deadline=None, suppress_health_check=list(HealthCheck), database=None)
 @settings(max_examples=50, derandomize=True, **QUIET)
 @given(**ARGS)
-def test_random_schedules(**kw): schedule(**kw)
+def test_random_schedules(**kw):
+    with strides(64): schedule(**kw)
 @pytest.mark.slow
 @settings(max_examples=1000, **QUIET)
 @given(**ARGS)
-def test_random_schedules_long(**kw): schedule(**kw)
+def test_random_schedules_long(**kw):
+    with strides(64): schedule(**kw)
 
 PROCESS = '''
 import sys, torch
@@ -504,14 +508,24 @@ def by_itself(kind, prompt, known, k, seed):
     r = Request(prompt, max_tokens=k, seed=seed, temperature=seed % 2, top_k=20, stop_tokens=(seed,), state=state)
     s = alone(m, r); return r, s.tokens, s.reason
 
-def journey(seed, kind):
+@contextmanager
+def strides(n): # long beginnings that are short, so that many prompts wait for one
+    with pytest.MonkeyPatch.context() as patch:
+        for x in (C, E): patch.setattr(x, 'STRIDE', n)
+        yield patch
+
+def journey(seed, kind, waits):
     "Requests, cancels, errors in a random order: every stream ends once, with the tokens of the request alone"
-    rng, m = random.Random(seed), mixed(kind)
+    rng, m = random.Random(seed), mixed(kind); share, stride = seed % 2, rng.choice((64, 64, 128, 1024))
     e = Engine(m, TOK, max_rows=rng.randint(1, 6), max_bytes=m.state_bytes(256, rng.randint(1, 6)), prefix_bytes=rng.choice((0, 1, 60_000, 1 << 30)),
                piece=rng.choice((64, 128, 1024)), reads=rng.choice((1, 100, 300, 4096)))
+    if share: # room for many, most of which begin alike
+        e.max_rows, e.reads, e.piece, e.max_bytes, stride = rng.randint(2, 12), rng.choice((300, 4096)), 64, m.state_bytes(256, 12), 64
+    if share: e.prefix.max_bytes = rng.choice((m.state_bytes(64)*3, 1 << 30))
     if rng.random() < .5: e.recorded = Recorded(m, 256)
     e.lag = rng.randint(0, 1); risk = rng.choice((0, 0, .1)); ends, streams, base = [], [], numbers(seed, 200)
     end = e._end; e._end = lambda s, reason: (ends.append(s.id), end(s, reason))
+    group = e._together; e._together = lambda: (group(), waits.append(len(e.awaited)))[0]
     def risky(f):
         def g(*args):
             if rng.random() < risk: raise MemoryError('bad luck')
@@ -524,18 +538,18 @@ def journey(seed, kind):
         assert e.prefix.nbytes == reachable(e.prefix) <= e.prefix.max_bytes
         kids = [id(s.parent) for s in e.prefix.snaps.values()]
         assert all(s.children == kids.count(id(s)) and not s.gone for s in e.prefix.snaps.values())
-    with pytest.MonkeyPatch.context() as patch:
+    with strides(stride) as patch:
         for on, name in ((E.Reading, 'read'), (Engine, '_place'), (Engine, '_rows'), (E.Slab, 'first')): patch.setattr(on, name, risky(getattr(on, name)))
         for _ in range(rng.randint(5, 40)):
-            what = rng.random()
-            if what < .5:
-                p = tuple(base[:rng.choice((0, 1, 64, 65, 128, 200))] + numbers(rng.randrange(9), rng.choice((1, 3, 40))))
+            what, base = rng.random(), numbers(rng.randrange(8), 200) if share else base
+            for _ in range(rng.choice((1, 1, 5)) if what < .5 else 0):
+                p = tuple(base[:rng.choice((64, 128, 200) if share else (0, 1, 64, 65, 128, 200))] + numbers(rng.randrange(9), rng.choice((1, 3, 40))))
                 was, risk = risk, 0; r, tokens, reason = by_itself(kind, p, rng.choice((0, 0, 0, 7)), rng.choice((1, 2, 12)), rng.randrange(6)); risk = was
                 try: streams.append((e.submit(replace(r, keep=rng.random() < .3)), tokens, reason))
                 except ValueError: pass                     # does not fit
-            elif what < .65 and streams: rng.choice(streams)[0].cancel()
-            elif what < .68: e.release()
-            else: step()
+            if .5 < what < .65 and streams: rng.choice(streams)[0].cancel()
+            elif .65 < what < .68: e.release()
+            elif what > .68: step()
         for _ in range(2000):
             if not e.busy: break
             step()
@@ -547,10 +561,11 @@ def journey(seed, kind):
     return sum(s.reason in ('stop', 'length') for s, *_ in streams)
 
 @pytest.mark.parametrize('kind', ['G', 'GL', 'full', 'nanochat'])
-def test_journeys(kind): assert sum(journey(i, kind) for i in range(8)) > 20
+def test_journeys(kind):
+    waits = []; assert sum(journey(i, kind, waits) for i in range(8)) > 20 and sum(map(bool, waits)) > 3, waits
 @pytest.mark.slow
 @pytest.mark.parametrize('kind', ['G', 'GL', 'full', 'nanochat'])
-def test_journeys_long(kind): assert sum(journey(i, kind) for i in range(8, 200)) > 300
+def test_journeys_long(kind): assert sum(journey(i, kind, []) for i in range(8, 200)) > 300
 
 def test_exact_window_in_every_row():
     "Logprobs of a row do not depend on which row of a group it is, with 33 keys neither"
@@ -559,3 +574,77 @@ def test_exact_window_in_every_row():
     for seed in range(3):
         ss = [e.submit(Request(numbers(seed, 280), max_tokens=10, seed=seed, stop_tokens=(), logprobs=3)) for _ in range(4)]; e.run(ss)
         assert all((s.tokens, s.logprobs, s.tops) == (ss[0].tokens, ss[0].logprobs, ss[0].tops) for s in ss)
+
+# ---- long beginnings that are read once
+
+@contextmanager
+def shapes_read(m): # of each forward
+    seen = []; hook = m.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape)))
+    try: yield seen
+    finally: hook.remove()
+
+def read_together(m, asks, seen, **kw): # -> streams, tokens that went through the model before each had its first
+    e = Engine(m, TOK, reads=1 << 20, **kw); ss = [e.submit(replace(r, max_tokens=1)) for r in asks]
+    seen.clear(); e.run(ss); return ss, sum(a*b for a, b in seen)
+
+def test_long_beginning_is_read_once():
+    "Six prompts with 2,048 tokens in common cost about one reading of them; tokens as alone, also where the cache has no room"
+    m, base = mixed('GL'), numbers(0, 2048)
+    asks = [Request(base + numbers(i, 20 + i), seed=i, stop_tokens=()) for i in range(1, 7)]; want = [alone(m, replace(r, max_tokens=1)).tokens for r in asks]
+    least, tails = sum(len(r.prompt) - 2048 for r in asks), 6*26
+    with shapes_read(m) as seen:
+        for kw, most in ((dict(), 2048 + tails), (dict(max_rows=2), 2048 + 3*2*26), (dict(piece=128), 2048 + tails), (dict(exact=True), 2048 + tails),
+                         (dict(prefix_bytes=0), 6*(2048 + 26)), (dict(prefix_bytes=m.state_bytes(1024)), 2048 + tails + 5*1024)):
+            ss, n = read_together(m, asks, seen, **kw); print(kw, n)
+            assert [s.tokens for s in ss] == want
+            assert 2048 + least <= n <= most if kw.get('prefix_bytes', 1) else n >= 6*2048 + least
+            if not kw: assert [s.cached for s in ss] == [0] + [2048]*5 and n == 2048 + tails
+    print(f'{n} tokens with room for one snapshot')
+
+def test_deeper_beginnings():
+    "Some share more than others: each beginning is read once, whatever the order"
+    m, a = mixed('G'), numbers(0, 192)
+    with strides(64), shapes_read(m) as seen:
+        ps = [a[:64] + numbers(1, 30), a + numbers(2, 30), a[:128] + numbers(3, 30), a + numbers(4, 30), numbers(5, 30), a[:128]]
+        for seed in range(6):
+            asks = [Request(p, seed=i, stop_tokens=()) for i, p in enumerate(random.Random(seed).sample(ps, 6))]
+            ss, _ = read_together(m, asks, seen, piece=64)
+            assert [s.tokens for s in ss] == [alone(m, replace(r, max_tokens=1)).tokens for r in asks]
+            known = {s.cached for s in ss if s.request.prompt[:192] == a}
+            assert sum(s.cached == 0 for s in ss) == 2 and 192 in known # the first of them, and the one that is unlike all
+
+def test_unrelated_are_read_with_the_first():
+    "Who waits keeps its row; the others are read meanwhile, and nobody stands behind a longer one"
+    m, base = mixed('G'), numbers(0, 2048); kw = dict(max_tokens=40, stop_tokens=())
+    new = lambda e, *p: [e.submit(Request(x, **kw)) for x in p]
+    a, b, c, d = base + [1], base + [2], base + numbers(3, 3000), numbers(4, 1025)
+    e = Engine(m, TOK, reads=1 << 20); busy, = new(e, [9]); e.step(); ss = new(e, a, b, c, d, a)
+    e.step(); assert [s.id for s in e.reading] == [1, 4, 5] and len(e.awaited) == 2          # the same prompt needs not wait
+    e.step(); assert [s.id for s in e.queue] == [1, 5, 2, 3] and ss[3].tokens                # known now: together from here
+    e.step(); assert not e.queue and all(s.tokens for s in (ss[0], ss[1], ss[4])) and not ss[2].tokens
+    e.run(ss); assert [s.cached for s in ss] == [0, 2048, 2048, 0, 0] and ss[0].tokens == ss[4].tokens
+    e = Engine(m, TOK, reads=1 << 20, max_rows=2); ss = new(e, a, b, d); e.step()
+    assert ss[0].tokens and ss[1].tokens and not ss[2].tokens                                # d was the last to come
+    e.run(ss); assert all(len(s.tokens) == 40 for s in ss)
+
+@pytest.mark.parametrize('how', ['cancel', 'error', 'cancel others'])
+def test_who_is_waited_for_leaves(how, monkeypatch):
+    "The first one goes while others wait for what it reads: the next of them takes its place at the same step"
+    m, base = mixed('G'), numbers(0, 2048); read, seen = E.Reading.read, []; kw = dict(max_tokens=4, stop_tokens=())
+    ps = [base + [i] for i in range(3)] + [numbers(9, 3000)]; want = [alone(m, Request(p, **kw)).tokens for p in ps]
+    def reads(self):
+        if how == 'error' and any(p[-1] == 0 for p in self.prompts): raise MemoryError('no room')
+        seen.append([p[2048:] for p in self.prompts]); return read(self)
+    monkeypatch.setattr(E.Reading, 'read', reads)
+    e = Engine(m, TOK, reads=1 << 20, piece=512); busy = e.submit(Request([5], max_tokens=200, stop_tokens=())); e.step(); ss = [e.submit(Request(p, **kw)) for p in ps]
+    if how == 'error':
+        with pytest.raises(MemoryError, match='no room'): e.run(ss)
+        e.run(ss); assert ss[0].reason == 'error' and not ss[0].tokens
+    else:
+        e.step(); assert [len(e.reading), len(e.awaited)] == [2, 2]
+        gone = ss[:1] if how == 'cancel' else ss[1:3]; [s.cancel() for s in gone]; seen.clear(); e.step()
+        if how == 'cancel': assert sorted(map(len, seen[0])) == [1, 952] and (1,) in seen[0]
+        e.run(ss); assert all(s.reason == 'cancelled' for s in gone)
+    e.run([busy]); assert not e.busy and not e.rows() and not e.awaited
+    for s, w in zip(ss, want): assert s.tokens == (w if s.reason == 'length' else [])
+    assert sum(s.reason == 'length' for s in ss) == (2 if how == 'cancel others' else 3)
