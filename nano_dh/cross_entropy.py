@@ -39,9 +39,11 @@ def _loss_and_grad(z, y, vocab, cap):
 
 # %% ../nbs/05b_cross_entropy.ipynb #kernel
 @lazy_jit
-def _capped(x, cap, CAP: tl.constexpr): # cap * tanh(x/cap)
-    if CAP: x = cap - 2*cap/(1 + tl.exp(x*(2/cap)))
-    return x
+def _capped(x, cap, CAP: tl.constexpr): # cap * tanh(x/cap), or x; all in bits, ln 2 nats each
+    if CAP:
+        r = tl.rsqrt(1 + tl.exp2(x*(2.8853900817779268/cap))) # 2/ln 2
+        return cap*1.4426950408889634*(1 - 2*r*r)
+    return x*1.4426950408889634
 
 @lazy_jit
 def _rows_kernel(z, y, losses, cap, cols: tl.constexpr, vocab: tl.constexpr, BV: tl.constexpr,
@@ -52,19 +54,19 @@ def _rows_kernel(z, y, losses, cap, cols: tl.constexpr, vocab: tl.constexpr, BV:
     for k in range(0, vocab, BV):
         live = k + j < vocab
         u = _capped(tl.load(z + k + j, mask=live, other=0.).to(tl.float32), cap, CAP)
-        if SMALL: total += tl.where(live, tl.exp(u), 0.)
+        if SMALL: total += tl.where(live, tl.exp2(u), 0.)
         else:
             new = tl.maximum(top, tl.where(live, u, -1e30))
-            total, top = total*tl.exp(top - new) + tl.where(live, tl.exp(u - new), 0.), new
-    if not SMALL: m = tl.max(top, 0); total *= tl.exp(top - m)
+            total, top = total*tl.exp2(top - new) + tl.where(live, tl.exp2(u - new), 0.), new
+    if not SMALL: m = tl.max(top, 0); total *= tl.exp2(top - m)
     s, keep = tl.sum(total, 0), tl.where(target >= 0, 1., 0.)
     hit = _capped(tl.load(z + tl.maximum(target, 0)).to(tl.float32), cap, CAP)
-    tl.store(losses + row, (tl.log(s) + m - hit)*keep)
+    tl.store(losses + row, (tl.log2(s) + m - hit)*keep*0.6931471805599453)
     for k in range(0, cols, BV):
         live = k + j < vocab
         u = _capped(tl.load(z + k + j, mask=live, other=0.).to(tl.float32), cap, CAP)
-        g = tl.exp(u - m)*(keep/s) - tl.where(k + j == target, keep, 0.)
-        if CAP: g *= 1 - (u/cap)*(u/cap)
+        g = tl.exp2(u - m)*(keep/s) - tl.where(k + j == target, keep, 0.)
+        if CAP: g *= 1 - u*u*(0.4804530139182014/(cap*cap)) # (ln 2)**2
         tl.store(z + k + j, tl.where(live, g, 0.).to(z.dtype.element_ty), mask=k + j < cols)
 
 # %% ../nbs/05b_cross_entropy.ipynb #op

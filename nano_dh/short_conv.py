@@ -97,6 +97,28 @@ def _conv_backward(g, x, w, doc_ids, tmp): # g at the filter's output -> dx, dw;
 
 # %% ../nbs/03b_short_conv.ipynb #walk-helpers
 @lazy_jit
+def _head(h, w, q, k, v, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+          BD: tl.constexpr): # of head h: channels, which exist, where it goes, numbers a token, taps
+    d = tl.arange(0, BD)[None, :]
+    c, live = tl.where(h < 2*H, h*K, 2*H*K + (h - 2*H)*V) + d, d < tl.where(h < 2*H, K, V)
+    if h < H: out = q + h*K
+    elif h < 2*H: out = k + (h - H)*K
+    else: out = v + (h - 2*H)*V
+    w0, w1 = tl.load(w + c*4 + 3, mask=live, other=0.), tl.load(w + c*4 + 2, mask=live, other=0.)
+    w2, w3 = tl.load(w + c*4 + 1, mask=live, other=0.), tl.load(w + c*4, mask=live, other=0.)
+    return c, d, live, out, tl.where(h < 2*H, H*K, HV*V), w0, w1, w2, w3
+
+@lazy_jit
+def _ahead(x, at, t, T, live):  # numbers of tokens t, zero where there are none
+    return tl.load(x + at, mask=live & (t < T)[:, None], other=0.)
+
+@lazy_jit
+def _same(e, f, z, DOC: tl.constexpr): # z where both are of one document, else 0
+    if DOC: z = tl.where((e == f)[:, None], z, 0.)
+    return z
+
+# %% ../nbs/03b_short_conv.ipynb #walk-past
+@lazy_jit
 def _past(x, state, doc, b, t, c, live, T, C, sb, st, STATE: tl.constexpr, DOC: tl.constexpr):
     s, e = t[:, None], t                         # inputs at times t, and their documents
     at, ok = x + b*sb + s.to(tl.int64)*st + c, live & (s < T)
@@ -105,96 +127,96 @@ def _past(x, state, doc, b, t, c, live, T, C, sb, st, STATE: tl.constexpr, DOC: 
     if DOC: e = tl.load(doc + b*T + tl.minimum(tl.maximum(t, 0), T - 1))
     return z, e
 
+# %% ../nbs/03b_short_conv.ipynb #sigmoid
 @lazy_jit
-def _same(e, f, z, DOC: tl.constexpr):           # z where both are of one document, else 0
-    if DOC: z = tl.where((e == f)[:, None], z, 0.)
-    return z
+def _sigmoid(y):
+    r = tl.rsqrt(1 + tl.exp2(y * -1.4426950408889634)) # 1/ln 2
+    return r*r
 
 # %% ../nbs/03b_short_conv.ipynb #fwd-kernel
 @lazy_jit
 def _conv_fwd_kernel(x, w, state, doc, q, k, v, T, sb, st, eps, H: tl.constexpr, HV: tl.constexpr,
                      K: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, R: tl.constexpr,
-                     L: tl.constexpr, STATE: tl.constexpr, DOC: tl.constexpr):
-    h, b, d = tl.program_id(1), tl.program_id(2).to(tl.int64), tl.arange(0, BD)[None, :]
-    C, N, so = 2*H*K + HV*V, tl.where(h < 2*H, K, V), tl.where(h < 2*H, H*K, HV*V)
-    c, live = tl.where(h < 2*H, h*K, 2*H*K + (h - 2*H)*V) + d, d < N
-    if h < H: out = q + h*K
-    elif h < 2*H: out = k + (h - H)*K
-    else: out = v + (h - 2*H)*V
-    w0, w1 = tl.load(w + c*4 + 3, mask=live, other=0.), tl.load(w + c*4 + 2, mask=live, other=0.)
-    w2, w3 = tl.load(w + c*4 + 1, mask=live, other=0.), tl.load(w + c*4, mask=live, other=0.)
-    t = (tl.program_id(0)*R + tl.arange(0, R))*L # where each row starts to walk
+                     L: tl.constexpr, U: tl.constexpr, STATE: tl.constexpr, DOC: tl.constexpr):
+    h, b, C = tl.program_id(1), tl.program_id(2).to(tl.int64), 2*H*K + HV*V
+    c, d, live, out, so, w0, w1, w2, w3 = _head(h, w, q, k, v, H, HV, K, V, BD)
+    first = tl.program_id(0).to(tl.int64)*R*L
+    t, row = (first + tl.arange(0, R)*L).to(tl.int32), tl.arange(0, R)[:, None]*L
     x1, e1 = _past(x, state, doc, b, t - 1, c, live, T, C, sb, st, STATE, DOC)
     x2, e2 = _past(x, state, doc, b, t - 2, c, live, T, C, sb, st, STATE, DOC)
     x3, e3 = _past(x, state, doc, b, t - 3, c, live, T, C, sb, st, STATE, DOC)
-    here = live & (t < T)[:, None]
-    nx = tl.load(x + b*sb + t.to(tl.int64)[:, None]*st + c, mask=here, other=0.)
-    for s in range(L):
-        here, more = live & (t < T)[:, None], live & (t + 1 < T)[:, None]
-        x0, e0 = nx.to(tl.float32), t
-        nx = tl.load(x + b*sb + (t + 1).to(tl.int64)[:, None]*st + c, mask=more, other=0.)
-        if DOC: e0 = tl.load(doc + b*T + tl.minimum(t, T - 1))
-        y = w0*x0 + _same(e0, e1, w1*x1, DOC)
-        y += _same(e0, e2, w2*x2, DOC) + _same(e0, e3, w3*x3, DOC)
-        a = y * tl.sigmoid(y)
-        if h < 2*H: a *= tl.rsqrt(tl.sum(a*a, 1) + eps)[:, None]
-        tl.store(out + (b*T + t)[:, None]*so + d, a.to(out.dtype.element_ty), mask=here)
-        x1, x2, x3, e1, e2, e3, t = x0, x1, x2, e0, e1, e2, t + 1
+    x += b*sb + first*st; out += (b*T + first)*so; at, to = row*st + c, row*so + d
+    nx, mx = _ahead(x, at, t, T, live), _ahead(x, at + st, t + 1, T, live)
+    for s in range(0, L, U):
+        for _ in tl.static_range(U):
+            x0, e0, nx, mx = nx.to(tl.float32), t, mx, _ahead(x, at + 2*st, t + 2, T, live)
+            if DOC: e0 = tl.load(doc + b*T + tl.minimum(t, T - 1))
+            y = w0*x0 + _same(e0, e1, w1*x1, DOC)
+            y += _same(e0, e2, w2*x2, DOC) + _same(e0, e3, w3*x3, DOC)
+            a = y * _sigmoid(y)
+            if h < 2*H: a *= tl.rsqrt(tl.sum(a*a, 1) + eps)[:, None]
+            tl.store(out + to, a.to(out.dtype.element_ty), mask=live & (t < T)[:, None])
+            x1, x2, x3, e1, e2, e3, t = x0, x1, x2, e0, e1, e2, t + 1
+            at += st; to += so
 
 # %% ../nbs/03b_short_conv.ipynb #bwd-helper
 @lazy_jit
 def _unsquash(y, go, qk, eps): # gradient after SiLU and norm -> gradient at the filter's output
-    sig = tl.sigmoid(y)
+    sig = _sigmoid(y)
+    a = y * sig
     if qk:
-        a = y * sig
-        r = tl.rsqrt(tl.sum(a*a, 1) + eps)[:, None]
-        go = r * (go - r*a * tl.sum(go*a*r, 1)[:, None])
-    return go * sig * (1 + y*(1 - sig))
+        r = tl.rsqrt(tl.sum(a*a, 1) + eps)
+        go = r[:, None]*go - a*(r*r*r*tl.sum(go*a, 1))[:, None]
+    return go * (sig + a*(1 - sig))
+
+@lazy_jit
+def _pull(g0, g1, g2, g3, e0, e1, e2, e3, w0, w1, w2, w3, DOC: tl.constexpr): # gradient of x[t-3]
+    out = w0*g3 + _same(e3, e2, w1*g2, DOC)
+    return out + _same(e3, e1, w2*g1, DOC) + _same(e3, e0, w3*g0, DOC)
+
+@lazy_jit
+def _share(dw, a0, a1, a2, a3, c, live): # sums over a program's tokens
+    p = dw + c*4
+    tl.store(p + 3, tl.sum(a0, 0)[None, :], mask=live)
+    tl.store(p + 2, tl.sum(a1, 0)[None, :], mask=live)
+    tl.store(p + 1, tl.sum(a2, 0)[None, :], mask=live)
+    tl.store(p, tl.sum(a3, 0)[None, :], mask=live)
 
 # %% ../nbs/03b_short_conv.ipynb #bwd-kernel
 @lazy_jit
 def _conv_bwd_kernel(x, w, state, doc, dq, dk, dv, dx, dw, T, sb, st, eps, H: tl.constexpr,
                      HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BD: tl.constexpr,
                      R: tl.constexpr, L: tl.constexpr, STATE: tl.constexpr, DOC: tl.constexpr):
-    h, b, d = tl.program_id(1), tl.program_id(2).to(tl.int64), tl.arange(0, BD)[None, :]
-    C, N, sg = 2*H*K + HV*V, tl.where(h < 2*H, K, V), tl.where(h < 2*H, H*K, HV*V)
-    c, live = tl.where(h < 2*H, h*K, 2*H*K + (h - 2*H)*V) + d, d < N
-    if h < H: grad = dq + h*K
-    elif h < 2*H: grad = dk + (h - H)*K
-    else: grad = dv + (h - 2*H)*V
-    w0, w1 = tl.load(w + c*4 + 3, mask=live, other=0.), tl.load(w + c*4 + 2, mask=live, other=0.)
-    w2, w3 = tl.load(w + c*4 + 1, mask=live, other=0.), tl.load(w + c*4, mask=live, other=0.)
-    t = (tl.program_id(0)*R + tl.arange(0, R))*L
+    h, b, C = tl.program_id(1), tl.program_id(2).to(tl.int64), 2*H*K + HV*V
+    c, d, live, grad, sg, w0, w1, w2, w3 = _head(h, w, dq, dk, dv, H, HV, K, V, BD)
+    first, zero = tl.program_id(0).to(tl.int64)*R*L, tl.zeros([R, BD], tl.float32)
+    t, row = (first + tl.arange(0, R)*L).to(tl.int32), tl.arange(0, R)[:, None]*L
     x1, e1 = _past(x, state, doc, b, t - 1, c, live, T, C, sb, st, STATE, DOC)
     x2, e2 = _past(x, state, doc, b, t - 2, c, live, T, C, sb, st, STATE, DOC)
     x3, e3 = _past(x, state, doc, b, t - 3, c, live, T, C, sb, st, STATE, DOC)
-    here, zero = live & (t < T)[:, None], tl.zeros([R, BD], tl.float32)
-    nx = tl.load(x + b*sb + t.to(tl.int64)[:, None]*st + c, mask=here, other=0.)
-    ng = tl.load(grad + (b*T + t)[:, None]*sg + d, mask=here, other=0.)
+    x += b*sb + first*st; grad += (b*T + first)*sg; dx += (b*T + first)*C
+    at, up, to = row*st + c, row*sg + d, (row - 3)*C + c
+    nx, mx = _ahead(x, at, t, T, live), _ahead(x, at + st, t + 1, T, live)
+    ng, mg = _ahead(grad, up, t, T, live), _ahead(grad, up + sg, t + 1, T, live)
     g1, g2, g3 = x1*0, x2*0, x3*0 # zeros apart: Triton 3.6 merges loop variables that start as one
     a0, a1, a2, a3 = zero, zero, zero, zero
-    for s in range(L + 3):
-        x0, go, e0, more = nx.to(tl.float32), ng.to(tl.float32), t, live & (t + 1 < T)[:, None]
-        nx = tl.load(x + b*sb + (t + 1).to(tl.int64)[:, None]*st + c, mask=more, other=0.)
-        ng = tl.load(grad + (b*T + t + 1)[:, None]*sg + d, mask=more, other=0.)
-        if DOC: e0 = tl.load(doc + b*T + tl.minimum(t, T - 1))
-        z1, z2, z3 = _same(e0, e1, x1, DOC), _same(e0, e2, x2, DOC), _same(e0, e3, x3, DOC)
-        g0 = _unsquash(w0*x0 + w1*z1 + w2*z2 + w3*z3, go, h < 2*H, eps)
-        gw = tl.where(s < L, g0, 0.) # the last three count for the neighbour
-        a0, a1, a2, a3 = a0 + gw*x0, a1 + gw*z1, a2 + gw*z2, a3 + gw*z3
-        out = w0*g3 + _same(e3, e2, w1*g2, DOC)
-        out += _same(e3, e1, w2*g1, DOC) + _same(e3, e0, w3*g0, DOC)
-        done = live & ((s > 2) & (t - 3 < T))[:, None]
-        tl.store(dx + (b*T + t - 3)[:, None]*C + c, out.to(dx.dtype.element_ty), mask=done)
-        x1, x2, x3, g1, g2, g3, e1, e2, e3, t = x0, x1, x2, g0, g1, g2, e0, e1, e2, t + 1
-    p = dw + ((b*tl.num_programs(0) + tl.program_id(0))*C + c)*4
-    tl.store(p + 3, tl.sum(a0, 0)[None, :], mask=live)
-    tl.store(p + 2, tl.sum(a1, 0)[None, :], mask=live)
-    tl.store(p + 1, tl.sum(a2, 0)[None, :], mask=live)
-    tl.store(p, tl.sum(a3, 0)[None, :], mask=live)
+    for s4 in range(0, L + 3, 4):
+        for u in tl.static_range(4):
+            s, e0, x0, go, nx, ng = s4 + u, t, nx.to(tl.float32), ng.to(tl.float32), mx, mg
+            mx, mg = _ahead(x, at + 2*st, t + 2, T, live), _ahead(grad, up + 2*sg, t + 2, T, live)
+            if DOC: e0 = tl.load(doc + b*T + tl.minimum(t, T - 1))
+            z1, z2, z3 = _same(e0, e1, x1, DOC), _same(e0, e2, x2, DOC), _same(e0, e3, x3, DOC)
+            g0 = _unsquash(w0*x0 + w1*z1 + w2*z2 + w3*z3, go, h < 2*H, eps)
+            gw = tl.where(s < L, g0, 0.) # the last three count for the neighbour
+            a0, a1, a2, a3 = a0 + gw*x0, a1 + gw*z1, a2 + gw*z2, a3 + gw*z3
+            out = _pull(g0, g1, g2, g3, e0, e1, e2, e3, w0, w1, w2, w3, DOC).to(dx.dtype.element_ty)
+            tl.store(dx + to, out, mask=live & ((s > 2) & (s < L + 3) & (t - 3 < T))[:, None])
+            x1, x2, x3, g1, g2, g3, e1, e2, e3, t = x0, x1, x2, g0, g1, g2, e0, e1, e2, t + 1
+            at += st; up += sg; to += C
+    _share(dw + (b*tl.num_programs(0) + tl.program_id(0))*C*4, a0, a1, a2, a3, c, live)
 
 # %% ../nbs/03b_short_conv.ipynb #ops-fwd
-TILE = dict(R=2, L=64, warps=2, fwd_R=4, fwd_L=32, fwd_warps=4) # rows, their steps, warps
+TILE = dict(R=2, L=32, warps=2, fwd_R=4, fwd_L=32, fwd_warps=4) # rows, their steps, warps
 
 def _args(x, w, state, doc, H, HV, K, V): # what both launches share
     BD, eps = 1 << (max(K, V) - 1).bit_length(), 1e-6
@@ -213,7 +235,7 @@ def _conv_fwd(x:Tensor, w:Tensor, state:Optional[Tensor], doc:Optional[Tensor],
     R = min(TILE['fwd_R'], -(-T//L))
     R = 1 << (R-1).bit_length()
     with on_device(x):
-        _conv_fwd_kernel[-(-T//(R*L)), 2*H + HV, B](*ins, *out, *dims, R, L, *flags,
+        _conv_fwd_kernel[-(-T//(R*L)), 2*H + HV, B](*ins, *out, *dims, R, L, min(L, 4), *flags,
                                                     num_warps=TILE['fwd_warps'])
     return out
 
