@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['seed_key', 'gumbel', 'Request', 'sample', 'TextStream', 'Piece', 'Stream', 'bucket', 'Row', 'Slab', 'Engine',
-           'GraphSlab']
+           'no_memory', 'GraphSlab']
 
 # %% ../nbs/17_engine.ipynb #imports
 import codecs, copy, itertools, math, torch
@@ -138,22 +138,30 @@ class Stream:
         self._call, self._forced = None, deque()                                    # tools
         self.cached, self.alone = 0, False   # tokens of the prompt that were known; read by itself
         self._begun, self._marks = False, None       # its reading; digests of its beginnings
+        self.error, self._end = None, None   # what went wrong, in a sentence; why it is about to end
         self._out = TextStream(engine.tokenizer, request.stop) if engine.tokenizer else None
 
     @property
     def done(self) -> bool: return self.reason is not None
     @property
+    def ids(self) -> tuple: return (*self.request.prompt, *self.tokens) # prompt, answer so far
+    @property
     def text(self) -> str: self._render(); return ''.join(self._text)
-    def cancel(self): self.engine.cancel(self)
-    def __iter__(self):
-        while True:
-            yield from self.pieces()
-            if self.done and self._seen == len(self.tokens): return
-            self.engine.step()
-    def result(self) -> 'Stream':
-        "Run the engine until this one is finished"
-        while not self.done: self.engine.step()
-        return self
+
+# %% ../nbs/17_engine.ipynb #stream-iter
+@patch
+def cancel(self:Stream): self.engine.cancel(self)
+@patch
+def __iter__(self:Stream):
+    while True:
+        yield from self.pieces()
+        if self.done and self._seen == len(self.tokens): return
+        self.engine.step()
+@patch
+def result(self:Stream) -> Stream:
+    "Run the engine until this one is finished"
+    while not self.done: self.engine.step()
+    return self
 
 # %% ../nbs/17_engine.ipynb #accept
 @patch
@@ -227,9 +235,10 @@ class Slab:
     def enter(self, i:int, row:Row, state): # state: one row that has read the prompt
         self.model.put(self.state, i, state); self.rows[i] = row
     def leave(self, i:int): self.rows[i] = None
-    def move(self, src:'Slab', i:int, j:int): # row i of src -> row j of this
+    def copy(self, src:'Slab', i:int, j:int): # row i of src -> row j of this
         row = src.rows[i]; tok = src.tok[i].clone()
-        self.enter(j, row, self.model.take(src.state, i, row.fed)); src.leave(i); self.tok[j] = tok
+        self.enter(j, row, self.model.take(src.state, i, row.fed)); self.tok[j] = tok
+    def move(self, src:'Slab', i:int, j:int): self.copy(src, i, j); src.leave(i)
 
 # %% ../nbs/17_engine.ipynb #engine
 class Engine:
@@ -257,8 +266,8 @@ class Engine:
         self.recorded = Recorded(model) if self.graphs else None
         self.queue, self.slabs, self.pending = deque(), [], deque()
         self.reads = reads or STRIDE*(16 if self.device.type == 'cuda' else 1)
-        self.reading, self.reader, self._last, self.ids = [], None, None, itertools.count()
-        self.awaited = []    # beginnings that others in the queue wait for
+        self.reading, self.reader, self.awaited = [], None, []  # awaited: beginnings, by the queue
+        self._last, self.ids = None, itertools.count()
         self._specials(tokenizer.special if tokenizer else {})
 
 # %% ../nbs/17_engine.ipynb #engine-specials
@@ -357,8 +366,8 @@ def _regrow(self:Engine, rows, cap): # a new slab; who decodes moves there
     if not self.rows(): self.slabs = old = []               # frees the old one first
     new = self._slab(rows, cap)
     for s in old:
-        for i, r in enumerate(list(s.rows)):
-            if r: new.move(s, i, new.free())
+        for i, r in enumerate(s.rows):
+            if r: new.copy(s, i, new.free())
     self.slabs = [new]
 
 # %% ../nbs/17_engine.ipynb #admit
@@ -369,7 +378,7 @@ def _together(self:Engine) -> list: # the streams of the queue that are read tog
     for s in list(self.queue):
         if live + len(group) + len(self.awaited) >= self.max_rows: break
         if s.cancelled: self.queue.remove(s); self._end(s, 'cancelled'); continue
-        r, p = s.request, tuple(s.request.prompt)
+        r, p = s.request, s.ids
         alone = self.exact or s.alone or r.state is not None
         if group and (alone or self._much(prompts | {p})): break
         new = {} if alone else self._leaves(s)
@@ -389,7 +398,7 @@ def _much(self:Engine, prompts): # more than a piece may hold, or mostly padding
 # %% ../nbs/17_engine.ipynb #leaves
 @patch
 def _leaves(self:Engine, s) -> dict: # digest -> length of each beginning that reading it will add
-    p, cache = s.request.prompt, self.prefix
+    p, cache = s.ids, self.prefix
     most = cache.max_bytes//self.model.state_bytes(STRIDE)*STRIDE    # 0 without a cache
     if min(len(p) - 1, most) < STRIDE: return {}
     keys = s._marks = s._marks or _keys(p)
@@ -414,32 +423,42 @@ def _admit(self:Engine):
         if got == 'done': self.reading, self.reader = [], None
         if busy or got == 'wait': return
 
+# %% ../nbs/17_engine.ipynb #failed
 @patch
 def _again(self:Engine): # back to the head of the queue
     self.queue.extendleft(reversed(self.reading)); self.reading, self.reader = [], None
 
 @patch
 def _failed(self:Engine, error): # while the prompts of `reading` were read
-    left, self.reading, self.reader = self.reading, [], None
-    if len(left) > 1 and isinstance(error, Exception):
+    mine = isinstance(error, Exception)                    # or Ctrl-C
+    if mine and not self.reading and self.queue: self.reading = [self.queue.popleft()]
+    left, self.reading, self.reader = self._unended(self.reading), [], None
+    if len(left) > 1 and mine:
         for s in reversed(left): s.alone = True; self.queue.appendleft(s)
     else:
-        for s in left: self._end(s, 'error')
+        for s in left: self._fail(s, error, 'read it')
         raise error
+
+@patch
+def _unended(self:Engine, streams) -> list: # the others had their last token and end now
+    for s in streams:
+        if s._end and not s.done: self._end(s, s._end)
+    return [s for s in streams if not s.done]
 
 # %% ../nbs/17_engine.ipynb #admit-read
 @patch
 def _read(self:Engine, group): # reads the prompts of these streams; yields after each piece
     before, by = group[0].request.state, {}; new = before is None
-    for s in group: by.setdefault(tuple(s.request.prompt), []).append(s)
+    def known(streams, n): # before any of it was read
+        for s in streams:
+            if not s._begun: s._begun, s.cached = True, n
+    for s in group: by.setdefault(s.ids, []).append(s)
     if new and self._last and (same := by.pop(self._last[0], None)):
-        for s in same: s.cached = len(s.request.prompt)
+        known(same, len(self._last[0]))
         yield from self._seat(same, *self._last[1:])
     if not (prompts := [*by]) or not group: return
     r = self._rows(prompts, before)
-    for p, n in zip(prompts, r.at):
-        for s in by[p]:
-            if not s._begun: s._begun, s.cached = True, n if new else r.state.n
+    for p, n in zip(prompts, r.at): known(by[p], n if new else r.state.n)
     while r.left:
         for i, z in r.read().items():
             one = self.model.take(r.state, i, len(prompts[i])) if new else r.state
@@ -469,10 +488,17 @@ def _seat(self:Engine, streams, state, z): # their prompt has been read; yields 
         while not s.cancelled and (place := self._place(s.need)) is None: yield 'wait'
         if s.done: continue
         if s.cancelled: self._unread(s); continue
-        slab, i = place; row = Row(s, state.n)
-        try: slab.enter(i, row, state); drawn = slab.first(i, row, z)
-        except BaseException: slab.leave(i); raise
-        self.reading.remove(s); self._results(slab, [(i, row)], drawn)
+        slab, i = place; row = Row(s, state.n, len(s.tokens))
+        try:
+            slab.enter(i, row, state); self._results(slab, [(i, row)], slab.first(i, row, z))
+            if s._forced and self.lag: self._set(s, s._forced[0])
+        except BaseException: self._unseat(slab, i, row); raise
+        self.reading.remove(s)
+
+@patch
+def _unseat(self:Engine, slab, i, row): # as if it had never been there
+    if slab.rows[i] is row: slab.leave(i)
+    self.pending = deque(p for p in self.pending if all(r is not row for _, r in p[0]))
 
 @patch
 def _unread(self:Engine, s): self.reading.remove(s); self._end(s, 'cancelled')
@@ -485,17 +511,46 @@ def step(self:Engine) -> bool: # whether anything is left to do
     for slab, i, row in reversed(self.rows()):      # the last row moves into a hole
         if row.stream.cancelled: self._leave(slab, i, 'cancelled')
     self._admit()
+    try: self._decode()
+    except Exception as e:
+        if no_memory(e): self._restart(e)
+        raise
+    return self.busy
+
+# %% ../nbs/17_engine.ipynb #decode-2
+@patch
+def _decode(self:Engine):
     drew = False
     for slab in self.slabs:
         live = [(i, r) for i, r in enumerate(slab.rows) if r and r.asked < r.stream.limit]
         if live: drew = True; self._results(slab, live, slab.next(live))
     self._collect(self.lag if drew else 0)      # nothing newer is coming: read all
-    return self.busy
 
 @patch(as_prop=True)
 def busy(self:Engine) -> bool: # anything queued, being read or decoding
     "Whether `step` has work to do"
     return bool(self.queue or self.reader or self.pending or self.slabs and self.rows())
+
+# %% ../nbs/17_engine.ipynb #memory
+def no_memory(error:BaseException) -> bool:
+    "Whether memory has run out, which PyTorch says in several ways"
+    words = 'out of memory', 'allocate memory', 'ALLOC_FAILED'
+    said = isinstance(error, RuntimeError) and any(w in str(error) for w in words)
+    return said or isinstance(error, MemoryError)
+
+@patch
+def _fail(self:Engine, s, error, what): # end it; what: that could not be done
+    n = f'{len(s.ids) + (s.request.state.n if s.request.state else 0):,} tokens'
+    way = 'ask for less, or when fewer are served'
+    s.error = f'no memory is left to {what} ({n}); {way}' if no_memory(error) else str(error)
+    self._end(s, 'error')
+
+@patch
+def _restart(self:Engine, error): # what was drawn is read again; the newest makes room
+    left = sorted({r.stream for *_, r in self.rows()}, key=lambda s: s.id)
+    self.slabs, self.pending = [], deque()
+    if left := self._unended(left): self._fail(left.pop(), error, 'go on with it')
+    self.queue.extendleft(reversed(left))
 
 # %% ../nbs/17_engine.ipynb #draw
 @patch
@@ -542,7 +597,7 @@ class GraphSlab(Slab):
 @patch
 def first(self:GraphSlab, i, row, z):
     self.dec.draw(z, 0., i, i+1)
-    if row.stream.limit == 1: self.dec.live[i] = 0
+    if row.asked + 1 >= row.stream.limit: self.dec.live[i] = 0
     return self.fetch([(i, row)], i, i+1, z, 0.)
 
 @patch
@@ -614,18 +669,16 @@ def _set(self:Engine, s, t): # what the row reads next
 # %% ../nbs/17_engine.ipynb #leave
 @patch
 def _leave(self:Engine, slab, i, reason): # free a row; the last one moves into the hole
-    row = slab.rows[i]; s = row.stream
+    row = slab.rows[i]; s = row.stream; s._end = reason
     if s.request.keep and reason != 'cancelled':
         before = s.request.state.n if s.request.state else 0
         rest = (s.request.prompt + s.tokens)[row.fed - before:]
-        s.state = self.model.take(slab.state, i, row.fed)
-        if rest:
-            x = torch.tensor([rest], device=self.device)
-            self.model(x, state=s.state, last_only=True)
-    slab.leave(i)
+        state = self.model.take(slab.state, i, row.fed)
+        if rest: self.model(torch.tensor([rest], device=self.device), state=state, last_only=True)
+        s.state = state                             # whole, or none
+    slab.leave(i); self._end(s, reason)
     if self.exact: self.slabs = [x for x in self.slabs if any(x.rows)]
     elif (last := slab.used - 1) > i: slab.move(slab, last, i)
-    self._end(s, reason)
 
 @patch
 def _end(self:Engine, s, reason):
