@@ -388,6 +388,72 @@ def test_an_engine_that_dies():
         status, _, body = call(url, '/v1/states', dict(messages=ask('x'))); refused(status, body, 503)
         status, _, body = call(url, '/health'); assert status == 503 and json.loads(body) == dict(status='down', errors=['out of memory'])
 
+SHORT = [MemoryError('no room'), torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB'), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+
+@contextmanager
+def company(url, n=3, tokens=250): # others who write meanwhile -> what they get
+    body = lambda i: dict(messages=ask(f'Tell me {i}'), max_tokens=tokens, temperature=0)
+    t = threading.Thread(target=lambda: setattr(t, 'got', load(url, [body(i) for i in range(n)], n))); t.start()
+    until(lambda: gauge(url, 'rows') == n)
+    got = []; yield got
+    t.join(); got += t.got
+    for i, g in enumerate(got): assert same_up_to_ties(ask(f'Tell me {i}'), g.text, alone(ask(f'Tell me {i}'), tokens).text)
+
+@pytest.mark.parametrize('error', SHORT, ids=lambda e: type(e).__name__)
+def test_no_memory_for_one_prompt(error, monkeypatch, capfd):
+    "Who asks for too much gets 503, the limit it met and a way out, once with a status and once as an event; nobody else notices"
+    read = E.Reading.read
+    def fails(self):
+        if any(len(p) > 500 for p in self.prompts): raise error
+        return read(self)
+    monkeypatch.setattr(E.Reading, 'read', fails); big = dict(messages=ask('e'*600), max_tokens=9)
+    n = len(render_for_completion(big['messages'], TOK))
+    with serving(Engine(model(), TOK)) as url:
+        with company(url) as others:
+            for kw in (dict(), dict(n=3)):
+                status, head, body = call(url, '/v1/chat/completions', dict(big, **kw)); e = refused(status, body, 503)
+                assert e['code'] == 'out_of_memory' and int(head['Retry-After']) > 0
+                assert f'no memory is left to read it ({n:,} tokens); ask for less' in e['message']
+            events = call(url, '/v1/chat/completions', dict(big, stream=True))[2].decode().strip().split('\n\n')
+            assert json.loads(events[-1][6:])['error']['code'] == 'out_of_memory' and '[DONE]' not in events[-1]
+        assert not any(g.error for g in others) and call(url, '/health')[0] == 200
+        status, _, body = call(url, '/v1/chat/completions', dict(messages=ask('Hello'), max_tokens=9, temperature=0))
+        assert status == 200 and json.loads(body)['choices'][0]['message']['content'] == alone(ask('Hello'), 9).text
+        assert gauge(url, 'rows') == gauge(url, 'waiting') == gauge(url, 'state_bytes') == 0
+    assert '--rows' in (err := capfd.readouterr().err) and 'Traceback' not in err
+
+@pytest.mark.parametrize('error', SHORT, ids=lambda e: type(e).__name__)
+def test_no_memory_in_a_step(error, monkeypatch):
+    "The newest answer ends with an event, the older ones go on as if nothing had been"
+    real = E.Slab.next
+    def next_(self, live):
+        out = real(self, live)
+        if any(r.stream.request.max_tokens == 301 and len(r.stream.tokens) == 20 for _, r in live): raise error
+        return out
+    monkeypatch.setattr(E.Slab, 'next', next_)
+    with serving(Engine(model(), TOK, max_rows=8)) as url:
+        with company(url) as others:
+            g, = load(url, [dict(messages=ask('late'), max_tokens=301, temperature=0)], 1)
+        assert 'no memory is left to go on with it' in g.error and g.text == alone(ask('late'), 20).text
+        assert not any(g.error for g in others) and call(url, '/health')[0] == 200
+        assert call(url, '/v1/chat/completions', dict(messages=ask('x'), max_tokens=3))[0] == 200
+
+def test_no_memory_for_a_memory(monkeypatch):
+    def none(*_, **__): raise torch.OutOfMemoryError('CUDA out of memory')
+    with serving(Engine(model(), TOK)) as url:
+        with monkeypatch.context() as patch:
+            patch.setattr(S, 'write_state', none); status, _, body = call(url, '/v1/states', dict(messages=ask('Hello')))
+        assert refused(status, body, 503)['code'] == 'out_of_memory' and call(url, '/v1/states', dict(messages=ask('Hello')))[0] == 200
+
+def test_terminal_without_memory(monkeypatch):
+    chat, read = S.Chat(Engine(model(), TOK), temperature=0., max_tokens=5), E.Reading.read
+    def fails(self):
+        if any(len(p) > 100 for p in self.prompts): raise MemoryError
+        return read(self)
+    monkeypatch.setattr(E.Reading, 'read', fails)
+    with pytest.raises(ValueError, match='no memory is left to read it'): list(chat.ask('x'*200))
+    chat.reset(); assert ''.join(p.text for p in chat.ask('Hello')) == alone(ask('Hello'), 5).text
+
 def test_a_pool_of_engines():
     engines = [Engine(model(), TOK, max_rows=2) for _ in range(2)]
     with serving(engines) as url:
