@@ -475,6 +475,7 @@ def _rows(self:Engine, prompts, before) -> Reading: # before: the state that the
     how = dict(piece=self.piece, exact=self.exact)
     if before is not None: return Reading(self.model, prompts, before.fork(1), **how)
     how['cache'], longest = self.prefix, max(map(len, prompts))
+    if self.graphs and not self.recorded and len(prompts) == 1: self.recorded = Recorded(self.model)
     room = self.recorded.capacity if self.recorded and len(prompts) == 1 else 0
     if longest <= room and min(self.piece, longest) <= room//2:
         state = self.recorded.empty()
@@ -685,11 +686,18 @@ def _end(self:Engine, s, reason):
     s.reason = reason
     if not self.graphs and not self.rows(): self.slabs = []
 
+# %% ../nbs/17_engine.ipynb #release
 @patch
 def release(self:Engine):
-    "Give all idle memory back: buffers, recordings, the prefix cache"
+    "Give idle memory back: rows and their recorded steps, the prefix cache"
     if not self.rows(): self.slabs = []
     self._last = None; self.prefix.clear()
+
+@patch
+def close(self:Engine):
+    "`release`, and the recorded pieces too; a prompt that needs them makes new ones"
+    self.release()
+    if self.recorded and not self.reader: self.recorded.made.clear(); self.recorded = None
 
 # %% ../nbs/17_engine.ipynb #generate
 @patch

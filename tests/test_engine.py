@@ -1,5 +1,5 @@
 "Inference beyond the chapters: exactness in any company, random schedules, fresh processes, hostile tool calls, long streams."
-import copy, os, random, re, subprocess, sys, threading, time, tracemalloc
+import copy, os, random, re, subprocess, sys, threading, time, tracemalloc, weakref
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import lru_cache
@@ -725,3 +725,12 @@ def test_no_memory_while_a_slab_grows(monkeypatch):
     monkeypatch.setattr(E.Slab, 'copy', copy_); late = e.submit(Request([9], **kw))
     with pytest.raises(MemoryError): e.run(ss)
     e.run(ss); assert [s.tokens for s in ss] == want and late.reason == 'error' and 'to read it (1 tokens)' in late.error
+
+def test_close_frees_the_recorded_pieces():
+    "At once, without the garbage collector; the engine is as good as new"
+    m = make(2); e = Engine(m, TOK, prefix_bytes=0); e.recorded = Recorded(m, 256); kw = dict(max_tokens=5, stop_tokens=())
+    want, refs = e.generate([1]*70, **kw).tokens, [weakref.ref(x) for x in (e.recorded, e.recorded.state.tensors()[0])]
+    e.release(); assert e.recorded.made; s = e.submit(Request([1]*70, **kw)); e.close(); assert refs[0]() is None and refs[1]() is None
+    assert e.run([s])[0].tokens == want and e.recorded is None
+    e.graphs = True; assert isinstance(e._rows([[1, 2]], None).forward, Recorded) and isinstance(e._rows([[1], [2]], None).forward, HybridModel)
+    reading = e.recorded; e.reader = iter(()); e.close(); assert e.recorded is reading      # in use
