@@ -78,8 +78,7 @@ def causal_mask(q_pos:Tensor, # (B or 1, T) positions of the queries
     return ok[:, None]
 
 # %% ../nbs/05_gated_attn.ipynb #dense
-_ORDER = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION,
-          SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+_ANY = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 def dense(q:Tensor, # (B, T, H, D)
           k:Tensor, # (B, N, HK, D)
@@ -87,14 +86,15 @@ def dense(q:Tensor, # (B, T, H, D)
           scale:float, # of q . k
           mask:Tensor|None=None # (B or 1, 1, T, N) bool; None is causal, for T = N
          ) -> Tensor: # (B, T, H, D)
-    "Attention through the machine's own kernel; on CUDA cuDNN's first, the fastest on Hopper"
+    "Attention through the machine's own kernel"
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     kw = dict(attn_mask=mask, is_causal=mask is None, scale=scale,
               enable_gqa=q.shape[1] != k.shape[1])
-    if mask is None and q.is_cuda:
-        with sdpa_kernel(_ORDER, set_priority=True):
-            return F.scaled_dot_product_attention(q, k, v, **kw).transpose(1, 2)
-    return F.scaled_dot_product_attention(q, k, v, **kw).transpose(1, 2)
+    fixed = torch.is_grad_enabled() or torch.compiler.is_compiling() # shapes come back
+    if not q.is_cuda or fixed and mask is not None:
+        return F.scaled_dot_product_attention(q, k, v, **kw).transpose(1, 2)
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION]*fixed + _ANY, set_priority=True):
+        return F.scaled_dot_product_attention(q, k, v, **kw).transpose(1, 2)
 
 # %% ../nbs/05_gated_attn.ipynb #banded
 def banded(q:Tensor, k:Tensor, v:Tensor, # (B, T, H, D), (B, T, HK, D) twice

@@ -89,7 +89,6 @@ PARTS = {'matrix product': _matrix, 'attention': _attention, 'delta rule': _delt
          'short convolution': _conv, 'cross entropy': _loss}
 
 # %% ../nbs/14b_speed.ipynb #measure-parts
-@torch.no_grad()
 def measure_parts(cfg:PretrainConfig # resolved
                  ) -> list[dict]: # name, flops, bytes, seconds
     "Forward time of each part of the model, at its size in training"

@@ -78,7 +78,8 @@ _BLANKS = re.compile(r'(\s{100000})')
 
 @patch
 def _ids(self:Tokenizer, texts, threads): # list of str -> list of lists of ids
-    if len(texts) == 1: return [self.enc.encode_ordinary(texts[0])]
+    if sum(map(len, texts)) < 2000*len(texts): threads = 1 # a thread costs more than a short text
+    if threads < 2 or len(texts) < 2: return [self.enc.encode_ordinary(t) for t in texts]
     return self.enc.encode_ordinary_batch(texts, num_threads=threads)
 
 @patch
