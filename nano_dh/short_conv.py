@@ -216,7 +216,7 @@ def _conv_bwd_kernel(x, w, state, doc, dq, dk, dv, dx, dw, T, sb, st, eps, H: tl
     _share(dw + (b*tl.num_programs(0) + tl.program_id(0))*C*4, a0, a1, a2, a3, c, live)
 
 # %% ../nbs/03b_short_conv.ipynb #ops-fwd
-TILE = dict(R=2, L=32, warps=2, fwd_R=4, fwd_L=32, fwd_warps=4) # rows, their steps, warps
+TILE = dict(R=1, L=64, warps=1, fwd_R=4, fwd_L=16, fwd_warps=4) # rows, their steps, warps
 
 def _args(x, w, state, doc, H, HV, K, V): # what both launches share
     BD, eps = 1 << (max(K, V) - 1).bit_length(), 1e-6
