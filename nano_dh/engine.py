@@ -412,8 +412,7 @@ def _admit(self:Engine):
     "Read prompts, first come first served; while others decode, one piece a step"
     busy = bool(self.rows())
     while True:
-        for s in (gone := [s for s in self.reading if s.cancelled]): self._unread(s)
-        if gone and self.awaited: self._again()
+        for s in [s for s in self.reading if s.cancelled]: self._unread(s)
         try:
             if self.reader is None:
                 if not self._together(): return
@@ -421,7 +420,7 @@ def _admit(self:Engine):
             got = next(self.reader, 'done')
         except BaseException as e: self._failed(e); continue
         if got == 'done': self.reading, self.reader = [], None
-        if busy or got == 'wait': return
+        if busy and got != 'again' or got == 'wait': return
 
 # %% ../nbs/17_engine.ipynb #failed
 @patch
@@ -464,10 +463,19 @@ def _read(self:Engine, group): # reads the prompts of these streams; yields afte
             one = self.model.take(r.state, i, len(prompts[i])) if new else r.state
             if new: self._last = prompts[i], one, z
             yield from self._seat(by[prompts[i]], one, z)
-        if r.left and any(k in self.prefix.snaps for k in self.awaited):
-            return self._again()
+        n = len(group)
         if r.left: yield
         if not group: return            # all were cancelled
+        for p, c in zip(prompts, r.cuts): {*group}.isdisjoint(by[p]) and c.clear()
+        if r.left and self._known(r, len(group) < n): self._again(); yield 'again'
+
+# %% ../nbs/17_engine.ipynb #known
+@patch
+def _known(self:Engine, r, fewer:bool) -> bool: # fewer: somebody was cancelled
+    "Need those who wait wait no more, and does nobody have to begin anew?"
+    kept = lambda s: s.n if s and not s.gone else 0
+    safe = all(at - kept(s) < STRIDE for s, at, c in zip(r.snaps, r.at, r.cuts) if c)
+    return safe and any(fewer or k in self.prefix.snaps for k in self.awaited)
 
 # %% ../nbs/17_engine.ipynb #admit-rows
 @patch

@@ -621,7 +621,7 @@ def test_unrelated_are_read_with_the_first():
     a, b, c, d = base + [1], base + [2], base + numbers(3, 3000), numbers(4, 1025)
     e = Engine(m, TOK, reads=1 << 20); busy, = new(e, [9]); e.step(); ss = new(e, a, b, c, d, a)
     e.step(); assert [s.id for s in e.reading] == [1, 4, 5] and len(e.awaited) == 2          # the same prompt needs not wait
-    e.step(); assert [s.id for s in e.queue] == [1, 5, 2, 3] and ss[3].tokens                # known now: together from here
+    e.step(); assert ss[3].tokens and not ss[0].tokens                                       # d has ended; known now
     e.step(); assert not e.queue and all(s.tokens for s in (ss[0], ss[1], ss[4])) and not ss[2].tokens
     e.run(ss); assert [s.cached for s in ss] == [0, 2048, 2048, 0, 0] and ss[0].tokens == ss[4].tokens
     e = Engine(m, TOK, reads=1 << 20, max_rows=2); ss = new(e, a, b, d); e.step()
@@ -653,6 +653,25 @@ def test_who_is_waited_for_leaves(how, monkeypatch):
     e.run([busy]); assert not e.busy and not e.rows() and not e.awaited
     for s, w in zip(ss, want): assert s.tokens == (w if s.reason == 'length' else [])
     assert sum(s.reason == 'length' for s in ss) == (2 if how == 'cancel others' else 3)
+
+def test_a_row_nobody_wants_is_left():
+    m = mixed('G'); kw = dict(max_tokens=1, stop_tokens=())
+    with strides(64):
+        e = Engine(m, TOK, reads=1 << 20, piece=64); busy = e.submit(Request([1], max_tokens=100, stop_tokens=())); e.step()
+        long, short = (e.submit(Request(numbers(i, n), **kw)) for i, n in ((0, 1000), (1, 640))); e.step(); assert len(e.reading) == 2
+        long.cancel(); e.run([short]); assert short.tokens == alone(m, short.request).tokens
+    assert e.prefix.find(short.request.prompt).n == 576 and e.prefix.find(long.request.prompt).n == 64 # one piece
+
+def test_a_small_cache_starves_nobody():
+    "Pairs that begin alike keep coming, and drive what a long prompt has read out of the cache: it is read nevertheless, and once"
+    m = mixed('G'); kw = dict(max_tokens=1, stop_tokens=())
+    with strides(64), shapes_read(m) as seen:
+        e = Engine(m, TOK, reads=1 << 20, piece=64, prefix_bytes=3*m.state_bytes(64)); busy = e.submit(Request([1], max_tokens=10**4, stop_tokens=())); e.step()
+        long = e.submit(Request(numbers(0, 64*12), **kw)); steps = 0
+        while not long.done and steps < 60:
+            steps += 1; pair = numbers(steps, 64); [e.submit(Request(pair + [i], **kw)) for i in range(2)]; e.step()
+        busy.cancel(); drain(e); print(f'{steps} steps')
+    assert steps <= 16
 
 # ---- memory that runs out
 
