@@ -23,8 +23,10 @@ def slot_names(model:HybridModel) -> list[set]: # for each layer the fields with
     def shapes(b, n):
         s = b.mixer.init_state(1, n, 'meta', torch.float32)
         return {k: t.shape for k, t in _tensors(s).items()}
-    pairs = [(shapes(b, 3), shapes(b, 5)) for b in model.blocks]
-    return [{k for k in a if a[k] != b[k]} for a, b in pairs]
+    if '_slots' not in vars(model): # asked for every request
+        pairs = [(shapes(b, 3), shapes(b, 5)) for b in model.blocks]
+        model._slots = [{k for k in a if a[k] != b[k]} for a, b in pairs]
+    return model._slots
 
 # %% ../nbs/15_cache.ipynb #view
 @patch

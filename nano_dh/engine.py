@@ -101,6 +101,8 @@ class TextStream:
     def __init__(self, tokenizer, stop:tuple=()):
         self.tok, self.stop, self.held = tokenizer, stop, ''
         self.special = set(tokenizer.special.values())
+        self.starts = {w[:n] for w in stop for n in range(1, len(w))} # what may become a stop string
+        self.longest = max(map(len, self.starts), default=0)
         self.utf8 = codecs.getincrementaldecoder('utf-8')('replace')
 
     def push(self, token:int, last:bool=False) -> tuple[str, bool]: # text that is certain, stopped
@@ -108,8 +110,8 @@ class TextStream:
         s = self.held + self.utf8.decode(data, last)
         at = [i for w in self.stop if (i := s.find(w)) >= 0]
         if at: self.held = ''; return s[:min(at)], True
-        keep = 0 if last else max((n for w in self.stop for n in range(1, min(len(w), len(s)+1))
-                                   if s.endswith(w[:n])), default=0)
+        ends = range(0 if last else min(self.longest, len(s)), 0, -1)
+        keep = next((n for n in ends if s[-n:] in self.starts), 0)
         self.held = s[len(s)-keep:]
         return s[:len(s)-keep], False
 
