@@ -301,12 +301,27 @@ class Worker(threading.Thread):
 
     def run(self):
         try:
-            if self.engine.device.type == 'cuda': torch.cuda.set_device(self.engine.device)
+            if self.engine.device.type == 'cuda':
+                torch.cuda.set_device(self.engine.device); self.warm()
             while not self.ending:
                 if not (self.engine.busy or self.inbox or self.jobs): self.wake.wait()
                 self.wake.clear(); self.turn()
             raise Down('the server is going down')
         except BaseException as e: self.fail(e)
+
+# %% ../nbs/25_serve.ipynb #warm
+@patch
+@torch.inference_mode()
+def warm(self:Worker):
+    "Answer throw-away prompts of 33 tokens, in groups of 1, 2, 4, ... rows"
+    e, V = self.engine, self.engine.model.cfg.vocab_size
+    prompt = lambda i: [(i + j) % V for j in range(33)]
+    try:
+        for k in range(e.max_rows.bit_length()):
+            group = range(2**k, 2**(k + 1)) # no two prompts alike: those would share a row
+            e.run([e.submit(Request(prompt(i), max_tokens=2)) for i in group])
+    except Exception as error:
+        if not no_memory(error): raise # there is less room than rows: the step says so when it counts
 
 # %% ../nbs/25_serve.ipynb #turn
 EVENTS = 4000 # a second, of all streams together
