@@ -97,16 +97,20 @@ def _conv_backward(g, x, w, doc_ids, tmp): # g at the filter's output -> dx, dw;
 
 # %% ../nbs/03b_short_conv.ipynb #walk-helpers
 @lazy_jit
-def _head(h, w, q, k, v, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-          BD: tl.constexpr): # of head h: channels, which exist, where it goes, numbers a token, taps
+def _head(h, q, k, v, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+          BD: tl.constexpr): # of head h: channels, those that exist, where it goes, numbers a token
     d = tl.arange(0, BD)[None, :]
     c, live = tl.where(h < 2*H, h*K, 2*H*K + (h - 2*H)*V) + d, d < tl.where(h < 2*H, K, V)
     if h < H: out = q + h*K
     elif h < 2*H: out = k + (h - H)*K
     else: out = v + (h - 2*H)*V
+    return c, d, live, out, tl.where(h < 2*H, H*K, HV*V)
+
+@lazy_jit
+def _taps(w, c, live): # (C, 4) -> of each channel, the newest input's first
     w0, w1 = tl.load(w + c*4 + 3, mask=live, other=0.), tl.load(w + c*4 + 2, mask=live, other=0.)
     w2, w3 = tl.load(w + c*4 + 1, mask=live, other=0.), tl.load(w + c*4, mask=live, other=0.)
-    return c, d, live, out, tl.where(h < 2*H, H*K, HV*V), w0, w1, w2, w3
+    return w0, w1, w2, w3
 
 @lazy_jit
 def _ahead(x, at, t, T, live):  # numbers of tokens t, zero where there are none
@@ -127,6 +131,16 @@ def _past(x, state, doc, b, t, c, live, T, C, sb, st, STATE: tl.constexpr, DOC: 
     if DOC: e = tl.load(doc + b*T + tl.minimum(tl.maximum(t, 0), T - 1))
     return z, e
 
+@lazy_jit
+def _begin(x, state, doc, b, c, live, T, C, sb, st, R: tl.constexpr, L: tl.constexpr,
+           STATE: tl.constexpr, DOC: tl.constexpr): # first token of the program, and of each row
+    first = tl.program_id(0).to(tl.int64)*R*L
+    t = (first + tl.arange(0, R)*L).to(tl.int32)
+    x1, e1 = _past(x, state, doc, b, t - 1, c, live, T, C, sb, st, STATE, DOC)
+    x2, e2 = _past(x, state, doc, b, t - 2, c, live, T, C, sb, st, STATE, DOC)
+    x3, e3 = _past(x, state, doc, b, t - 3, c, live, T, C, sb, st, STATE, DOC)
+    return first, t, tl.arange(0, R)[:, None]*L, x1, x2, x3, e1, e2, e3
+
 # %% ../nbs/03b_short_conv.ipynb #sigmoid
 @lazy_jit
 def _sigmoid(y):
@@ -139,12 +153,10 @@ def _conv_fwd_kernel(x, w, state, doc, q, k, v, T, sb, st, eps, H: tl.constexpr,
                      K: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, R: tl.constexpr,
                      L: tl.constexpr, U: tl.constexpr, STATE: tl.constexpr, DOC: tl.constexpr):
     h, b, C = tl.program_id(1), tl.program_id(2).to(tl.int64), 2*H*K + HV*V
-    c, d, live, out, so, w0, w1, w2, w3 = _head(h, w, q, k, v, H, HV, K, V, BD)
-    first = tl.program_id(0).to(tl.int64)*R*L
-    t, row = (first + tl.arange(0, R)*L).to(tl.int32), tl.arange(0, R)[:, None]*L
-    x1, e1 = _past(x, state, doc, b, t - 1, c, live, T, C, sb, st, STATE, DOC)
-    x2, e2 = _past(x, state, doc, b, t - 2, c, live, T, C, sb, st, STATE, DOC)
-    x3, e3 = _past(x, state, doc, b, t - 3, c, live, T, C, sb, st, STATE, DOC)
+    c, d, live, out, so = _head(h, q, k, v, H, HV, K, V, BD)
+    w0, w1, w2, w3 = _taps(w, c, live)
+    first, t, row, x1, x2, x3, e1, e2, e3 = _begin(x, state, doc, b, c, live, T, C, sb, st, R, L,
+                                                   STATE, DOC)
     x += b*sb + first*st; out += (b*T + first)*so; at, to = row*st + c, row*so + d
     nx, mx = _ahead(x, at, t, T, live), _ahead(x, at + st, t + 1, T, live)
     for s in range(0, L, U):
@@ -188,17 +200,16 @@ def _conv_bwd_kernel(x, w, state, doc, dq, dk, dv, dx, dw, T, sb, st, eps, H: tl
                      HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BD: tl.constexpr,
                      R: tl.constexpr, L: tl.constexpr, STATE: tl.constexpr, DOC: tl.constexpr):
     h, b, C = tl.program_id(1), tl.program_id(2).to(tl.int64), 2*H*K + HV*V
-    c, d, live, grad, sg, w0, w1, w2, w3 = _head(h, w, dq, dk, dv, H, HV, K, V, BD)
-    first, zero = tl.program_id(0).to(tl.int64)*R*L, tl.zeros([R, BD], tl.float32)
-    t, row = (first + tl.arange(0, R)*L).to(tl.int32), tl.arange(0, R)[:, None]*L
-    x1, e1 = _past(x, state, doc, b, t - 1, c, live, T, C, sb, st, STATE, DOC)
-    x2, e2 = _past(x, state, doc, b, t - 2, c, live, T, C, sb, st, STATE, DOC)
-    x3, e3 = _past(x, state, doc, b, t - 3, c, live, T, C, sb, st, STATE, DOC)
+    c, d, live, grad, sg = _head(h, dq, dk, dv, H, HV, K, V, BD)
+    w0, w1, w2, w3 = _taps(w, c, live)
+    first, t, row, x1, x2, x3, e1, e2, e3 = _begin(x, state, doc, b, c, live, T, C, sb, st, R, L,
+                                                   STATE, DOC)
     x += b*sb + first*st; grad += (b*T + first)*sg; dx += (b*T + first)*C
     at, up, to = row*st + c, row*sg + d, (row - 3)*C + c
     nx, mx = _ahead(x, at, t, T, live), _ahead(x, at + st, t + 1, T, live)
     ng, mg = _ahead(grad, up, t, T, live), _ahead(grad, up + sg, t + 1, T, live)
     g1, g2, g3 = x1*0, x2*0, x3*0 # zeros apart: Triton 3.6 merges loop variables that start as one
+    zero = tl.zeros([R, BD], tl.float32)
     a0, a1, a2, a3 = zero, zero, zero, zero
     for s4 in range(0, L + 3, 4):
         for u in tl.static_range(4):
