@@ -266,11 +266,15 @@ class Engine:
         self.max_bytes = max_bytes or self._room()
         self.prefix = PrefixCache(model, prefix_bytes)
         self.recorded = Recorded(model) if self.graphs else None
-        self.queue, self.slabs, self.pending = deque(), [], deque()
         self.reads = reads or STRIDE*(16 if self.device.type == 'cuda' else 1)
-        self.reading, self.reader, self.awaited = [], None, []  # awaited: beginnings, by the queue
-        self._last, self.ids = None, itertools.count()
-        self._specials(tokenizer.special if tokenizer else {})
+        self._idle(); self._specials(tokenizer.special if tokenizer else {})
+
+# %% ../nbs/17_engine.ipynb #engine-idle
+@patch
+def _idle(self:Engine): # nothing is asked yet
+    self.queue, self.slabs, self.pending = deque(), [], deque()
+    self.reading, self.reader, self.awaited = [], None, []  # awaited: beginnings, by the queue
+    self._last, self.ids = None, itertools.count()
 
 # %% ../nbs/17_engine.ipynb #engine-specials
 @patch
@@ -620,6 +624,7 @@ def next(self:GraphSlab, live):
         if row.asked + 1 >= row.stream.limit: self.dec.live[i] = 0
     return self.fetch(live, 0, r, z, self.dec.cap)
 
+# %% ../nbs/17_engine.ipynb #gslab-fetch
 @patch
 def fetch(self:GraphSlab, live, a, b, z, cap): # start copying the results to the CPU
     host = torch.empty(2, b-a, dtype=torch.float64, pin_memory=self.tok.is_cuda)

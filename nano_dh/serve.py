@@ -29,6 +29,8 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+# %% ../nbs/25_serve.ipynb #imports-own
 from .cache import PrefixCache, StateError, _keys, prefill, read_prompt
 from .checkpoint import CheckpointError, load_model
 from .core import atomic_write, base_dir, closest, get_device, human, options
@@ -244,23 +246,25 @@ class Guard:
         except ApiError as e: return await e.response(scope, receive, counted)
         await self.app(scope, inner, counted)
 
-    async def admit(self, scope, receive): # what the application receives instead
-        s, path, head = self.s, scope['path'], Headers(scope=scope)
-        if not s.knows(head.get('host', '')):
-            name = head.get('host', '')[:100]
-            raise ApiError(403, f'this server is not called {name!r}; start it with --hosts NAME')
-        api = path.startswith('/v1/')
-        if (api or path == '/stats') and not s.opens(head.get('authorization', '')):
-            raise ApiError(401, 'give a key: Authorization: Bearer KEY', code='invalid_api_key')
-        if not api or scope['method'] not in ('POST', 'PUT'): return receive
-        if s.draining: raise ApiError(503, 'the server is going down', retry=5)
-        state = path == '/v1/states' and scope['method'] == 'PUT'
-        kind = head.get('content-type', '').partition(';')[0].strip().lower()
-        if not state and kind != 'application/json':
-            raise ApiError(400, 'send a JSON object with content-type application/json')
-        body = await self.read(receive, s.cfg.state_mb << 20 if state else s.cfg.body_kb << 10)
-        if not state: parse_json(body, s.cfg.depth)
-        return _replay(body, receive)
+# %% ../nbs/25_serve.ipynb #guard-admit
+@patch
+async def admit(self:Guard, scope, receive): # what the application receives instead
+    s, path, head = self.s, scope['path'], Headers(scope=scope)
+    if not s.knows(head.get('host', '')):
+        name = head.get('host', '')[:100]
+        raise ApiError(403, f'this server is not called {name!r}; start it with --hosts NAME')
+    api = path.startswith('/v1/')
+    if (api or path == '/stats') and not s.opens(head.get('authorization', '')):
+        raise ApiError(401, 'give a key: Authorization: Bearer KEY', code='invalid_api_key')
+    if not api or scope['method'] not in ('POST', 'PUT'): return receive
+    if s.draining: raise ApiError(503, 'the server is going down', retry=5)
+    state = path == '/v1/states' and scope['method'] == 'PUT'
+    kind = head.get('content-type', '').partition(';')[0].strip().lower()
+    if not state and kind != 'application/json':
+        raise ApiError(400, 'send a JSON object with content-type application/json')
+    body = await self.read(receive, s.cfg.state_mb << 20 if state else s.cfg.body_kb << 10)
+    if not state: parse_json(body, s.cfg.depth)
+    return _replay(body, receive)
 
 # %% ../nbs/25_serve.ipynb #guard2
 @patch
@@ -912,7 +916,7 @@ def make_app(engines,                 # one Engine, or a list with one for each 
         for w in s.workers: await asyncio.to_thread(w.join, 10)
     app = FastAPI(title='nano_dh', lifespan=life, docs_url=None, redoc_url=None)
     app.state.service = s
-    _errors(app); _answers(app, s); _states(app, s); _pages(app, s)
+    _errors(app); _answers(app, s); _models(app, s); _states(app, s); _pages(app, s)
     for ops in app.openapi()['paths'].values(): # FastAPI's own form of an error is never sent
         for op in ops.values(): op['responses'].pop('422', None)
     app.add_middleware(Guard, service=s)
@@ -968,6 +972,8 @@ def _answers(app, s):
         for x in ids: s.fit(x, 'prompt')
         return await s.reply(http, s.ask(ids, body), body, TextForm(s.tok))
 
+# %% ../nbs/25_serve.ipynb #routes-models
+def _models(app, s):
     me = dict(id=s.name, object='model', created=s.born, owned_by='nano_dh')
     @app.get('/v1/models')
     async def models(): return dict(object='list', data=[me])
