@@ -45,6 +45,7 @@ def _capped(x, cap, CAP: tl.constexpr): # cap * tanh(x/cap), or x; all in bits, 
         return cap*1.4426950408889634*(1 - 2*r*r)
     return x*1.4426950408889634
 
+# %% ../nbs/05b_cross_entropy.ipynb #rows-kernel
 @lazy_jit
 def _rows_kernel(z, y, losses, cap, cols: tl.constexpr, vocab: tl.constexpr, BV: tl.constexpr,
                  CAP: tl.constexpr, SMALL: tl.constexpr): # SMALL: exp(u) cannot overflow

@@ -251,6 +251,7 @@ class GatedAttention(nn.Module):
         self.adamw = ('ve_gate', 'gate')[:1 + (n_gate == H)] # too thin for matrix optimizers
         if not self.c_q.weight.is_meta: self.init_weights()
 
+# %% ../nbs/05_gated_attn.ipynb #layer-init
 @patch
 @torch.no_grad()
 def init_weights(self:GatedAttention,

@@ -236,6 +236,7 @@ def _args(x, w, state, doc, H, HV, K, V): # what both launches share
             (x.shape[1], x.stride(0), x.stride(1), eps, H, HV, K, V, BD),
             (state is not None, doc is not None))
 
+# %% ../nbs/03b_short_conv.ipynb #ops-fwd-op
 @torch.library.custom_op('nano_dh::conv_fwd', mutates_args=())
 def _conv_fwd(x:Tensor, w:Tensor, state:Optional[Tensor], doc:Optional[Tensor],
               H:int, HV:int, K:int, V:int) -> tuple[Tensor, Tensor, Tensor]:
@@ -272,6 +273,7 @@ def _conv_bwd(x:Tensor, w:Tensor, state:Optional[Tensor], doc:Optional[Tensor], 
 def _(x, w, state, doc, dq, dk, dv, H, HV, K, V):
     return x.new_empty(x.shape), torch.empty_like(w)
 
+# %% ../nbs/03b_short_conv.ipynb #ops-grad
 def _conv_setup(ctx, inputs, output):
     *tensors, H, HV, K, V = inputs
     ctx.save_for_backward(*tensors); ctx.dims = H, HV, K, V

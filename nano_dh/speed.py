@@ -75,6 +75,7 @@ def _delta(c, m, n, r):
     return (n*chunk_flops(*heads, m.head_k_dim, m.head_v_dim), [q, k, v, g, g],
             lambda: gated_delta_rule(q, k, v, g, -g.sigmoid() + 1, output_state=False)[0])
 
+# %% ../nbs/14b_speed.ipynb #parts-more
 def _conv(c, m, n, r):
     dims = m.n_qk_head, m.n_v_head, m.head_k_dim, m.head_v_dim
     C = 2*dims[0]*dims[2] + dims[1]*dims[3]; w = r(C, m.conv_size)
@@ -208,7 +209,7 @@ def table(head:str,  # names of the columns, split at |
     line = lambda cells: '| ' + ' | '.join(map(str, cells)) + ' |'
     return '\n'.join([line(head.split('|')), '|---'*len(head.split('|')) + '|', *map(line, rows)])
 
-# %% ../nbs/14b_speed.ipynb #step
+# %% ../nbs/14b_speed.ipynb #planned
 def planned(cfg:PretrainConfig, # of `job`
             **kw                # fields to set
            ) -> PretrainConfig:
@@ -216,6 +217,7 @@ def planned(cfg:PretrainConfig, # of `job`
     return replace(cfg, **(dict(total_batch_size=-1, device_batch_size=-1, num_iterations=-1,
                                 nproc=-1, run='') | kw))
 
+# %% ../nbs/14b_speed.ipynb #step
 def time_steps(cfg:PretrainConfig, # fields may be open: the planned batch, ranks and data
                steps:int=20,       # that count
                warmup:int=5        # before them
