@@ -98,7 +98,7 @@ def _conv_backward(g, x, w, doc_ids, tmp): # g at the filter's output -> dx, dw;
 # %% ../nbs/03b_short_conv.ipynb #walk-helpers
 @lazy_jit
 def _head(h, q, k, v, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-          BD: tl.constexpr): # of head h: channels, those that exist, where it goes, numbers a token
+          BD: tl.constexpr): # head h: channels, within it, which exist, where to, numbers a token
     d = tl.arange(0, BD)[None, :]
     c, live = tl.where(h < 2*H, h*K, 2*H*K + (h - 2*H)*V) + d, d < tl.where(h < 2*H, K, V)
     if h < H: out = q + h*K
