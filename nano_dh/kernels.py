@@ -6,7 +6,7 @@
 __all__ = ['BACKENDS', 'HALF', 'HAS_TRITON', 'tl', 'USES', 'Backend', 'register_backend', 'quiet', 'on_device', 'opaque_backend',
            'hopper_trap', 'available_backends', 'set_backend', 'current_backend', 'gated_delta_rule', 'lazy_jit',
            'gated_delta_rule_step', 'check_inputs', 'outcome', 'yardstick', 'errors', 'limits', 'check_backends',
-           'time_backend', 'Choice', 'choose_backend']
+           'gpu_ms', 'time_backend', 'Choice', 'choose_backend']
 
 # %% ../nbs/03_kernels.ipynb #imports
 import hashlib, importlib.metadata, io, json, logging, math, os, platform, re, sys, tempfile, time
@@ -519,17 +519,21 @@ def check_backends(names:list[str], # of BACKENDS
     return rows
 
 # %% ../nbs/03_kernels.ipynb #timing
+def gpu_ms(f:Callable) -> float:
+    "Milliseconds of one call on the current GPU, by its own clock"
+    a, b = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(4_000_000); a.record(); f(); b.record(); b.synchronize() # cycles
+    return a.elapsed_time(b)
+
 def _clock(f, device, n):
     "Milliseconds of a call, after one to warm up: median on a GPU, best on a CPU that others use"
     f(); times = []
     for _ in range(n):
-        if device.type == 'cuda':
-            a, b = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda._sleep(4_000_000); a.record(); f(); b.record(); b.synchronize()
-            times.append(a.elapsed_time(b))
+        if device.type == 'cuda': times.append(gpu_ms(f))
         else: t = time.perf_counter(); f(); times.append(1e3*(time.perf_counter() - t))
     return sorted(times)[n//2 if device.type == 'cuda' else 0]
 
+# %% ../nbs/03_kernels.ipynb #time-backend
 def time_backend(name:str, device, # of BACKENDS, and where
                  B:int, T:int, H:int, HV:int, K:int, V:int, # shape
                  dtype:torch.dtype, # of q, k, v

@@ -320,12 +320,14 @@ def warm(self:Worker):
     "Answer throw-away prompts of 33 tokens, in groups of 1, 2, 4, ... rows"
     e, V = self.engine, self.engine.model.cfg.vocab_size
     prompt = lambda i: [(i + j) % V for j in range(33)]
-    try:
-        for k in range(e.max_rows.bit_length()):
-            group = range(2**k, 2**(k + 1)) # no two prompts alike: those would share a row
-            e.run([e.submit(Request(prompt(i), max_tokens=2)) for i in group])
-    except Exception as error:
-        if not no_memory(error): raise # there is less room than rows: the step says so when it counts
+    for k in range(e.max_rows.bit_length()):
+        group = range(2**k, 2**(k + 1)) # no two prompts alike: those would share a row
+        streams = [e.submit(Request(prompt(i), max_tokens=2)) for i in group]
+        try: e.run(streams)
+        except Exception as error:
+            if not no_memory(error): raise
+            for s in streams: s.cancel()
+            return                      # there is less room than rows; nobody has been told otherwise
 
 # %% ../nbs/25_serve.ipynb #turn
 EVENTS = 4000 # a second, of all streams together

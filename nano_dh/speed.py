@@ -17,7 +17,7 @@ from .delta_rule import l2norm
 from .gated_attn import dense
 from .hybrid_model import PRESETS
 from .kernels import (available_backends, choose_backend, current_backend, gated_delta_rule,
-                             time_backend)
+                             gpu_ms, time_backend)
 from .launch import run_ranks
 from .short_conv import conv_split_norm
 from .train import PretrainConfig, _peak_memory, build_model, pretrain, settle_backend
@@ -31,10 +31,7 @@ def timed(f,             # what to time, without arguments
     "Time equal calls by the device's own clock"
     device, out = torch.device(device), []
     for i in range(warmup + rounds):
-        if device.type == 'cuda':
-            a, b = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda._sleep(4_000_000); a.record(); f(); b.record(); b.synchronize()
-            out.append(a.elapsed_time(b)/1e3)
+        if device.type == 'cuda': out.append(gpu_ms(f)/1e3)
         else: t = time.perf_counter(); f(); out.append(time.perf_counter() - t)
     return sorted(out[warmup:])
 

@@ -700,5 +700,5 @@ def test_kill_and_start_again(base, srv): # the last one: srv is gone afterwards
         stalled = connect(p.url, dict(long, stream=True, n=8, logprobs=True, top_logprobs=20), small=True)
         until(lambda: gauge(p.url, 'rows') == 14); time.sleep(.3); start = time.time()
         p.send_signal(signal.SIGTERM); time.sleep(.2); p.send_signal(signal.SIGTERM)
-        assert p.wait(10) == 0 and time.time() - start < 8; t.join(); stalled.close()
+        assert p.wait(10) == 0 and time.time() - start < 4; t.join(); stalled.close()
         assert all('going down' in g.error and g.text for g in t.got) and not any('Traceback' in l for l in p.lines)
