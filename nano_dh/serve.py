@@ -1087,8 +1087,12 @@ class Server(uvicorn.Server):
 
     async def leave(self):
         await self.service.drain(self.service.cfg.seconds)
-        for c in list(self.server_state.connections):
-            if c.flow.write_paused: c.transport.abort()
+        unread = lambda: [c for c in self.server_state.connections
+                          if c.transport.get_write_buffer_size()]
+        start = time.monotonic()
+        while unread() and time.monotonic() < start + (5 if self.service.until else 1):
+            await asyncio.sleep(.02)
+        for c in unread(): c.transport.abort()
         self.should_exit = True
 
 # %% ../nbs/25_serve.ipynb #drain
