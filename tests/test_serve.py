@@ -604,7 +604,7 @@ def test_two_hundred_clients(base):
               f'| clients | tokens/s | first token p50 | p99 | wrong | parted at a tie | RSS before | after | states after |\n|---|---|---|---|---|---|---|---|---|\n'
               f'| 200 | {r["tokens_per_s"]:,.0f} | {r["first_p50"]:.2f} s | {r["first_p99"]:.2f} s | {wrong} | {ties} | {start >> 20} MB | {end >> 20} MB | {gauge(p.url, "state_bytes"):.0f} B |')
         assert wrong == 0 and gauge(p.url, 'state_bytes') == 0
-        assert end - start < 16 << 20 # 8 KB a request
+        assert end - start < 12 << 20
 
 # ---- the terminal
 
