@@ -40,7 +40,7 @@ eval: .venv/.ready         ## bits per byte by source and CORE of the newest pre
 	$(RUN) runs/base_eval.ipynb runs/out/base_eval-$(STAMP).ipynb $(P)
 
 test: .venv/.ready         ## every chapter and every test
-	$(V)/python -m pytest -n auto -rs $(P)
+	$(V)/python -m pytest -n auto -rsfE $(P)
 
 docs: .venv/.ready         ## the chapters as HTML pages in _docs/
 	$(V)/jupyter nbconvert --to html nbs/*.ipynb --output-dir _docs

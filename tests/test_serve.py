@@ -8,27 +8,17 @@ from openai import OpenAI
 import nano_dh.engine as E, nano_dh.serve as S
 from nano_dh.checkpoint import load_model, save_checkpoint
 from nano_dh.engine import Engine, Request
-from nano_dh.hybrid_model import HybridConfig, HybridModel
 from nano_dh.serve import ServeConfig, load, serving, summary
 from nano_dh.tasks import render_for_completion
 from nano_dh.tokenizer import Tokenizer
-from tiny_run import environ
+from tiny_run import environ, talker
 
 TOK = Tokenizer([bytes([i]) for i in range(256)])
 JSON = {'Content-Type': 'application/json'}
 ask = lambda text: [dict(role='user', content=text)]
 
-def make(seed=0): # nearly random, but it prefers letters and never ends by itself
-    size = dict(vocab_size=TOK.vocab_size, sequence_len=1024, d_model=64, head_dim=32, head_k_dim=32, head_v_dim=32)
-    m = HybridModel(HybridConfig.from_depth(2, 'GL', **size), seed).requires_grad_(False)
-    g = torch.Generator().manual_seed(seed)
-    for p in m.parameters(): p.data += .05*torch.randn(p.shape, generator=g)
-    m.lm_head.weight.data.zero_()
-    for c in b'abcdefghijklmnopqrstuvwxyz    ,.\n': m.lm_head.weight.data[c] = torch.randn(64, generator=g)
-    return m
-
 @lru_cache
-def model(): return make()
+def model(): return talker(TOK.vocab_size)
 
 def alone(msgs, max_tokens=16, **kw): # what the engine writes with nobody else there
     kw = dict(temperature=0., tools=True) | kw
@@ -53,7 +43,7 @@ def server(base, *args, port=0, **env): # -> process with .url
 @pytest.fixture(scope='module')
 def base(tmp_path_factory):
     d = tmp_path_factory.mktemp('serve')
-    save_checkpoint(d/'runs'/'tiny', 0, make(), tokenizer=TOK, meta=dict(train=dict(stage='sft')))
+    save_checkpoint(d/'runs'/'tiny', 0, talker(TOK.vocab_size), tokenizer=TOK, meta=dict(train=dict(stage='sft')))
     return d
 
 @pytest.fixture(scope='module')
@@ -490,7 +480,7 @@ def test_memories_that_are_refused(base, srv, monkeypatch):
     data = call(srv.url, '/v1/states', dict(messages=ask('hi')))[2]
     flip = lambda i: data[:i] + bytes([data[i] ^ 1]) + data[i+1:]
     head = 8 + int.from_bytes(data[:8], 'little')
-    m = make(1); state = m.init_state(1, 8); S.read_prompt(m, [1, 2], state)
+    m = talker(TOK.vocab_size, 1); state = m.init_state(1, 8); S.read_prompt(m, [1, 2], state)
     monkeypatch.setenv('NANO_DH_BASE_DIR', str(base)); other = S.write_state(m, state, [1, 2], ask('hi'))
     for bad, why in ((flip(len(data) - 1), 'damaged'), (data[:-1], 'not a whole'), (b'', 'not a whole'), (b'\xff'*9000, 'not a whole'), (other, 'made by model'),
                      (data.replace(b'hi', b'ho'), 'has not written it'), (data[:8] + b' '*(head - 8) + data[head:], 'not a whole')):
@@ -668,7 +658,7 @@ def test_which_model_is_found(tmp_path, monkeypatch):
     monkeypatch.setenv('NANO_DH_BASE_DIR', str(tmp_path))
     with pytest.raises(S.PlanError, match='train one'): S.find_model()
     for stage in ('sft', 'base', 'mid'):
-        save_checkpoint(tmp_path/'runs'/f'a-{stage}', 0, make(), tokenizer=TOK, meta=dict(train=dict(stage=stage)))
+        save_checkpoint(tmp_path/'runs'/f'a-{stage}', 0, talker(TOK.vocab_size), tokenizer=TOK, meta=dict(train=dict(stage=stage)))
     assert 'a-sft' in S.find_model() and S.find_model('a-mid') == 'a-mid'
 
 def test_commands_say_what_is_wrong(base, monkeypatch):

@@ -20,6 +20,21 @@ def environ(base, **kw):
     env = {**os.environ, 'NANO_DH_BASE_DIR': str(base), 'PYTHONPATH': os.pathsep.join(filter(None, (str(ROOT), os.environ.get('PYTHONPATH')))), 'OMP_NUM_THREADS': '1', **kw}
     return {k: v for k, v in env.items() if k not in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'NANO_DH_DATA')}
 
+def talker(vocab_size, seed=0, sequence_len=1024):
+    """A model of a moment that writes letters and never ends by itself: the letters' rows are opposite in pairs and long, so that one
+    of them is always far more likely than the end, whose logit is 0"""
+    import torch
+    from nano_dh.hybrid_model import HybridConfig, HybridModel
+    size = dict(vocab_size=vocab_size, sequence_len=sequence_len, d_model=64, head_dim=32, head_k_dim=32, head_v_dim=32)
+    m = HybridModel(HybridConfig.from_depth(2, 'GL', **size), seed).requires_grad_(False)
+    g = torch.Generator().manual_seed(seed)
+    for p in m.parameters(): p.data += .05*torch.randn(p.shape, generator=g)
+    letters = b'abcdefghijklmnopqrstuvwxyz ,.\n'
+    rows = 8*torch.randn(len(letters)//2, 64, generator=g)
+    m.lm_head.weight.data.zero_()
+    m.lm_head.weight.data[list(letters)] = torch.cat([rows, -rows])
+    return m
+
 def options(**kw): return [f'--{k}={v}' for k, v in kw.items()]
 def parameters(**kw): return [x for k, v in kw.items() for x in ('-p', k, str(v))]
 PY = sys.executable
