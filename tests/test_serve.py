@@ -642,7 +642,7 @@ def test_terminal_one_shot(base, tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit, match=why): S.dh_chat(argv)
 
 def test_terminal_talks_to_the_limit(capsys):
-    chat = S.Chat(Engine(model(), TOK, max_len=100), temperature=0., max_tokens=600)
+    chat = S.Chat(Engine(model(), TOK, max_len=100), temperature=0., max_tokens=1000)
     assert len(list(chat.ask('x'*80))) == 100 - 84                      # no further than the server would
     with pytest.raises(ValueError, match='this model reads up to 99'): next(chat.ask('More'))
     assert len(chat.messages) == 2
