@@ -4,9 +4,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 # these assert how long something takes, or look at all processes of the machine: no other test runs meanwhile
-ALONE = tuple(f"nbs/{c}" for c in "03_kernels 03b_ 15_cache 16_ 17b_ 25_".split()) + tuple(f"tests/test_{f}.py::test_{t}" for f, ts in dict(
-    engine="hostile calculator long_streams", sandbox="hostile all_hostile",
-    serve="heavy_bodies silent_connections forged leaving key_queue two_hundred kill_and_start_again").items() for t in ts.split())
+ALONE = tuple("nbs/" + c for c in "03_kernels 03b_ 15_cache 16_ 17b_ 25_".split()) + tuple("tests/test_" + t for t in """
+    engine.py::test_hostile engine.py::test_calculator engine.py::test_long_streams sandbox.py::test_hostile sandbox.py::test_all_hostile
+    serve.py::test_heavy_bodies serve.py::test_silent_connections serve.py::test_forged serve.py::test_leaving serve.py::test_key_queue
+    serve.py::test_two_hundred serve.py::test_kill_and_start_again web.py""".split())
 alone = lambda nodeid: nodeid.startswith(ALONE)
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0))    # 0: this process runs the tests itself, or hands them out
