@@ -142,10 +142,10 @@ def dependencies() -> dict: # '' and the names of extras -> requirements
 
 # %% ../nbs/27_report.ipynb #versions
 def versions() -> dict: # name -> version, or None if it is not installed
-    "Python, this package, and what it depends on directly"
+    "Python, this package, what it depends on directly, and what compiles its kernels"
     out = dict(python=platform.python_version(), nano_dh=nano_dh.__version__)
-    for r in dependencies().get('', []):
-        n = re.match(r'[\w.-]+', r)[0]
+    needs = dependencies(); names = needs.get('', []) + needs.get('gpu', [])
+    for n in [re.match(r'[\w.-]+', r)[0] for r in names] + ['triton', 'tilelang']:
         try: out[n] = importlib.metadata.version(n)
         except importlib.metadata.PackageNotFoundError: out[n] = None
     return out
