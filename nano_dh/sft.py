@@ -260,10 +260,14 @@ def resolved(self:FinetuneConfig) -> FinetuneConfig:
     return c
 
 # %% ../nbs/22_sft.ipynb #rates
+@patch(as_prop=True)
+def begun(self:FinetuneConfig) -> bool: # there is a saved configuration to continue with
+    return self.resume and (self.run_dir/'config.json').exists()
+
 @patch
 def _rates(self:FinetuneConfig): # learning rates that nobody set: a part of those of pretraining
     for k in ('embedding_lr', 'unembedding_lr', 'matrix_lr', 'scalar_lr'):
-        if not self.resume and getattr(self, k) == (v := getattr(PretrainConfig, k)):
+        if not self.begun and getattr(self, k) == (v := getattr(PretrainConfig, k)):
             setattr(self, k, v*self.lr_frac)
 
 def mean_tokens(task, tok, T, n=256): # of a conversation, cut at a row

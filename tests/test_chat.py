@@ -102,6 +102,18 @@ def test_resume_takes_a_run_of_its_own_kind(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match='holds no run'): PretrainConfig(resume=True).resolved()
     with pytest.raises(ValueError, match='of stage mid'): PretrainConfig(resume=True, run='first').resolved()
 
+def test_resume_before_the_beginning_has_the_rates_of_a_new_run(tmp_path, monkeypatch):
+    from nano_dh.rl import RLConfig
+    monkeypatch.setenv('NANO_DH_BASE_DIR', str(tmp_path)); b = base(tmp_path); names = ('matrix_lr', 'embedding_lr', 'unembedding_lr', 'scalar_lr')
+    rates = lambda c: [getattr(c, k) for k in names]
+    rl = dict(base=b, task='sums', device='cpu', nproc=0)
+    for make, kw in ((FinetuneConfig, dict(KW, base=b, stage='sft')), (FinetuneConfig, dict(KW, base=b, lr_frac=.3)), (RLConfig, rl)):
+        fresh = make(run='x', **kw).resolved(); again = make(run='x', resume=True, **kw).resolved()
+        assert rates(again) == rates(fresh) != [getattr(FinetuneConfig, k) for k in names]
+        assert rates(again.resolved()) == rates(fresh)                       # a plan's configuration is resolved once more
+    losses(tmp_path, base=b, run='x', stage='sft', num_iterations=1)
+    assert FinetuneConfig(run='x', resume=True, stage='sft').resolved().matrix_lr == pytest.approx(.002)     # and one that began keeps its own
+
 def test_inherited_and_misspelt_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv('NANO_DH_BASE_DIR', str(tmp_path)); b = base(tmp_path)
     with pytest.raises(ValueError, match='depth comes with the base'): FinetuneConfig(base=b, depth=8).resolved()
