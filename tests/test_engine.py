@@ -219,7 +219,8 @@ def test_prefix_cache_bounded():
 HOSTILE = ['__import__("os").system("touch /tmp/x")', '().__class__.__bases__[0].__subclasses__()', '9**9**9', '9**9**9**9', '(9**99)**99', '2**-9999999',
            '"a"*10**9', '"a".count("a", 0)', '"a".count.__self__', '"%999999d" % 1', '('*200 + ')'*200, '('*120 + '1' + ')'*120, '('*33 + '1' + ')'*33, '-'*250 + '1', '1'*5000, '9'*257,
            'lambda: 1', '[x for x in (1,)]', 'open("/etc/passwd")', 'exec("1")', 'f"{1}"', '1;2', 'a=1', '\x00', '1\n+1\n', '1e999', '1e308*10', '(-1)**.5', '1j', 'True+1',
-           '"a".replace("a","b")', 'b"a".count(b"a")', '1 if 1 else 2', '0x' + 'f'*600, '1<2', '~1', '1@2', '...', 'None', '8**(1/0)', '"".join(["a"])', '2**2049', '1_0'*90]
+           '"a".replace("a","b")', 'b"a".count(b"a")', '1 if 1 else 2', '0x' + 'f'*600, '1<2', '~1', '1@2', '...', 'None', '8**(1/0)', '"".join(["a"])', '2**2049', '1_0'*90,
+           "'" + '\\'*45, '"' + '\\'*200, '"' + "\\'"*120]
 def test_hostile_expressions():
     before, threads = set(os.listdir('/tmp')), threading.active_count()
     tracemalloc.start(); worst = 0.
