@@ -90,14 +90,14 @@ def answers(engine, convs:list,
 
 # %% ../nbs/24_chat_eval.ipynb #eval
 def evaluate_task(model, tok, task:Task, # this rank's model
-                  size:int|None=None,    # so many examples; default all
+                  size:int|None=None,    # at most so many, spread over it; None: all
                   max_tokens:int=256, keep:int=5, engine=None # keep: answers that are returned
                  ) -> tuple:             # Score over all ranks, list of (question, answer, right)
     "Judge a model on a task"
     me, t = dist_info(), time.perf_counter()
     if task.kind == 'chat':
         raise ValueError(f'{task.name} has no right answers; take another task')
-    task = task[:size] if size else task
+    task = task.some(size) if size else task
     convs = [task[i] for i in range(me.rank, len(task), me.world_size)]
     if task.kind == 'choice': raw = shown = answer_choices(model, tok, convs)
     else:

@@ -301,10 +301,11 @@ class ChatPlan(Plan):
     def __str__(self):
         c, mc = self.cfg, self.machine
         lr = f'learning rates x {c.lr_frac:g}' if c.lr_frac >= 0 else ''
+        mix = c.mixture('train'); each = ', '.join(f'{t.name} {len(t):,}' for t in mix.tasks)
         return '\n'.join(f'{k:9}{v}' for k, v in dict(
             run=f'{c.run_dir}' + f', continues at step {self.done}'*c.resume,
             base=f"{c.base}: depth {c.depth}, {c.pattern}, {self.params['total']:,} parameters",
-            tasks=f"{c.tasks}: {len(c.mixture('train')):,} conversations, {c.epochs:g} epochs",
+            tasks=f"{c.tasks}: {len(mix):,} conversations ({each}), {c.epochs:g} epochs",
             steps=f'{c.num_iterations:,} of {c.total_batch_size:,} tokens: '
                   f'{max(1, c.nproc)} ranks x {c.grad_accum_steps} micro-batches x '
                   f'{c.device_batch_size} rows x '

@@ -384,6 +384,15 @@ class TaskMixture(TaskSequence):
         super().__init__(tasks); self.order = shuffled(len(self.index), seed)
     def where(self, i): return super().where(int(self.order[i]))
 
+# %% ../nbs/21_tasks.ipynb #some
+@patch
+def some(self:Task, n:int # at most so many
+        ) -> Task:
+    "Examples spread over the whole task, the same ones every time"
+    if n >= len(self): return self
+    new = copy.copy(self); new.index = [self.index[i] for i in shuffled(len(self), 0)[:n].tolist()]
+    return new
+
 # %% ../nbs/21_tasks.ipynb #spec
 TASKS = dict( # name -> class or function of (split, ...)
     arc_easy=ARC, arc_challenge=lambda **kw: ARC('challenge', **kw), mmlu=MMLU, gsm8k=GSM8K,
@@ -393,9 +402,10 @@ TASKS = dict( # name -> class or function of (split, ...)
 def open_task(name:str,         # a key of TASKS, or the path of a .jsonl file
               split:str='test',
               data:str='',      # folder with local files; '': NANO_DH_DATA, then the hub
-              size:int|None=None # so many examples
+              size:int|None=None # at most so many examples, spread over it; None: all
              ) -> Task:
     "One task by its name"
+    if size is not None and size < 1: raise ValueError(f'{name}@{size}: take 1 or more, or no @')
     if '.jsonl' in name: t = CustomJSON(name)
     elif name not in TASKS:
         raise NameError(f'unknown task {name!r}, did you mean {closest(name, TASKS)!r}? known: '
@@ -403,8 +413,7 @@ def open_task(name:str,         # a key of TASKS, or the path of a .jsonl file
     else:
         make = TASKS[name]; made = isinstance(make, type) and not issubclass(make, Rows)
         t = make(split=split, **(dict(size=size) if size else {}) if made else dict(data=data))
-    if size and size > len(t): raise ValueError(f'{name}: {size:,} wanted, it has {len(t):,}')
-    return t[:size] if size else t
+    return t.some(size) if size else t
 
 # %% ../nbs/21_tasks.ipynb #specs
 def open_tasks(spec:str, # such as 'gsm8k:2 sums@500 my.jsonl'
@@ -415,6 +424,6 @@ def open_tasks(spec:str, # such as 'gsm8k:2 sums@500 my.jsonl'
         m = re.fullmatch(r'(.+?)(?:@(\d+))?(?::(\d+))?', word); name, size, times = m.groups()
         if '.jsonl' not in name: name, _, own = name.partition('/')
         else: own = ''
-        t = open_task(name, own or split, data, int(size) if size else None)
+        t = open_task(name, own or split, data, None if size is None else int(size))
         out += [t]*int(times or 1)
     return out

@@ -114,6 +114,29 @@ def test_resume_before_the_beginning_has_the_rates_of_a_new_run(tmp_path, monkey
     losses(tmp_path, base=b, run='x', stage='sft', num_iterations=1)
     assert FinetuneConfig(run='x', resume=True, stage='sft').resolved().matrix_lr == pytest.approx(.002)     # and one that began keeps its own
 
+def test_at_most_so_many_and_spread_over_the_set(tmp_path, monkeypatch):
+    "The mixtures of the stages fit sets of any size; a part of a sorted file has all its subjects; the plan has the true numbers"
+    from nano_dh.chat_eval import evaluate_task
+    from nano_dh.sft import STAGES, chat_plan
+    from nano_dh.tasks import open_task
+    data = tmp_path/'data'; data.mkdir()
+    def write(name, rows): (data/name).write_text('\n'.join(map(json.dumps, rows)))
+    exam = [dict(question=f'q{i}', subject=f's{i//50}', choices=list('wxyz'), answer=i % 4) for i in range(1000)]
+    for s in ('train', 'test'): write(f'mmlu_{s}.jsonl', exam)
+    write('gsm8k_train.jsonl', [dict(question='How many?', answer='#### 3')]*4); write('sft_train.jsonl', [dict(messages=Sums()[0]['messages'])]*7)
+    got = {t.name: len(t) for t in open_tasks(STAGES['mid']['full'], 'train', str(data))}
+    assert (got['mmlu'], got['gsm8k'], got['smoltalk'], got['sums']) == (1000, 4, 7, 10000)
+    assert len(open_task('smoltalk', 'train', str(data), 20000)) == 7
+    subjects = lambda t: len({t.rows[i]['subject'] for i in t.index})
+    t = open_task('mmlu', 'test', str(data), 200); assert len(t) == 200 and subjects(t) == 20 and subjects(t[:100]) == 20
+    assert list(open_task('mmlu', 'test', str(data), 50).index) == list(t.index)[:50]
+    with pytest.raises(ValueError, match='mmlu@0: take 1 or more'): open_tasks('mmlu@0', 'test', str(data))
+    asked = []; whole = MMLU('test', data=str(data)); seen = lambda c, text: asked.append(c['messages'][0]['content']) or True
+    whole.evaluate = seen; s, _ = evaluate_task(tiny(), tok, whole, size=40); assert s.n == 40 and len({int(q[1:].split()[0])//50 for q in asked}) > 15
+    monkeypatch.setenv('NANO_DH_BASE_DIR', str(tmp_path)); b = base(tmp_path)
+    p = chat_plan(FinetuneConfig(base=b, tasks='mmlu/train@99999 sums@60', val_tasks='sums/test@20', data=str(data), device='cpu', nproc=0))
+    assert '1,060 conversations (mmlu 1,000, sums 60)' in str(p)
+
 def test_inherited_and_misspelt_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv('NANO_DH_BASE_DIR', str(tmp_path)); b = base(tmp_path)
     with pytest.raises(ValueError, match='depth comes with the base'): FinetuneConfig(base=b, depth=8).resolved()
