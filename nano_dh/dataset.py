@@ -440,13 +440,22 @@ WORDS = dict(val='val', valid='val', validation='val', dev='val', test='test', t
 def _name(path): # (prefix, split) of a shard
     stem = re.sub(r'(\.(parquet|jsonl|ndjson|txt|text|md|gz))+$', '', Path(path).name)
     words = re.split(r'[-_]', re.sub(r'-of-\d+.*$', '', stem))
-    split = next((WORDS[w.lower()] for w in words if w.lower() in WORDS), 'train')
+    said = [w.lower() for w in words if not w.isdigit()]
+    if _kind(path) != 'parquet': said = said[:1] + said[-1:] # a title holds any word
+    split = next((WORDS[w] for w in said if w in WORDS), 'train')
     return '_'.join(w for w in words if w.lower() not in WORDS and not w.isdigit()), split
 
 # %% ../nbs/08_dataset.ipynb #cached
+_say = lru_cache(print0)                        # a note, once
+def _shown(names, most=5): # a few of them
+    return ', '.join(names[:most]) + f' and {len(names) - most} more'*(len(names) > most) or 'none'
+
 def _cached(files) -> Path: # text or JSON lines, repackaged into the base folder
     kinds = {s: [f for f in files if _name(f)[1] == s] for s in ('train', 'val')}
     train, val = (kinds['train'], kinds['val']) if kinds['train'] else (files, [])
+    out = [f.name for f in files if f not in train + val]
+    if val or out: _say(f"{files[0].parent.name}: by their names, {_shown([f.name for f in val])} "
+                        f"to validate, {_shown(out)} left out")
     key = hashlib.sha256(json.dumps(_stamps(files)).encode()).hexdigest()[:12]
     out = base_dir()/'data'/f'{files[0].name.split(".")[0]}-{key}'
     repackage(train, out, 'text', val_share=0 if val else .02)
@@ -460,8 +469,6 @@ def _file(path, name=''): # one file -> Source
                   dict(train=[(path, range(n - 1))], val=[(path, [n - 1])]))
 
 # %% ../nbs/08_dataset.ipynb #folder
-_say = lru_cache(print0)                        # a note, once
-
 def _shards_of(name, files): # files of one prefix (split -> list) -> Source
     train, val = files.get('train', []), files.get('val', [])
     if not val and len(train) == 1: return _file(train[0], name)
@@ -470,7 +477,7 @@ def _shards_of(name, files): # files of one prefix (split -> list) -> Source
 
 def _folder(path, name='', want=''): # name: of a lone source; want: only this prefix
     by, path = {}, Path(path)
-    for f in sorted(path.glob('*.parquet')):
+    for f in sorted(path.glob('[!.]*.parquet')):
         prefix, split = _name(f); by.setdefault(prefix, {}).setdefault(split, []).append(f)
     if any(not json.loads(p.read_text())['done'] for p in path.glob('shards-*.json')):
         raise ValueError(f'{path} is unfinished; run its repackage again')
@@ -484,10 +491,16 @@ def _folder(path, name='', want=''): # name: of a lone source; want: only this p
 
 # %% ../nbs/08_dataset.ipynb #find
 def _dir(path): # any folder -> list of Source
-    if found := _folder(path): return found
-    texts = sorted(f for f in path.iterdir() if _kind(f) and f.is_file())
-    if texts: return _folder(_cached(texts), path.name)
-    return [s for d in sorted(path.iterdir()) if d.is_dir() and d.name[0] != '.' for s in _dir(d)]
+    here = sorted(f for f in path.iterdir() if f.name[0] != '.')
+    dirs, texts = [f for f in here if f.is_dir()], [f for f in here if f.is_file() and _kind(f)]
+    if found := _folder(path):
+        out = [f for f in texts if _kind(f) != 'parquet' and f.suffix != '.md']
+    elif texts:
+        found = _folder(_cached(texts), path.name)
+        out = [d for d in dirs if any(_kind(f) for f in d.iterdir())]
+    else: return [s for d in dirs for s in _dir(d)]
+    if out: _say(f'{path.name}: left out {_shown([f.name for f in out])}; give their own path')
+    return found
 
 def _find(name, root): # one entry of a spec -> list of Source
     base, _, n = name.partition('@')
