@@ -212,7 +212,7 @@ def resolved(self:RLConfig) -> RLConfig:
     "Derive every field that was left at -1 or ''; a resumed run brings its own"
     c = self.continued() if self.resume else replace(self); tiny = c.task == 'tiny'
     gpu = c.device in ('', 'cuda') and n_gpus() > 0
-    c.base = str(find_checkpoint(c.base)) if c.base else newest('sft', 'mid')
+    if not c.saved: c.base = str(find_checkpoint(c.base)) if c.base else newest('sft', 'mid')
     m = c.model_config(); c.depth, c.pattern, c.vocab_size = m.n_layer, m.pattern, m.vocab_size
     for k, v in dict(max_seq_len=m.sequence_len, max_tokens=24 if tiny else 256,
                      nproc=n_gpus() if gpu else 1,
@@ -256,7 +256,7 @@ class RLTrainer(ChatTrainer):
     "One rank's part of reinforcement learning"
     def open(self):
         c = self.cfg
-        self.model, self.tok, _ = load_model(c.base, device=self.device); self.model.train()
+        self.model, self.tok, _ = load_model(c.source, device=self.device); self.model.train()
         self.began = time.perf_counter()
         self.questions, self.held = (open_task(c.task, s, c.data) for s in ('train', 'test'))
         rows = min(1024, max(64, c.questions*c.samples//self.world))

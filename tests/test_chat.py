@@ -93,6 +93,21 @@ def test_resume_is_exact(tmp_path, monkeypatch):
     assert losses(tmp_path, base=b, run='cut', num_iterations=2) != []
     assert losses(tmp_path, base=b, run='cut', num_iterations=4, resume=True) == whole[2:]
 
+def test_a_run_continues_without_its_base(tmp_path, monkeypatch):
+    "Its own checkpoint holds model and tokenizer; what was settled when it began is refused"
+    import shutil
+    from nano_dh.sft import chat_plan, show_chats
+    monkeypatch.setenv('NANO_DH_BASE_DIR', str(tmp_path)); b = base(tmp_path); go = dict(run='cut', resume=True)
+    whole = losses(tmp_path, base=b, run='whole', num_iterations=4); losses(tmp_path, base=b, run='cut', num_iterations=2)
+    for kw, why in ((dict(epochs=3.), 'epochs 3.0 differs from 1.0, with which run cut began; leave it out, or give num_iterations'),
+                    (dict(lr_frac=.2), 'lr_frac 0.2 differs from 1.0.*give matrix_lr'), (dict(base='other'), 'base other differs from .*base/000000 of run cut')):
+        with pytest.raises(ValueError, match=why): FinetuneConfig(**go, **kw).resolved()
+    for kw in (dict(epochs=1.), dict(base='base'), dict(base=b), dict(base=str(Path(b).parent))): assert FinetuneConfig(**go, **kw).resolved().base == b
+    shutil.rmtree(Path(b).parent)
+    p = chat_plan(FinetuneConfig(**go, num_iterations=4, device='cpu', nproc=0)); assert p.cfg.base == b and p.done == 2 and show_chats(p.cfg, 1)
+    assert losses(tmp_path, **go, num_iterations=4) == whole[2:]
+    with pytest.raises(Exception, match='no run or checkpoint'): FinetuneConfig(run='new', resume=True, base='base').resolved()
+
 def test_resume_takes_a_run_of_its_own_kind(tmp_path, monkeypatch):
     from nano_dh.train import PretrainConfig
     monkeypatch.setenv('NANO_DH_BASE_DIR', str(tmp_path)); b = base(tmp_path)
