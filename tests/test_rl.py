@@ -1,7 +1,8 @@
 "Reinforcement learning: what counts in the loss, what is left out, and that it learns."
-import os
+import os, time
 from types import SimpleNamespace as N
 import pytest, torch
+import nano_dh.rl as R
 from nano_dh.rl import RLConfig, Tiny, advantages, drift, pack_rollouts, refresh, rl, rollout, tiny_start
 from nano_dh.checkpoint import load_model
 from nano_dh.engine import Engine
@@ -38,6 +39,61 @@ def test_a_copy_takes_new_weights_in_place():
     assert torch.equal(e.model(x), want(x)) and not torch.allclose(e.model(x), old(x)) and e.slabs == ['kept']
     assert at == [t.data_ptr() for t in e.model.parameters()] + [m.fused.data_ptr() for m in e.model.modules() if hasattr(m, 'fused')]
     for a, b in zip(e.model.modules(), want.modules()): assert not hasattr(a, 'fused') or torch.equal(a.fused, b.fused)
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    "Parameters of a run of moments, on an untrained model"
+    monkeypatch.setenv('NANO_DH_BASE_DIR', str(tmp_path))
+    return dict(base=str(R.tiny_base()), run='q', samples=2, eval_questions=2, eval_every=0, device='cpu', nproc=0, max_tokens=4)
+
+def asked(monkeypatch): # -> list that takes the questions of each training step
+    out, old = [], R.RLTrainer.answer
+    def answer(self, convs, n, seed, at):
+        if n == 2: out.append([c['messages'][0]['content'] for c in convs])
+        return old(self, convs, n, seed, at)
+    monkeypatch.setattr(R.RLTrainer, 'answer', answer)
+    return out
+
+def test_a_resumed_run_asks_what_comes_next(toy, monkeypatch):
+    "Whatever the number of questions a step; another task is refused, and so are other questions under its name"
+    seen = asked(monkeypatch); more = dict(run='q', resume=True)
+    rl(RLConfig(**toy, questions=8, num_iterations=2), str)
+    p = RLConfig(**more, questions=4, num_iterations=4).resolved(); rl(p, str)               # resolved twice, as the notebook does
+    assert [len(s) for s in seen] == [8, 8, 4, 4]
+    task = Tiny('train', 20000); order = R.shuffled(20000, 42, 0)
+    assert sum(seen, []) == [task[int(i)]['messages'][0]['content'] for i in order[:24]]
+    with pytest.raises(ValueError, match="task 'sums' differs from 'tiny', with which run q began"): RLConfig(**more, task='sums').resolved()
+    monkeypatch.setattr(Tiny, 'talk', lambda self, a, word, b, sign, old=Tiny.talk: old(self, b, word, a, sign))
+    with pytest.raises(ValueError, match='the questions of this run were'): rl(RLConfig(**more, num_iterations=5), str)
+
+def test_draws_belong_to_the_question_on_any_number_of_ranks():
+    def seeds(rank, world, at=None): # of the two tries at each of eight questions
+        got = []; e = N(max_rows=4, submit=lambda r: got.append(r.seed) or N(), run=lambda s: s)
+        at = list(range(8))[rank::world]; rollout(e, [[1]]*len(at), 2, 1, 1., 0, 42, at=at)
+        return got
+    alone = seeds(0, 1); assert len({*alone}) == 16 and sorted(seeds(0, 2) + seeds(1, 2)) == sorted(alone)
+    assert seeds(1, 2)[:2] == alone[2:4]
+
+def test_minutes_count_over_all_starts_and_are_the_only_limit(toy, monkeypatch):
+    clock = [0.]
+    def now(): clock[0] += 1e-3; return clock[0]
+    monkeypatch.setattr(R, 'time', N(perf_counter=now, strftime=time.strftime))
+    kw = toy | dict(questions=2, save_every=1, minutes=1.); c = RLConfig(**kw).resolved(); assert c.num_iterations == R.ENDLESS
+    assert RLConfig(**kw, num_iterations=7).resolved().num_iterations == 7
+    with pytest.raises(ValueError, match='has to know the end; give num_iterations'): RLConfig(**kw, warmdown_ratio=.5).resolved()
+    class Killed(Exception): pass
+    def steps(stop, **kw): # ten seconds each
+        done = []
+        def emit(r):
+            if 'reward' in r: done.append(r['step']); clock[0] += 10
+            if 'checkpoint' in r and r['step'] == stop: raise Killed
+        try: rl(RLConfig(**kw), emit)
+        except Killed: pass
+        return done
+    assert steps(3, **kw) == [1, 2, 3]; clock[0] += 1000
+    assert steps(0, run='q', resume=True, nproc=0, device='cpu') == [4, 5, 6]
+    assert steps(0, run='q', resume=True, nproc=0, device='cpu') == []
+    assert steps(0, run='q', resume=True, nproc=0, device='cpu', minutes=1.3) == [7, 8]
 
 @pytest.fixture(scope='module')
 def start(tmp_path_factory):
