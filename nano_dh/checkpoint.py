@@ -7,10 +7,11 @@ __all__ = ['FORMAT', 'CheckpointError', 'runs_dir', 'checkpoints', 'latest_step'
            'find_checkpoint', 'verify', 'load_checkpoint', 'load_model', 'dh_runs']
 
 # %% ../nbs/12_checkpoint.ipynb #imp
-import json, os, random, shutil, socket, time, warnings, zlib
+import errno, json, os, random, shutil, socket, time, warnings, zlib
 from datetime import datetime
 from pathlib import Path
 import torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import (ChunkStorageMetadata, MetadataIndex,
     TensorProperties)
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
@@ -180,21 +181,34 @@ def save_checkpoint(run_dir:str|Path, # folder of the run; made if missing
                     keep:int=2      # newest checkpoints that stay; 0: all
                    ) -> Path:       # the new checkpoint
     "Every rank calls it, on one file system. Until its last rename nothing that was there changes"
+    if keep < 0: raise ValueError(f'keep {keep}: take 0, which keeps all, or more')
     run = Path(run_dir).absolute()
+    state = _state(model, optimizer.checkpoint_state() if optimizer else None)
     tmp = _agree(lambda: _unfinished(run, step), only0=True)
     try:
-        state = _state(model, optimizer.checkpoint_state() if optimizer else None)
         _dcp(dcp.save, state, storage_writer=dcp.FileSystemWriter(tmp/'state'))
         rng, loader_state = _gather(_get_rng()), loader_state and gather_state(loader_state)
         info = _info(meta, step, model, optimizer)
         _agree(lambda: _small(tmp, info, rng, loader_state, tokenizer), only0=True)
         sums = {k: v for d in _agree(lambda: _sums(tmp)) for k, v in d.items()}
         return _agree(lambda: _publish(tmp, run, step, sums, keep), only0=True)
-    except BaseException:
+    except BaseException as e:
+        full = _full(e, shutil.disk_usage(run).free)
         if _world()[0] == 0: shutil.rmtree(tmp, ignore_errors=True)
+        if full: raise _no_room(run, state) from None
         raise
 
 # %% ../nbs/12_checkpoint.ipynb #small
+def _full(e, left): # was the disk full? torch's own words do not say; left: bytes after the error
+    if isinstance(e, CheckpointException): return left < 2**20
+    return getattr(e, 'errno', 0) == errno.ENOSPC
+
+def _no_room(run, state):
+    need = human(sum(v.numel()*v.element_size() for v in state.values()), unit='B')
+    free = human(shutil.disk_usage(run).free, unit='B')
+    return CheckpointError(f'{run}: the disk is full; a checkpoint takes about {need}, {free} are '
+                           'free; make room, then resume')
+
 def _info(meta, step, model, optimizer): # the caller's values first; these names are taken
     cfg = getattr(model, 'cfg', None)
     return dict(meta or {}, format=FORMAT, step=step, world_size=_world()[1],
