@@ -61,6 +61,17 @@ def test_misspelt_and_refused(base, tmp_path):
     assert "unknown parameter 'depht', did you mean 'depth'?" in a
     assert re.search(r'PlanError: Depth 20 on \d+ CPU cores would take .*num_iterations.*\n', b)
 
+def test_compare_takes_a_result_only_for_its_own_parameters(base, data, tmp_path):
+    "Named alike, of another depth: an error, not the old result"
+    from nano_dh.train import read_metrics
+    nb, kw = ROOT/'runs'/'compare.ipynb', dict(variants='GL', seeds=1, depth=2, tokens=1024, total_batch_size=256, max_seq_len=32, vocab_size=384,
+                                               eval_tokens=1024, data=data)
+    call = lambda **new: subprocess.run([PAPERMILL, nb, tmp_path/'c.ipynb', *parameters(**kw | new)], env=environ(base), capture_output=True, text=True)
+    r = call(); assert r.returncode == 0, r.stderr
+    assert read_metrics(base/'runs'/'compare-GL-s0')[-1].get('done') and 'val bpb' in text(outputs(nbformat.read(tmp_path/'c.ipynb', 4))['run'])
+    r = call(depth=1); assert r.returncode == 1
+    assert 'run compare-GL-s0 exists with depth 2, not 1; take another name, or remove' in r.stderr
+
 def wait_for(f, cond, seconds=60):
     end = time.time() + seconds
     while time.time() < end and not cond(f): time.sleep(.05)

@@ -129,6 +129,100 @@ def test_refusals(base, tmp_path, monkeypatch):
     monkeypatch.setenv('NANO_DH_BASE_DIR', str(tmp_path))
     with pytest.raises(FileNotFoundError, match='holds no run'): PretrainConfig(resume=True).resolved()
 
+# ---- what is refused before it costs anything, and what a late error may not take along
+
+def fresh(base, *args, **kw):
+    "The command line; what it says, whether it ends well or not"
+    return subprocess.run([PY, '-m', 'nano_dh.train', *args, *options(**kw)], env=environ(base), capture_output=True, text=True)
+
+def test_a_negative_keep_is_refused(base, tmp_path):
+    from nano_dh.checkpoint import checkpoints, save_checkpoint
+    from nano_dh.train import PretrainConfig, plan
+    with pytest.raises(ValueError, match='keep -1: take 0 or more'): plan(PretrainConfig(**TINY, keep=-1))
+    with pytest.raises(ValueError, match='keep -1: take 0, which keeps all'): save_checkpoint(tmp_path/'k', 1, torch.nn.Linear(2, 2), keep=-1)
+    save_checkpoint(tmp_path/'k', 1, torch.nn.Linear(2, 2), keep=1)
+    assert [c['step'] for c in checkpoints(tmp_path/'k')] == [1]
+
+@pytest.mark.parametrize('kw,says', [(dict(core_metric='nope:fn'), "'nope:fn' cannot be called: No module named 'nope'"),
+    (dict(sampler='nano_dh.engin:samples'), "No module named 'nano_dh.engin'"), (dict(sampler='math'), "give 'module:function'"),
+    (dict(schedule='lin'), "schedule 'lin': use 'linear' or 'cosine'"), (dict(num_iterations=0), 'num_iterations 0: take 1 or more'),
+    (dict(device_batch_size=0), 'device_batch_size 0: take 1 or more'), (dict(target_flops=1.), 'less than one token'),
+    (dict(device='gpu'), "device 'gpu': use"), (dict(compile='true'), "compile 'true': use"), (dict(run='exp/a'), 'leave out the /'),
+    (dict(nproc=3, total_batch_size=960), 'nproc 3: that many ranks cannot share the 64 streams .* take 2')])
+def test_values_that_cannot_be_are_one_line(base, data, kw, says):
+    from nano_dh.train import PlanError, PretrainConfig, begin, plan
+    for at in (plan, begin):
+        with pytest.raises((PlanError, ValueError), match=says) as e: at(PretrainConfig(**TINY | dict(data=data, run='wrong') | kw))
+        assert '\n' not in str(e.value)
+    assert not (base/'runs'/'wrong').exists()
+
+def test_a_gpu_that_is_not_there(base, data, monkeypatch):
+    from nano_dh import train as T
+    monkeypatch.setattr(T, 'n_gpus', lambda: 0)
+    with pytest.raises(T.PlanError, match='device cuda, but this machine shows none'): T.plan(T.PretrainConfig(**TINY | dict(data=data, device='cuda')))
+    for gpus, ranks in ((3, 2), (6, 4), (8, 8), (0, 0)):
+        monkeypatch.setattr(T, 'n_gpus', lambda: gpus)
+        assert T.most_ranks() == ranks
+
+def fails(model, tokenizer, step): raise ConnectionError('the download broke off')
+
+@pytest.mark.parametrize('name', ['core_metric', 'sampler'])
+def test_the_checkpoint_comes_before_what_may_fail(base, data, name):
+    from nano_dh.checkpoint import latest_step
+    from nano_dh.train import PretrainConfig, pretrain
+    with pytest.raises(ConnectionError): pretrain(PretrainConfig(**TINY | dict(data=data, run=f'fails-{name}', num_iterations=2, save_every=0, eval_every=0,
+                                                                             **{name: 'test_train:fails'})), [].append)
+    assert latest_step(base/'runs'/f'fails-{name}') == 2
+
+def test_a_long_continuation_is_refused_without_advice_on_depth(base, data):
+    from nano_dh.train import PlanError, PretrainConfig, plan
+    here(data=data, run='short', num_iterations=4, save_every=2, eval_every=0, prompts='')
+    with pytest.raises(PlanError, match='max_hours is 3') as e: plan(PretrainConfig(run='short', resume=True, num_iterations=10**8, device='cpu'))
+    assert 'would fit' not in str(e.value) and 'smaller depth' not in str(e.value)
+    with pytest.raises(PlanError, match='Depth 20 on'): plan(PretrainConfig(depth=20, device='cpu', model='n_kv_head:5'))
+    config = (base/'runs'/'short'/'config.json').read_text()
+    with pytest.raises(ValueError, match='num_iterations 3, but run short has done 4 steps'): here(run='short', resume=True, num_iterations=3)
+    assert (base/'runs'/'short'/'config.json').read_text() == config
+
+def test_a_failed_start_leaves_the_name_free(base, data):
+    with pytest.raises(FileNotFoundError): here(data=str(base/'nowhere'), run='name', num_iterations=2)
+    here(data=data, run='name', num_iterations=2, save_every=0, eval_every=0, prompts='')
+    assert len(losses(base, 'name')) == 2
+
+def test_one_process_trains_a_run(base, data, monkeypatch):
+    "The second is refused while the first lives, and goes on at once when that was killed"
+    from nano_dh import train as T
+    monkeypatch.setattr(T, 'LOCK_WAIT', .2)
+    cmd = [PY, '-m', 'nano_dh.train', *options(**TINY | dict(data=data, run='mine', num_iterations=4000, save_every=5, eval_every=0))]
+    p, end = subprocess.Popen(cmd, env=environ(base), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), time.time() + 60
+    while len(losses(base, 'mine')) < 12 and time.time() < end: time.sleep(.02)
+    again = T.PretrainConfig(run='mine', resume=True, device='cpu', num_iterations=4000, prompts='')
+    with pytest.raises(T.PlanError, match='run mine is being trained by another process'): T.pretrain(again, [].append)
+    assert p.poll() is None
+    p.kill(); p.wait()
+    def stop(rec):
+        if 'loss' in rec: raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): T.pretrain(again, stop)
+    assert list(losses(base, 'mine')) == list(range(1, len(losses(base, 'mine')) + 1))
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    import errno
+    from collections import namedtuple
+    from torch.distributed.checkpoint.api import CheckpointException
+    from nano_dh import checkpoint as C
+    m = torch.nn.Linear(64, 64); C.save_checkpoint(tmp_path/'r', 1, m)
+    def full(e):
+        def fn(*a, **kw): raise e
+        return fn
+    for e, free in ((OSError(errno.ENOSPC, 'No space left on device'), 2**30), (CheckpointException('', {}), 0)):
+        monkeypatch.setattr(C, '_dcp', full(e))
+        monkeypatch.setattr(C.shutil, 'disk_usage', lambda p, n=free: namedtuple('usage', 'total used free')(2**30, 0, n))
+        with pytest.raises(C.CheckpointError, match=r'the disk is full; a checkpoint takes about 16.6 KB, .* are free') as got: C.save_checkpoint(tmp_path/'r', 2, m)
+        assert '\n' not in str(got.value) and [c['step'] for c in C.checkpoints(tmp_path/'r')] == [1]
+    monkeypatch.setattr(C, '_dcp', full(CheckpointException('', {})))
+    monkeypatch.setattr(C.shutil, 'disk_usage', lambda p: namedtuple('usage', 'total used free')(2**30, 0, 2**30))
+    with pytest.raises(CheckpointException): C.save_checkpoint(tmp_path/'r', 2, m)          # any other failure as it is
+
 @pytest.mark.slow
 def test_wandb_offline_resumes_the_same_run(base, data):
     env = environ(base, WANDB_MODE='offline')
