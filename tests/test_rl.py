@@ -95,6 +95,29 @@ def test_minutes_count_over_all_starts_and_are_the_only_limit(toy, monkeypatch):
     assert steps(0, run='q', resume=True, nproc=0, device='cpu') == []
     assert steps(0, run='q', resume=True, nproc=0, device='cpu', minutes=1.3) == [7, 8]
 
+def test_the_toy_is_no_base_of_others(tmp_path, monkeypatch):
+    "Nothing takes it for a mid-trained model unless it is named"
+    from nano_dh.sft import FinetuneConfig, newest
+    from nano_dh.train import PlanError
+    monkeypatch.setenv('NANO_DH_BASE_DIR', str(tmp_path)); name = tiny_start(3, 'cpu', demos=60)
+    with pytest.raises(PlanError, match='no run of mid or base'): FinetuneConfig(stage='sft').resolved()
+    with pytest.raises(PlanError, match='no run of sft or mid'): RLConfig(task='sums').resolved()
+    with pytest.raises(FileNotFoundError, match='holds no run'): FinetuneConfig(resume=True).resolved()
+    assert load_model(name)[2]['train']['stage'] == 'toy' and RLConfig(base=name).resolved().base
+
+@pytest.mark.parametrize('cut', [2, 9]) # before and after its first checkpoint
+def test_a_toy_that_was_cut_short_is_continued(tmp_path, monkeypatch, cut):
+    import json
+    monkeypatch.setenv('NANO_DH_BASE_DIR', str(tmp_path))
+    def log(r):
+        if 'loss' in r and r['step'] >= cut: raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): tiny_start(42, 'cpu', log, demos=1500)
+    run = tmp_path/'runs'/'tiny-start-42'; want = json.loads((run/'config.json').read_text())['num_iterations']; assert want > 9
+    assert R.latest_step(run) == (None if cut == 2 else 7)
+    seen = []; assert tiny_start(42, 'cpu', seen.append, demos=1500) == 'tiny-start-42' and R.latest_step(run) == want
+    assert sum('loss' in r for r in seen) == want - (0 if cut == 2 else 7)
+    seen.clear(); tiny_start(42, 'cpu', seen.append, demos=1500); assert not seen             # and what is whole is left alone
+
 @pytest.fixture(scope='module')
 def start(tmp_path_factory):
     os.environ['NANO_DH_BASE_DIR'] = str(tmp_path_factory.mktemp('rl'))
