@@ -293,6 +293,10 @@ class GSM8K(Rows):
 class HumanEval(Rows):
     "Write a Python function (Chen et al., 2021, arXiv:2107.03374); judged by running its tests"
     name, kind, hub = 'humaneval', 'generate', 'openai/openai_humaneval'
+    def __init__(self, split:str='test', **kw):
+        if split != 'test': raise ValueError(f'humaneval has no split {split!r}, only test: it is '
+                                             'an examination; train on another task')
+        super().__init__(split, **kw)
     def files(self): return ['humaneval.jsonl', 'HumanEval.jsonl']
     def conversation(self, r):
         code = r['prompt'] + r['canonical_solution']
@@ -301,9 +305,9 @@ class HumanEval(Rows):
     def program(self, conv, text): # the program that decides
         r, m = conv['row'], re.search(r'```(?:python)?\n(.*?)```', text, re.S)
         code = m[1] if m else text
-        head = r['prompt'].split('def ')[0]                         # its imports
-        all_ = re.search(rf"def {r['entry_point']}\b", code)         # the function, or its rest
-        whole = f'{head}\n{code}' if all_ else r['prompt'] + code
+        own = re.compile(rf"^def {r['entry_point']}\b", re.M)
+        head = own.split(r['prompt'])[0]                 # imports and functions that it may call
+        whole = f'{head}\n{code}' if own.search(code) else r['prompt'] + code
         return f"{whole}\n{r['test']}\ncheck({r['entry_point']})\n"
     def evaluate(self, conv, text, seconds=5.):
         return run_code(self.program(conv, text), seconds=seconds).ok

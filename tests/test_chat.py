@@ -171,6 +171,21 @@ def test_published_sizes_and_every_example_is_a_conversation(task, n):
             a = c['messages'][-1]['content']; a = a if isinstance(a, str) else ''.join(p['text'] for p in a if p['type'] == 'text')
             assert t.evaluate(c, a) and not t.evaluate(c, 'nothing')
 
+def test_the_examination_of_programs_is_not_trained_on(tmp_path):
+    from nano_dh.tasks import open_task
+    (tmp_path/'humaneval.jsonl').write_text(json.dumps(dict(prompt='def f():\n', entry_point='f', canonical_solution='    return 1\n', test='')))
+    assert len(open_task('humaneval', 'test', str(tmp_path))) == 1
+    for f in (lambda: open_task('humaneval', 'train', str(tmp_path)), lambda: open_tasks('sums@5 humaneval', 'train', str(tmp_path))):
+        with pytest.raises(ValueError, match="humaneval has no split 'train', only test"): f()
+
+@pack
+def test_programs_may_call_the_functions_of_their_prompt():
+    "The whole function alone, without the helpers that stand before it"
+    t = HumanEval(data=DATA); he = {c['row']['task_id'].split('/')[1]: c for c in t}
+    for k in ('10', '32', '38', '50'):
+        r = he[k]['row']; p = r['prompt']; own = p[p.rindex(f"def {r['entry_point']}"):] + r['canonical_solution']
+        for answer in (f'```python\n{own}```', f"```python\n{p}{r['canonical_solution']}```", r['canonical_solution']): assert t.evaluate(he[k], answer), k
+
 @pack
 def test_gsm8k_calls_give_what_the_authors_wrote():
     from nano_dh.execution import calculator
