@@ -30,6 +30,7 @@ class Score:
     right: int
     chance: float     # accuracy of a guess
     seconds: float = 0.
+    too_long: int = 0 # of n, not read by the model and counted as wrong
     @property
     def accuracy(self): return self.right/max(1, self.n)
     @property
@@ -44,7 +45,8 @@ class Score:
         return asdict(self) | more
     def __str__(self):
         return (f'{self.task:16}{self.accuracy:7.1%} +-{self.stderr:5.1%}   '
-                f'chance {self.chance:4.0%}   {self.right:,} of {self.n:,}')
+                f'chance {self.chance:4.0%}   {self.right:,} of {self.n:,}'
+                + f', {self.too_long:,} too long to read'*(self.too_long > 0))
 
 # %% ../nbs/24_chat_eval.ipynb #core
 def chat_core(scores:list # Score
@@ -76,16 +78,16 @@ def answers(engine, convs:list,
             n:int=1,               # samples each
             max_tokens:int=256, temperature:float=0., top_k:int=0, seed:int=0,
             tools:bool=True        # compute what stands between python tokens
-           ) -> list:              # of lists of finished Streams
+           ) -> list: # of lists of finished Streams; empty where a question is too long to be read
     "What the model writes"
     ids = [render_for_completion(c, engine.tokenizer) for c in convs]
-    room = engine.max_len
-    ids = [i for i in ids] if room is None else [i[-(room - max_tokens):] for i in ids]
-    out, at_once = [], max(1, engine.max_rows//n)          # a full engine reads prompts slowly
-    for a in range(0, len(ids), at_once):
-        ss = engine.generate_batch(ids[a:a+at_once], n=n, max_tokens=max_tokens, seed=seed,
+    fit = [i for i, p in enumerate(ids) if engine.max_len is None or len(p) < engine.max_len]
+    out, at_once = [[] for _ in ids], max(1, engine.max_rows//n)   # a full engine reads slowly
+    for a in range(0, len(fit), at_once):
+        part = fit[a:a+at_once]
+        ss = engine.generate_batch([ids[i] for i in part], n=n, max_tokens=max_tokens, seed=seed,
                                    temperature=temperature, top_k=top_k, tools=tools)
-        out += [ss[i:i+n] for i in range(0, len(ss), n)]
+        for j, i in enumerate(part): out[i] = ss[j*n:(j + 1)*n]
     return out
 
 # %% ../nbs/24_chat_eval.ipynb #eval
@@ -101,17 +103,18 @@ def evaluate_task(model, tok, task:Task, # this rank's model
     convs = [task[i] for i in range(me.rank, len(task), me.world_size)]
     if task.kind == 'choice': raw = shown = answer_choices(model, tok, convs)
     else:
-        got = [g[0] for g in answers(engine or Engine(model, tok), convs, max_tokens=max_tokens)]
-        raw, shown = [s.text for s in got], [tok.decode(s.tokens) for s in got]
-    ok = [bool(task.evaluate(c, a)) for c, a in zip(convs, raw)]
+        got = answers(engine or Engine(model, tok), convs, max_tokens=max_tokens)
+        raw = [g[0].text if g else None for g in got]
+        shown = [tok.decode(g[0].tokens) if g else '(too long to read)' for g in got]
+    ok = [a is not None and bool(task.evaluate(c, a)) for c, a in zip(convs, raw)]
     guess = sum(1/c['n_choices'] for c in convs) if task.kind == 'choice' else 0.
-    counts = torch.tensor([len(ok), sum(ok), guess], dtype=torch.float64)
+    counts = torch.tensor([len(ok), sum(ok), guess, raw.count(None)], dtype=torch.float64)
     if dist.is_initialized() and me.world_size > 1:
         dist.all_reduce(counts := counts.to(model.wte.weight.device))
-    n, right, guess = counts.tolist()
+    n, right, guess, long = counts.tolist()
     some = [(c['messages'][-2]['content'], a, o) for c, a, o in zip(convs, shown, ok)][:keep]
     return Score(task.name, task.kind, int(n), int(right), guess/max(1, n),
-                 time.perf_counter() - t), some
+                 time.perf_counter() - t, int(long)), some
 
 # %% ../nbs/24_chat_eval.ipynb #cfg
 ALL = 'arc_easy arc_challenge mmlu gsm8k humaneval spellingbee'
@@ -169,8 +172,9 @@ def chat_eval(cfg:ChatEvalConfig, # resolved
 def eval_table(records:list): # of `chat_eval` -> Markdown
     "The figures of a run"
     from IPython.display import Markdown
+    long = lambda r: f", {r['too_long']:,} too long"*(r.get('too_long', 0) > 0)
     rows = [f"| {r['task']} | {r['accuracy']:.1%} ± {r['stderr']:.1%} | {r['chance']:.0%} | "
-            f"{r['right']:,} of {r['n']:,} | {r['seconds']:.0f} s |" for r in records
+            f"{r['right']:,} of {r['n']:,}{long(r)} | {r['seconds']:.0f} s |" for r in records
             if 'task' in r]
     end = [f"\nChatCORE {r['chat_core']:.3f} over {len(r['tasks'])} tasks" for r in records
            if 'chat_core' in r]

@@ -211,6 +211,24 @@ def test_parameters_of_the_notebooks_are_fields(nb):
         n, t, d = re.match(r'(\w+): (\w+) = (.*?)  # .+', l).groups()
         assert fs[n].type.__name__ == t and (eval(d) == fs[n].default or n == 'stage'), l
 
+def test_questions_are_read_whole_or_counted_as_too_long():
+    "A model with a bound: what it reads is never cut, the answer has the room that is left"
+    from nano_dh.chat_eval import answers, eval_table, evaluate_task
+    from nano_dh.engine import Engine
+    from nano_dh.tasks import Task, chat, render_for_completion
+    m = tiny(pattern='L'); e, read = Engine(m, tok, max_rows=2), []; room = e.max_len; assert room == 96
+    submit = e.submit; e.submit = lambda r: (read.append(r.prompt), submit(r))[1]
+    class Words(Task):
+        name, kind, index = 'words', 'generate', range(5)
+        def example(self, i): return chat('w'*(10, 92, 88, 300, 93)[i], 'x')         # four tokens more with the roles
+        def evaluate(self, conv, text): return True
+    convs = [*Words()]; ids = [render_for_completion(c, tok) for c in convs]; assert [len(i) for i in ids] == [14, 96, 92, 304, 97]
+    got = answers(e, convs, n=2, max_tokens=256)
+    assert read == [ids[0]]*2 + [ids[2]]*2 and [len(g) for g in got] == [2, 0, 2, 0, 0]
+    assert all(len(i) + len(s.tokens) <= room for i, g in zip(ids, got) for s in g)
+    s, some = evaluate_task(m, tok, Words(), engine=e, max_tokens=256)
+    assert (s.n, s.right, s.too_long) == (5, 2, 3) and '3 too long to read' in str(s) and 'too long' in some[1][1] and '2 of 5, 3 too long' in eval_table([s.record()]).data
+
 @pytest.mark.slow
 def test_chat_eval_is_the_same_on_two_ranks(tmp_path, monkeypatch):
     from nano_dh.chat_eval import ChatEvalConfig, chat_eval
