@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TASKS', 'STAGES', 'ENDLESS', 'SETTLED', 'advantages', 'Rollouts', 'pack_rollouts', 'rollout', 'refresh', 'Tiny',
            'Blind', 'tiny_base', 'tiny_start', 'make_start', 'drift', 'token_losses', 'pass_at_k', 'RLConfig',
-           'Questions', 'RLTrainer', 'rl', 'RLReport']
+           'Questions', 'RLTrainer', 'mean_error', 'rl', 'RLReport']
 
 # %% ../nbs/23_rl.ipynb #imp
 import json, math, random, time
@@ -219,6 +219,28 @@ SETTLED |= dict(task='another name without resume')
 def continued(self:RLConfig) -> RLConfig: # total_batch_size follows from questions and samples
     return FinetuneConfig.continued(replace(self, total_batch_size=-1))
 
+# %% ../nbs/23_rl.ipynb #sensible
+def _sensible(c): # refuse a run that could learn nothing, or say nothing of what it learned
+    least = dict(questions=1, samples=2, max_tokens=1, eval_questions=1, eval_samples=1, minutes=0)
+    for k, n in least.items():
+        if (v := getattr(c, k)) < n: raise ValueError(f'{k} {v}: take {n} or more')
+    if c.temperature < 1e-5:
+        raise ValueError(f'temperature {c.temperature:g}: all answers would be the same; take more '
+                         'than 0, such as 1')
+    if c.questions % max(1, c.nproc):
+        raise ValueError(f'questions {c.questions} do not divide over {c.nproc} ranks; '
+                         'take a multiple')
+    if c.num_iterations == ENDLESS and (c.warmdown_ratio or c.schedule != 'linear'):
+        raise ValueError('a learning rate that falls has to know the end; give num_iterations, or '
+                         'warmdown_ratio 0 and schedule linear')
+    train, held = (open_task(c.task, s, c.data) for s in ('train', 'test'))
+    if train.kind == 'chat':
+        raise ValueError(f'task {c.task} has no right answers; take one of kind generate, such as '
+                         'gsm8k or sums')
+    if fingerprint(train) == fingerprint(held):
+        raise ValueError(f'task {c.task} has the same questions in training and examination; take '
+                         'one that has both')
+
 # %% ../nbs/23_rl.ipynb #resolved
 @patch
 def resolved(self:RLConfig) -> RLConfig:
@@ -231,16 +253,10 @@ def resolved(self:RLConfig) -> RLConfig:
                      nproc=n_gpus() if gpu else 1,
                      eval_questions=1000 if tiny else 200, lr_frac=.15 if tiny else .05,
                      num_iterations=ENDLESS if c.minutes else 200 if tiny else 400,
-                     eval_every=20, save_every=100,
-                     max_hours=168.,
+                     eval_every=20, save_every=100, max_hours=168.,
                      device_batch_size=32, epochs=1.).items():
         if getattr(c, k) == -1: setattr(c, k, v)
-    if c.num_iterations == ENDLESS and (c.warmdown_ratio or c.schedule != 'linear'):
-        raise ValueError('a learning rate that falls has to know the end; give num_iterations, or '
-                         'warmdown_ratio 0 and schedule linear')
-    if c.questions % max(1, c.nproc):
-        raise ValueError(f'questions {c.questions} do not divide over {c.nproc} ranks; '
-                         'take a multiple')
+    _sensible(c)
     c.total_batch_size = c.questions*c.samples  # what the records count is answers, not tokens
     c.device = c.device or get_device().type; c.compile = 'off'; c._rates()
     c.run = c.run or f"rl-{c.task}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -356,21 +372,29 @@ def watch(self:RLTrainer): # the same decision on all ranks
     if self.sums(float(0 < 60*c.minutes <= spent))[0]: c.num_iterations = self.step
 
 # %% ../nbs/23_rl.ipynb #eval
+def mean_error(n:int,      # questions
+               p:float,    # mean of their rewards, each between 0 and 1
+               square:float # mean of the squares
+              ) -> float:
+    "Standard error of the mean, with one question all right and one all wrong added"
+    m, s = (n*p + 1)/(n + 2), (n*square + 1)/(n + 2)
+    return math.sqrt((s - m*m)/n)
+
 @patch
 def evaluate(self:RLTrainer):
     "Held-out questions: the mean reward, which is pass@1, and pass@k"
-    c, k = self.cfg, self.cfg.eval_samples
-    at = range(self.rank, min(c.eval_questions, len(self.held)), self.world)
-    convs = [self.held[i] for i in at]
+    c, k, held = self.cfg, self.cfg.eval_samples, self.held.some(self.cfg.eval_questions)
+    at = range(self.rank, len(held), self.world); convs = [held[i] for i in at]
     prompts, groups = self.answer(convs, k, 10**6 + c.seed, at)
-    right = [sum(bool(self.held.evaluate(v, s.text)) for s in g) for v, g in zip(convs, groups)]
-    at = [sum(pass_at_k(k, r, j) for r in right) for j in range(1, k + 1)]
-    n, *got = self.sums(len(convs), *at); p = got[0]/n
+    right = [sum(bool(held.evaluate(v, s.text)) for s in g) for v, g in zip(convs, groups)]
+    ps = [sum(pass_at_k(k, r, j) for r in right) for j in range(1, k + 1)]
+    n, square, *got = self.sums(len(convs), sum((r/k)**2 for r in right), *ps)
     some = {1, 2, 4, 8, 16, k} if k > 1 else ()
-    self.log(val_reward=p, val_reward_stderr=math.sqrt(max(p*(1 - p), 1e-4)/n), questions=int(n),
-             **{f'pass_{j}': g/n for j, g in enumerate(got, 1) if j in some},
+    self.log(val_reward=got[0]/n, val_reward_stderr=mean_error(n, got[0]/n, square/n),
+             questions=int(n), **{f'pass_{j}': g/n for j, g in enumerate(got, 1) if j in some},
              examples=[self.tok.decode(s.tokens) for g in groups[:3] for s in g[:1]])
 
+# %% ../nbs/23_rl.ipynb #rlfn
 def rl(cfg:RLConfig, # may have fields left open
        emit=print    # takes each record of rank 0
       ) -> None:

@@ -95,6 +95,37 @@ def test_minutes_count_over_all_starts_and_are_the_only_limit(toy, monkeypatch):
     assert steps(0, run='q', resume=True, nproc=0, device='cpu') == []
     assert steps(0, run='q', resume=True, nproc=0, device='cpu', minutes=1.3) == [7, 8]
 
+def test_runs_that_could_not_learn_are_refused(toy, tmp_path, monkeypatch):
+    import json
+    from nano_dh.tasks import TASKS, Sums
+    (tmp_path/'my.jsonl').write_text(json.dumps(Sums()[0]['messages']))
+    class Same(Sums): __init__ = lambda self, split='train', size=100: Sums.__init__(self, 'train', size)
+    monkeypatch.setitem(TASKS, 'same', Same)
+    for kw, why in ((dict(temperature=0.), 'temperature 0: .*more than 0'), (dict(samples=1), 'samples 1: take 2 or more'), (dict(questions=0), 'questions 0: take 1'),
+                    (dict(eval_questions=0), 'eval_questions 0: take 1'), (dict(eval_samples=0), 'eval_samples 0: take 1'), (dict(minutes=-1.), 'minutes -1.0: take 0'),
+                    (dict(max_tokens=0), 'max_tokens 0: take 1'), (dict(task=str(tmp_path/'my.jsonl')), 'no right answers; take one of kind generate'),
+                    (dict(task='humaneval'), "no split 'train'"), (dict(task='same'), 'task same has the same questions')):
+        with pytest.raises(ValueError, match=why) as e: RLConfig(**toy | kw).resolved()
+        assert '\n' not in str(e.value)
+
+def examine(right, k, n=100, rank=0, world=1): # what `evaluate` says of a model that is right as `right(question, try)` says, and its seeds
+    recs, seeds = [], []; held = Tiny('test', n); ids = {c['messages'][0]['content']: i for i, c in enumerate(held)}
+    t = N(cfg=N(eval_samples=k, eval_questions=n, seed=0), rank=rank, world=world, held=held, tok=N(decode=str), sums=lambda *x: list(x), log=lambda **r: recs.append(r))
+    def answer(convs, k, seed, at):
+        e = N(max_rows=9, submit=lambda r: seeds.append(r.seed) or N(), run=lambda s: s); rollout(e, [[1]]*len(convs), k, seed=seed, at=at)
+        return None, [[N(text=c['messages'][1]['content'][1]['text'] if right(i, j) else 'no', tokens=[]) for j in range(k)]
+                      for c in convs for i in [ids[c['messages'][0]['content']]]]
+    t.answer = answer; R.RLTrainer.evaluate(t)
+    return recs[0], seeds
+
+def test_the_error_of_held_out_rewards_is_that_of_questions():
+    r, _ = examine(lambda i, j: i % 2, 16); assert r['val_reward'] == .5 and r['val_reward_stderr'] == pytest.approx(.05, rel=.02)     # half is known
+    r, _ = examine(lambda i, j: (i + j) % 2, 16); assert r['val_reward'] == .5 and r['val_reward_stderr'] < .01    # each is known by half
+    from nano_dh.chat_eval import Score
+    for n in (0, 7): assert examine(lambda i, j: i < n, 1)[0]['val_reward_stderr'] == pytest.approx(Score('x', 'generate', 100, n, 0.).stderr)
+    alone = examine(lambda i, j: 0, 2, 8)[1]; two = [examine(lambda i, j: 0, 2, 8, r, 2)[1] for r in (0, 1)]
+    assert len({*alone}) == 16 and sorted(sum(two, [])) == sorted(alone)
+
 def test_the_toy_is_no_base_of_others(tmp_path, monkeypatch):
     "Nothing takes it for a mid-trained model unless it is named"
     from nano_dh.sft import FinetuneConfig, newest
