@@ -108,7 +108,7 @@ def job(word:str='GGGL',   # pattern ('GGGL'), preset ('nanochat') or both ('nan
        ) -> PretrainConfig: # resolved
     "One micro-batch of a model on one device"
     preset, pattern = word.split(':') if ':' in word else \
-        (word, 'GGGL') if word in PRESETS else ('', word)
+        (word, '') if word in PRESETS else ('', word)
     rows = max(1, tokens//seq_len)
     kw = dict(nproc=1, vocab_size=32768, num_iterations=1, run='bench') | kw
     return PretrainConfig(depth=depth, preset=preset, pattern=pattern, max_seq_len=seq_len,

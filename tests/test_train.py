@@ -223,6 +223,68 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(C.shutil, 'disk_usage', lambda p: namedtuple('usage', 'total used free')(2**30, 0, 2**30))
     with pytest.raises(CheckpointException): C.save_checkpoint(tmp_path/'r', 2, m)          # any other failure as it is
 
+# ---- a run that goes on
+
+def test_moved_data_and_a_lost_tokenizer_do_not_end_a_run(tmp_path, monkeypatch):
+    from nano_dh.train import PlanError, PretrainConfig, read_metrics, show_batch
+    monkeypatch.setenv('NANO_DH_BASE_DIR', str(tmp_path)); data = tiny_data(tmp_path/'books')
+    kw = dict(run='moved', save_every=2, eval_every=0, prompts='')
+    here(data=data, num_iterations=4, **kw)
+    os.rename(data, tmp_path/'elsewhere'); shutil.rmtree(tmp_path/'tokenizers')
+    new, config = dict(run='moved', resume=True, num_iterations=6, device='cpu'), tmp_path/'runs'/'moved'/'config.json'
+    assert 'documents start at' in show_batch(PretrainConfig(**new, data=str(tmp_path/'elsewhere')))
+    here(**new, data=str(tmp_path/'elsewhere'))
+    assert len(losses(tmp_path, 'moved')) == 6 and not list((tmp_path/'tokenizers').glob('*/meta.json'))
+    assert json.loads(config.read_text())['data'] == str(tmp_path/'elsewhere')
+    other = tiny_data(tmp_path/'other'); os.rename(tmp_path/'other'/'books_train.parquet', tmp_path/'other'/'prose_train.parquet'); was = config.read_text()
+    with pytest.raises(PlanError, match='has other shards than .*elsewhere.* of run moved; give those'): here(**new | dict(num_iterations=8), data=other)
+    assert config.read_text() == was and not list((tmp_path/'runs'/'moved').glob('000008'))
+
+def test_the_command_line_says_which_values_were_given(base, data):
+    "A default that is spelt out counts; a notebook cannot know, so the plan says what is kept"
+    from nano_dh.train import PretrainConfig, plan
+    kw = dict(run='said', save_every=0, eval_every=0, prompts='')
+    here(data=data, num_iterations=2, matrix_lr=.05, clip=1., **kw)
+    config = lambda: json.loads((base/'runs'/'said'/'config.json').read_text())
+    here(run='said', resume=True, num_iterations=3, matrix_lr=.02)
+    assert (config()['matrix_lr'], config()['clip']) == (.05, 1.)
+    assert 'keeps matrix_lr 0.05, clip 1.0: python -m nano_dh.train' in str(plan(PretrainConfig(run='said', resume=True, device='cpu')))
+    r = fresh(base, run='said', resume=True, num_iterations=4, matrix_lr=.02, clip=0, device='cpu'); assert r.returncode == 0, r.stderr
+    assert (config()['matrix_lr'], config()['clip'], config()['num_iterations']) == (.02, 0., 4)
+    r = fresh(base, run='said', resume=True, depth=4, device='cpu')
+    assert r.returncode == 1 and 'depth 4 differs from 2 of run said' in r.stderr
+
+def test_a_run_that_never_began_is_announced(base, data):
+    "The pipeline resumes what was killed before it began; a misspelt name should be seen"
+    from nano_dh.train import PretrainConfig, plan
+    (base/'runs'/'spelt').mkdir(parents=True); (base/'runs'/'spelt'/'config.json').write_text('{}')
+    says = str(plan(PretrainConfig(**TINY | dict(data=data, run='splet', resume=True, num_iterations=2)))).splitlines()[0]
+    shutil.rmtree(base/'runs'/'spelt')
+    assert 'new: no run of this name was begun; the newest are' in says and says.endswith('spelt')
+
+# ---- what a run takes from its tokenizer and its preset
+
+def test_sizes_come_from_tokenizer_and_preset(base, data):
+    from nano_dh.speed import job
+    from nano_dh.train import PretrainConfig, plan
+    here(data=data, run='own', num_iterations=1, save_every=0, eval_every=0, prompts='')
+    kw = {k: v for k, v in TINY.items() if k != 'vocab_size'} | dict(data=data, tokenizer=str(base/'runs'/'own'/'000001'/'tokenizer'), num_iterations=2)
+    assert plan(PretrainConfig(**kw)).cfg.vocab_size == 384
+    with pytest.raises(ValueError, match='vocab_size 500, but tokenizer .* has 384 tokens; leave vocab_size out'): plan(PretrainConfig(**kw, vocab_size=500))
+    c = PretrainConfig(preset='conversation', device='cpu').resolved()
+    assert (c.vocab_size, c.max_seq_len, c.model_config().vocab_size) == (65536, 1024, 65536)
+    patterns = {w: job(w, 4, 64, 128, device='cpu').model_config().pattern for w in ('nanochat:GGGL', 'nanochat', 'GGGL')}
+    assert patterns == {'nanochat:GGGL': 'GGGL', 'nanochat': 'SSSL', 'GGGL': 'GGGL'}
+    for name, of in (('n_layer', 'depth'), ('vocab_size', 'vocab_size'), ('sequence_len', 'max_seq_len')):
+        with pytest.raises(NameError, match=f'the parameter {of} of the run, set that'): PretrainConfig(model=f'{name}:3', device='cpu').resolved()
+
+def test_longer_runs_decay_less(base):
+    "The decay follows the longer of horizon and run"
+    from nano_dh.train import PretrainConfig
+    long, planned, cut = [PretrainConfig(device='cpu', depth=2, num_iterations=n).resolved() for n in (2000, -1, 20)]
+    at = lambda c: c.scaling()['total_tokens']
+    assert at(long) == long.total_tokens > at(planned) and at(cut) == cut.horizon and abs(at(planned)/planned.horizon - 1) < .01
+
 @pytest.mark.slow
 def test_wandb_offline_resumes_the_same_run(base, data):
     env = environ(base, WANDB_MODE='offline')
