@@ -388,7 +388,10 @@ def memory(self:PretrainConfig) -> int: # bytes of one rank
     rows, m = c.device_batch_size*c.max_seq_len, c.model_config()
     fused = rows*m.n_layer*m.d_model*GPU_BYTES + min(rows, 4096)*m.vocab_size*12
     if c.device == 'cuda': return fixed + fused
-    return fixed + e['activations'] + 500_000_000         # for PyTorch itself
+    kinds = dict(L=4, S=2) if c.doc_mask else {}          # bytes a pair of tokens, see above
+    masks = [kinds[k] for k in m.layer_types if k in kinds]
+    pairs = (sum(masks) + 3*bool(masks))*rows*c.max_seq_len
+    return fixed + e['activations'] + pairs + 500_000_000         # for PyTorch itself
 
 @patch(as_prop=True)
 def memory(self:Plan) -> int: return self.cfg.memory # bytes of one rank
