@@ -83,14 +83,15 @@ class Identity(Task):
     "Who are you?"
     name, kind = 'identity', 'generate'
     def __init__(self, split:str='train',
-                 size:int|None=None # default: 1000, in the test each phrasing once
+                 size:int|None=None # default: 1000; in the test each phrasing once at most
                 ):
         self.split, self.held = split, _split(HELD)
-        self.index = range(size or (1000 if split == 'train' else len(self.held)))
+        n = 1000 if split == 'train' else len(self.held)
+        self.index = range(size or n if split == 'train' else min(size or n, n))
     def example(self, i):
         r = random.Random(f'{self.name} {self.split} {i}')
         if self.split != 'train':
-            return self.talk([(self.held[i % len(self.held)], FACTS['name'][0])])
+            return self.talk([(self.held[i], FACTS['name'][0])])
         turns = []
         for _ in range(r.choice((1, 1, 1, 2))):
             about = 'name' if r.random() < .5 else r.choice([*ASKS])
