@@ -27,7 +27,7 @@ from .sft import (SETTLED, STAGES, ChatTrainer, FinetuneConfig, finetune, finger
 from .tasks import (TASKS, Task, chat, last_number, open_task, render_for_completion,
                            say, tool)
 from .tokenizer import Tokenizer
-from .train import Report, pretrain
+from .train import Report, most_ranks, pretrain
 
 # %% ../nbs/23_rl.ipynb #adv
 def advantages(rewards:Tensor # (prompts, samples)
@@ -250,7 +250,7 @@ def resolved(self:RLConfig) -> RLConfig:
     if not c.saved: c.base = str(find_checkpoint(c.base)) if c.base else newest('sft', 'mid')
     m = c.model_config(); c.depth, c.pattern, c.vocab_size = m.n_layer, m.pattern, m.vocab_size
     for k, v in dict(max_seq_len=m.sequence_len, max_tokens=24 if tiny else 256,
-                     nproc=n_gpus() if gpu else 1,
+                     nproc=most_ranks() if gpu else 1,
                      eval_questions=1000 if tiny else 200, lr_frac=.15 if tiny else .05,
                      num_iterations=ENDLESS if c.minutes else 200 if tiny else 400,
                      eval_every=20, save_every=100, max_hours=168.,

@@ -24,7 +24,7 @@ from .launch import n_gpus
 from .tasks import TaskMixture, open_tasks, render_batch, render_for_completion
 from .tokenizer import Tokenizer
 from .train import (MFU, Plan, PlanError, PretrainConfig, Report, Trainer, _meta, _too_much,
-                           machine, pretrain)
+                           machine, most_ranks, pretrain)
 
 # %% ../nbs/22_sft.ipynb #wholefit
 MASK = 1 << 24      # added to the id of a supervised token on its way through the packer
@@ -313,7 +313,7 @@ def mean_tokens(task, tok, T, n=256): # of a conversation, cut at a row
 @patch
 def _steps(self:FinetuneConfig, was, gpu): # batch and number of steps
     for k, big, small in (('eval_tokens', 2**20, 2**15), ('max_hours', 168., 3.),
-                          ('nproc', n_gpus(), 1)):
+                          ('nproc', most_ranks(), 1)):
         if getattr(self, k) == -1: setattr(self, k, big if gpu else small)
     self.device = self.device or get_device().type
     if self.compile == 'auto': self.compile = 'on' if gpu else 'off'

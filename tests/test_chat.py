@@ -152,6 +152,14 @@ def test_at_most_so_many_and_spread_over_the_set(tmp_path, monkeypatch):
     p = chat_plan(FinetuneConfig(base=b, tasks='mmlu/train@99999 sums@60', val_tasks='sums/test@20', data=str(data), device='cpu', nproc=0))
     assert '1,060 conversations (mmlu 1,000, sums 60)' in str(p)
 
+def test_all_gpus_that_can_share_the_data(tmp_path, monkeypatch):
+    import nano_dh.rl as R, nano_dh.sft as S, nano_dh.train as T
+    monkeypatch.setenv('NANO_DH_BASE_DIR', str(tmp_path)); b = base(tmp_path)
+    for m in (R, S, T): monkeypatch.setattr(m, 'n_gpus', lambda: 6)
+    monkeypatch.setattr(T, 'machine', lambda d: dict(name='six', memory=80e9, flops=1e15))
+    assert FinetuneConfig(**KW | dict(base=b, device='cuda', nproc=-1, total_batch_size=-1)).resolved().nproc == 4
+    assert R.RLConfig(base=b, task='sums', device='cuda').resolved().nproc == 4
+
 def test_inherited_and_misspelt_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv('NANO_DH_BASE_DIR', str(tmp_path)); b = base(tmp_path)
     with pytest.raises(ValueError, match='depth comes with the base'): FinetuneConfig(base=b, depth=8).resolved()
