@@ -156,7 +156,9 @@ class ChatTrainer(Trainer):
 
     def restore(self): # a run that begins is judged before its first step
         super().restore()
-        if self.step == 0: self.evaluate()
+        if self.step: return
+        began = time.perf_counter(); self.evaluate()
+        self.judged = time.perf_counter() - began
 
 # %% ../nbs/22_sft.ipynb #chatstep2
 @patch

@@ -530,6 +530,7 @@ class Trainer:
         self.rank, self.world, self.device = me.rank, me.world_size, get_device(c.device)
         self.step, self.seconds, self.ema, self.best, self.good = 0, 0., None, math.inf, ''
         self.val, self.wb, self.pace, self.clock = None, None, [], self.mark()
+        self.judged = 0.                                # seconds of evaluation before the first step
         set_seed(c.seed)
         self.open()
         self.opt = build_optimizer(self.model, c.matrix_lr, c.embedding_lr, c.unembedding_lr,
@@ -783,11 +784,13 @@ def started(self:Trainer, begun:float, settled:float, # by time.perf_counter: be
             first:Late):                               # the first step
     "Say what the time to the first step was spent on"
     first.tolist(); now = time.perf_counter()
-    parts = dict(kernels=settled - begun, setup=self.clock.at - settled, step=now - self.clock.at)
+    parts = dict(kernels=settled - begun, setup=self.clock.at - settled - self.judged,
+                 step=now - self.clock.at)
     if self.cfg.compile == 'on' or now - begun > 10: self.log(
         startup=now - begun, note=f'first step done after {now - begun:.0f} s: '
         '{kernels:.0f} s kernels chosen, {setup:.0f} s model, optimizer and data, {step:.0f} s '
-        'first step with its compilation'.format(**parts))
+        'first step with its compilation'.format(**parts) +
+        f', {self.judged:.0f} s evaluation before it'*(self.judged > 0))
 
 # %% ../nbs/14_train.ipynb #pretrain
 def pretrain(cfg:PretrainConfig, # may have fields left open
