@@ -246,7 +246,7 @@ def _sensible(c): # refuse a run that could learn nothing, or say nothing of wha
 def resolved(self:RLConfig) -> RLConfig:
     "Derive every field that was left at -1 or ''; a resumed run brings its own"
     c = self.continued() if self.resume else replace(self); tiny = c.task == 'tiny'
-    gpu = c.device in ('', 'cuda') and n_gpus() > 0
+    c.check(); gpu = c.device in ('', 'cuda') and n_gpus() > 0
     if not c.saved: c.base = str(find_checkpoint(c.base)) if c.base else newest('sft', 'mid')
     m = c.model_config(); c.depth, c.pattern, c.vocab_size = m.n_layer, m.pattern, m.vocab_size
     for k, v in dict(max_seq_len=m.sequence_len, max_tokens=24 if tiny else 256,

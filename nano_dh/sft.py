@@ -277,7 +277,7 @@ def continued(self:FinetuneConfig) -> FinetuneConfig:
 @patch
 def resolved(self:FinetuneConfig) -> FinetuneConfig:
     "Derive every field that was left at -1 or ''; a resumed run brings its own"
-    c = self.continued() if self.resume else replace(self)
+    c = self.continued() if self.resume else replace(self); c.check()
     if c.stage not in STAGES: raise ValueError(f'stage {c.stage!r}: use {" or ".join(STAGES)}')
     before = ('mid', 'base')[c.stage == 'mid':]
     if not c.saved: c.base = str(find_checkpoint(c.base)) if c.base else newest(*before)
@@ -353,7 +353,7 @@ class ChatPlan(Plan):
 def chat_plan(cfg:FinetuneConfig # may have fields left open
              ) -> ChatPlan:
     "What the run will do; PlanError if this machine cannot"
-    c = cfg.resolved(); m, mc = _meta(c), machine(c.device)
+    c = cfg.resolved(); c.ready(); m, mc = _meta(c), machine(c.device)
     if not c.resume and (c.run_dir/'config.json').exists():
         raise PlanError(f'Run {c.run} exists already. Continue it with resume True, or take '
                         'another name.')

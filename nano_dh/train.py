@@ -173,6 +173,9 @@ def check(self:PretrainConfig):
     for k, words in ONE_OF.items():
         if (v := getattr(self, k)) not in words:
             raise ValueError(f'{k} {v!r}: use {" or ".join(map(repr, words))}')
+    have = dict(cuda=n_gpus() > 0, mps=torch.backends.mps.is_available())
+    if not have.get(self.device, True):
+        raise PlanError(f'device {self.device}, but this machine shows none; take device cpu')
     if '/' in self.run or self.run in ('.', '..'):
         raise ValueError(f'run {self.run!r} is to name one folder in {runs_dir()}; '
                          'leave out the /')
@@ -424,10 +427,7 @@ def named(path:str # 'module:function'
 
 @patch
 def ready(self:PretrainConfig): # resolved
-    "Refuse what training would miss only later: the device, functions that it calls by name"
-    have = dict(cuda=n_gpus() > 0, mps=torch.backends.mps.is_available())
-    if not have.get(self.device, True):
-        raise PlanError(f'device {self.device}, but this machine shows none; take device cpu')
+    "Refuse names of functions that training would miss only later"
     for k in ('core_metric', 'sampler'):
         if path := getattr(self, k): named(path)
 
@@ -443,7 +443,7 @@ def _deepest(cfg, c): # the largest depth that fits, by halving; c: cfg resolved
 def plan(cfg:PretrainConfig # may have fields left open
         ) -> Plan:
     "What the run will do; PlanError if this machine cannot"
-    c = cfg.resolved(); c.ready(); p = estimate(c); c = p.cfg
+    p = estimate(cfg); c = p.cfg; c.ready()
     if not c.resume and (c.run_dir/'config.json').exists():
         raise PlanError(f'Run {c.run} exists already, at step {latest_step(c.run_dir) or 0}. '
                         'Continue it with resume True, or take another name.')
@@ -733,7 +733,7 @@ def _from0(make): # what rank 0 makes, on all ranks
 def begin(cfg:PretrainConfig # may have fields left open
          ) -> PretrainConfig: # resolved, the same on every rank
     "Agree on the configuration"
-    def settle(): c = cfg.resolved(); c.check(); c.ready(); return c
+    def settle(): c = cfg.resolved(); c.ready(); return c
     return _from0(settle)
 
 LOCK_WAIT = 10.     # seconds that a process which was killed may need to be gone

@@ -160,6 +160,17 @@ def test_all_gpus_that_can_share_the_data(tmp_path, monkeypatch):
     assert FinetuneConfig(**KW | dict(base=b, device='cuda', nproc=-1, total_batch_size=-1)).resolved().nproc == 4
     assert R.RLConfig(base=b, task='sums', device='cuda').resolved().nproc == 4
 
+@pytest.mark.parametrize('kw,says', [(dict(keep=-1), 'keep -1: take 0 or more'), (dict(device='gpu'), "device 'gpu': use"), (dict(schedule='lin'), "schedule 'lin': use"),
+    (dict(eval_every=-3), 'eval_every -3: take 0 or more'), (dict(run='a/b'), 'leave out the /'), (dict(device='cuda'), 'device cuda, but this machine shows none')])
+def test_values_that_cannot_be_are_refused_by_the_plan(tmp_path, monkeypatch, kw, says):
+    "As in pretraining, before anything is trained; those of RL too"
+    import nano_dh.rl as R, nano_dh.train as T
+    from nano_dh.sft import chat_plan
+    monkeypatch.setenv('NANO_DH_BASE_DIR', str(tmp_path)); b = base(tmp_path); monkeypatch.setattr(T, 'n_gpus', lambda: 0)
+    for refuse in (lambda: chat_plan(FinetuneConfig(base=b, **kw)), lambda: R.RLConfig(base=b, task='sums', **kw).resolved()):
+        with pytest.raises((T.PlanError, ValueError), match=says) as e: refuse()
+        assert '\n' not in str(e.value)
+
 def test_inherited_and_misspelt_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv('NANO_DH_BASE_DIR', str(tmp_path)); b = base(tmp_path)
     with pytest.raises(ValueError, match='depth comes with the base'): FinetuneConfig(base=b, depth=8).resolved()

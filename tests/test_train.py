@@ -160,6 +160,7 @@ def test_a_gpu_that_is_not_there(base, data, monkeypatch):
     from nano_dh import train as T
     monkeypatch.setattr(T, 'n_gpus', lambda: 0)
     with pytest.raises(T.PlanError, match='device cuda, but this machine shows none'): T.plan(T.PretrainConfig(**TINY | dict(data=data, device='cuda')))
+    with pytest.raises(T.PlanError, match='device cuda, but this machine shows none'): T.plan(T.PretrainConfig(data=data, device='cuda'))     # every size open
     for gpus, ranks in ((3, 2), (6, 4), (8, 8), (0, 0)):
         monkeypatch.setattr(T, 'n_gpus', lambda: gpus)
         assert T.most_ranks() == ranks
