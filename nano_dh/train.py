@@ -30,6 +30,7 @@ from .optim import (REF_BATCH, REF_TOKENS, build_optimizer, lr_multiplier, muon_
 from .loss_eval import evaluate_bpb
 from .checkpoint import (checkpoints, latest_step, load_checkpoint, runs_dir,
                                 save_checkpoint)
+from .gradient_check import check_gradients
 from .launch import LiveCurve, n_cores, n_gpus, run_env, run_ranks
 
 # %% ../nbs/14_train.ipynb #c-run
@@ -96,6 +97,7 @@ class PretrainConfig(OptimConfig):
     nproc: int = -1             # ranks on this machine; -1: one a GPU, or 1; 0: inside this process
     device: str = ''            # 'cuda', 'mps', 'cpu'; '' takes the best there is
     compile: str = 'auto'       # 'on', 'off', 'auto': on a GPU only
+    check_gradients: bool = True # compare a compiled model's with the true ones at the start
     max_hours: float = -1.      # refuse a plan that takes longer; -1: 3 on a CPU, 168 on GPUs
     gpu_hour_price: float = 3.  # dollars an hour of one GPU, for the plan's cost
 
@@ -280,7 +282,7 @@ def run_dir(self:PretrainConfig) -> Path: return runs_dir()/self.run
 # %% ../nbs/14_train.ipynb #continued
 FROZEN = ('depth', 'pattern', 'preset', 'model', 'data', 'tokenizer', 'vocab_size', 'max_seq_len',
           'doc_mask', 'total_batch_size', 'seed')
-LOCAL = ('resume', 'nproc', 'device', 'compile', 'max_hours', 'gpu_hour_price')   # of the machine
+LOCAL = ('resume', 'nproc', 'device', 'compile', 'check_gradients', 'max_hours', 'gpu_hour_price')   # of the machine
 
 PretrainConfig.given = frozenset()     # names that the command line gave
 
@@ -530,7 +532,7 @@ class Trainer:
         self.rank, self.world, self.device = me.rank, me.world_size, get_device(c.device)
         self.step, self.seconds, self.ema, self.best, self.good = 0, 0., None, math.inf, ''
         self.val, self.wb, self.pace, self.clock = None, None, [], self.mark()
-        self.judged = 0.                                # seconds of evaluation before the first step
+        self.judged = self.checked = 0. # seconds of evaluation and of the check before the first step
         set_seed(c.seed)
         self.open()
         self.opt = build_optimizer(self.model, c.matrix_lr, c.embedding_lr, c.unembedding_lr,
@@ -778,6 +780,17 @@ def memory_advice(c:PretrainConfig): # resolved
         raise OutOfMemory(f'device_batch_size {c.device_batch_size} x {c.max_seq_len} tokens does '
                           f'not fit: {str(e).splitlines()[0][:150]} Take {way}.') from None
 
+# %% ../nbs/14_train.ipynb #check-grad
+@patch
+def check_first(self:Trainer, batch):
+    "Refuse to train a compiled model that computes other gradients than the model"
+    c = self.cfg
+    if c.compile != 'on' or not c.check_gradients: return
+    mb = next(iter(batch.micro(c.device_batch_size)))
+    cu = dict(cu_seqlens=mb.cu_seqlens, cu_seqlens_cpu=mb.cu_seqlens_cpu) if c.doc_mask else {}
+    seen = check_gradients(self.model, self.fwd, mb.x, mb.y, **cu)
+    self.checked = seen.seconds; seen.refuse(); self.log(note=str(seen))
+
 # %% ../nbs/14_train.ipynb #started
 @patch
 def started(self:Trainer, begun:float, settled:float, # by time.perf_counter: begin, kernels chosen
@@ -785,12 +798,14 @@ def started(self:Trainer, begun:float, settled:float, # by time.perf_counter: be
     "Say what the time to the first step was spent on"
     first.tolist(); now = time.perf_counter()
     parts = dict(kernels=settled - begun, setup=self.clock.at - settled - self.judged,
-                 step=now - self.clock.at)
+                 step=now - self.clock.at - self.checked)
     if self.cfg.compile == 'on' or now - begun > 10: self.log(
         startup=now - begun, note=f'first step done after {now - begun:.0f} s: '
         '{kernels:.0f} s kernels chosen, {setup:.0f} s model, optimizer and data, {step:.0f} s '
         'first step with its compilation'.format(**parts) +
-        f', {self.judged:.0f} s evaluation before it'*(self.judged > 0))
+        f', {self.checked:.0f} s check of its gradients'*(self.checked > 0) +
+        f', {self.judged:.0f} s evaluation before it'*(self.judged > 0), parts=parts | dict(
+            check=self.checked, evaluation=self.judged))
 
 # %% ../nbs/14_train.ipynb #pretrain
 def pretrain(cfg:PretrainConfig, # may have fields left open
@@ -816,7 +831,10 @@ def loop(self:Trainer, marks:list): # by time.perf_counter: begin, kernels chose
     patience = sys.getswitchinterval(); sys.setswitchinterval(1e-4)
     try:
         while t.step < c.num_iterations:
-            with memory_advice(c): total = t.train_step(next(t.loader))
+            batch = next(t.loader)
+            with memory_advice(c):
+                if marks: t.check_first(batch)
+                total = t.train_step(batch)
             waiting.append((t.step, Late(total)))
             if marks: marks = t.started(*marks, waiting[0][1])
             pause = any(t.due(e) for e in every)
@@ -852,7 +870,7 @@ def once(cfg:PretrainConfig # may have fields left open, but not the name
 
 # %% ../nbs/14_train.ipynb #report
 KNOWN = {*'step loss lrm tokens tok_s seconds eta memory mfu val_bpb val_loss val_stderr'.split(),
-         *'prompt sample checkpoint note startup done'.split()} # all else came from core_metric
+         *'prompt sample checkpoint note startup parts done'.split()} # all else came from core_metric
 
 class Report:
     "Progress lines while a run goes on, its results afterwards"
