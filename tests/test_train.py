@@ -296,3 +296,26 @@ def test_wandb_offline_resumes_the_same_run(base, data):
         assert r.returncode == 0, r.stderr
     runs = list((base/'runs'/'w b').glob('wandb/offline-run-*'))
     assert len(runs) == 2 and {r.name.split('-', 3)[-1] for r in runs} == {'w-b'}
+
+def test_a_cut_gradient_stops_a_compiled_run(base, data, monkeypatch):
+    "Compiled by Dynamo alone, which takes seconds; the fault is put into what is compiled"
+    import functools
+    from nano_dh import hybrid_model
+    from nano_dh.gradient_check import WrongGradient
+    from nano_dh.train import PretrainConfig, pretrain
+    class Cut(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x): return torch.relu(x)*torch.relu(x)
+        @staticmethod
+        def backward(ctx, g): return torch.zeros_like(g)
+    right = hybrid_model.relu2
+    def cut(x): return Cut.apply(x) if torch.compiler.is_compiling() else right(x)
+    monkeypatch.setattr(torch, 'compile', functools.partial(torch.compile, backend='eager'))
+    go, seen = dict(TINY, data=data, nproc=0, compile='on', num_iterations=2, eval_every=0), []
+    pretrain(PretrainConfig(**go, run='whole'), seen.append)
+    assert any('parameters checked in' in r.get('note', '') for r in seen) and len(losses(base, 'whole')) == 2
+    monkeypatch.setitem(hybrid_model.ACTIVATIONS, 'relu2', cut); torch._dynamo.reset()
+    with pytest.raises(WrongGradient, match=r'c_fc.weight: no gradient'): pretrain(PretrainConfig(**go, run='cut'), seen.append)
+    assert not losses(base, 'cut')
+    torch._dynamo.reset(); pretrain(PretrainConfig(**go, run='unchecked', check_gradients=False), seen.append)
+    assert len(losses(base, 'unchecked')) == 2
