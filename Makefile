@@ -8,7 +8,7 @@ STAMP := $(shell date +%Y%m%d-%H%M%S)
 EXTRA := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo dev,gpu || echo dev)
 RUN    = mkdir -p runs/out && $(V)/papermill --log-output --progress-bar --cwd .
 
-.PHONY: pretrain finetune speedrun tokenizer bench inference eval chat serve test install docs clean-notebooks
+.PHONY: pretrain finetune speedrun tokenizer bench inference eval figures chat serve test install docs clean-notebooks
 
 pretrain: .venv/.ready     ## train a model (default: depth 4 on the shipped sample) and write the executed notebook
 	$(RUN) runs/pretrain.ipynb runs/out/pretrain-$(STAMP).ipynb $(P)
@@ -38,6 +38,9 @@ inference: .venv/.ready    ## speed and memory of answering
 
 eval: .venv/.ready         ## bits per byte by source and CORE of the newest pretrained model
 	$(RUN) runs/base_eval.ipynb runs/out/base_eval-$(STAMP).ipynb $(P)
+
+figures: .venv/.ready      ## the README's measured figures and their pictures from runs/records (P=--check only compares)
+	$(V)/python -m nano_dh.figures $(P)
 
 test: .venv/.ready         ## every chapter and every test
 	$(V)/python -m pytest -n auto -rsfE $(P)
