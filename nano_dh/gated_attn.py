@@ -257,7 +257,7 @@ class GatedAttention(nn.Module):
 def init_weights(self:GatedAttention,
                  generator:torch.Generator|None=None # on the CPU; default: torch's own
                 ):
-    "Draw the parameters; the output projection and the gates start at zero"
+    "Draw the parameters; output projection and gates are zero (the model then opens `ve_gate`)"
     for m in (self.c_q, self.c_k, self.c_v): m.reset_parameters(generator)
     for m in (self.c_proj, self.gate, self.ve_gate):
         if m is not None: m.weight.zero_()

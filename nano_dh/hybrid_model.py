@@ -260,8 +260,12 @@ def init_weights(self:HybridModel, seed:int=0): # seed: the same model on every 
     if cfg.resid_scalars:
         self.resid_lambdas.copy_(torch.linspace(1.15, 1.05, cfg.n_layer))
         self.x0_lambdas.copy_(torch.linspace(.20, .05, cfg.n_layer))
-    if cfg.smear: self.smear_gate.weight.zero_(); self.smear_lambda.zero_()
+    if cfg.smear: self.smear_lambda.zero_()
     if cfg.backout: self.backout_lambda.fill_(.2)
+    gates = [getattr(b.mixer, 've_gate', None) for b in self.blocks]
+    for gate in [*gates, getattr(self, 'smear_gate', None)]: # slightly above neutral
+        if gate is None: continue
+        gate.weight.copy_(torch.empty(gate.weight.shape).uniform_(0, .02, generator=gen))
 
 # %% ../nbs/06_hybrid_model.ipynb #reach
 @patch
