@@ -30,13 +30,13 @@ POLAR_EXPRESS = ((8.156554524902461, -22.48329292557795, 15.878769915207462),
 # %% ../nbs/10_optim.ipynb #orthogonalize
 def orthogonalize(x:Tensor, # stacked matrices (N, m, n); arithmetic in its dtype
                   coefs:tuple=POLAR_EXPRESS, # (a, b, c) of each step
-                  safety:float=1.02, # margin of the first norm against rounding above 1
-                  eps:float=1e-7, # smallest norm divided by
+                  safety:float=1.01, # margin of the first norm against rounding above 1
+                  eps:float=1e-6, # added to that norm
                  ) -> Tensor: # (N, m, n), all singular values near 1
     "Nearest semi-orthogonal matrices by odd quintics (Amsel et al., 2025, arXiv:2505.16932)"
     tall = x.size(-2) > x.size(-1)
     if tall: x = x.mT
-    x = x / (x.norm(dim=(-2,-1), keepdim=True) * safety).clamp(min=eps)
+    x = x / (x.norm(dim=(-2,-1), keepdim=True) * safety + eps)
     for a,b,c in coefs:
         A = x @ x.mT                                   # (N, m, m), the smaller side
         x = torch.baddbmm(x, torch.baddbmm(A, A, A, beta=b, alpha=c), x, beta=a)
@@ -65,10 +65,11 @@ def update_scale(u:Tensor, # orthogonalised update (N, m, n)
 class MuonOptions(NamedTuple):
     "What Muon does beyond orthogonalised momentum; each extra can be switched off"
     coefs:tuple=POLAR_EXPRESS          # polynomial of each step
-    safety:float=1.02                  # margin of the first norm
+    safety:float=1.01                  # margin of the first norm
+    eps:float=1e-6                     # added to it
     ns_dtype:torch.dtype=torch.float32 # arithmetic of the polynomials
     nesterov:bool=True                 # look one step ahead
-    equilibrate:bool=True              # rows to unit length before
+    equilibrate:bool=True              # rows to one length before
     renorm:bool=True                   # Frobenius norm sqrt(min(m, n)) after
     beta2:float=.9                     # NorMuon's memory; 0: off
     cautious:bool=True                 # decay only weights that the update shrinks too
@@ -87,8 +88,11 @@ def muon_update(p:Tensor, # weights (N, m, n), float32 or float64; in place
     cast = lambda x: x.to(p.dtype)
     mom.lerp_(g, cast(1 - momentum))
     u = torch.lerp(g, mom, cast(momentum)) if o.nesterov else mom
-    if o.equilibrate: u = u / vector_norm(u, dim=-1, keepdim=True).clamp(min=1e-20)
-    u = cast(orthogonalize(u.to(o.ns_dtype), o.coefs, o.safety))
+    if o.equilibrate:
+        rows = vector_norm(u, dim=-1, keepdim=True)
+        mean = vector_norm(rows, dim=-2, keepdim=True) / m**.5          # root mean square
+        u = u * (mean / rows.clamp(min=1e-6))
+    u = cast(orthogonalize(u.to(o.ns_dtype), o.coefs, o.safety, o.eps))
     step = lr * max(1, m/n)**.5
     shrink = cast(1 - (step if o.scale_decay else lr) * wd)
     p.mul_(torch.where(u*p >= 0, shrink, 1.) if o.cautious else shrink)
@@ -114,7 +118,7 @@ def adamw_settings(width:int, # of the model
                    embedding_lr:float=.3, unembedding_lr:float=.008, # tables; head
                    scalar_lr:float=.5, # weights of the stream
                    delta_lr:float=.016, conv_lr:float=.016, norm_lr:float=.016, # see below
-                   small_lr:float=.016, # all at REF_BATCH tokens a step
+                   small_lr:float=.016, # all at REF_BATCH tokens a step, but for `stream`
                   ) -> dict: # role -> settings
     "What AdamW does with each role"
     w = (width/768)**-.5
@@ -123,7 +127,7 @@ def adamw_settings(width:int, # of the model
     return dict(lm_head=s(unembedding_lr*w, .8, .96, wd=.01),
                 embed=s(embedding_lr*w, .8, .995, wd=.001),
                 value_embed=s(embedding_lr*w/2, .8, .995, wd=.01),
-                resid=s(scalar_lr*.01, .8, .95, eps=1e-8),
+                resid=s(scalar_lr*.01, .8, .95, wd=.05, eps=1e-8),
                 x0=s(scalar_lr, .96, .95, eps=1e-8),
                 stream=s(scalar_lr*.4, .8, .95, eps=1e-8),
                 delta=s(delta_lr, .8, .95), conv=s(conv_lr, .8, .95),
@@ -502,7 +506,8 @@ def build_optimizer(model:nn.Module, # with `param_roles()`
     spec['matrix'] = dict(kind='muon', lr=matrix_lr, momentum=.85, weight_decay=wd,
                           options=options)
     for n,p,r in named:
-        new = dict(spec[r], lr=spec[r]['lr']*b, role=r, params=[], names=[])
+        lr = spec[r]['lr']*(1. if r == 'stream' else b)
+        new = dict(spec[r], lr=lr, role=r, params=[], names=[])
         g = groups.setdefault((r, tuple(p.shape) if r == 'matrix' else ()), new)
         g['params'].append(p); g['names'].append(n)
     return MuonAdamW(list(groups.values()), clip, compile, reduce_dtype, shard_numel)

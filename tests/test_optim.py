@@ -19,7 +19,7 @@ def pair(kind, ref, dtype=torch.float32, steps=8, **settings):
 
 @pytest.mark.parametrize('dtype,nesterov,wd', list(itertools.product([torch.float32, torch.float64], [True, False], [0., .1])))
 def test_muon_equals_torch(dtype, nesterov, wd):
-    o = MuonOptions(coefs=NEWTON_SCHULZ, safety=1., ns_dtype=torch.bfloat16, nesterov=nesterov, **OFF)
+    o = MuonOptions(coefs=NEWTON_SCHULZ, safety=1., eps=0., ns_dtype=torch.bfloat16, nesterov=nesterov, **OFF)
     d = pair('muon', lambda W: torch.optim.Muon(W, lr=.02, weight_decay=wd, momentum=.95, nesterov=nesterov), dtype,
              lr=.02, momentum=.95, weight_decay=wd, options=o)
     print(f'{d:.1e}'); assert d < 1e-6
@@ -34,7 +34,7 @@ def naive_muon(p, g, mom, second, lr, mu, wd):
     "All extras, one matrix, as the chapter's text has them"
     m, n = p.shape
     mom += (1 - mu)*(g - mom); u = g + mu*(mom - g)
-    u = u/u.norm(dim=1, keepdim=True)
+    u = u/u.norm(dim=1, keepdim=True)*u.norm()/m**.5
     u = orthogonalize(u[None])[0]
     u = u*(min(m, n)**.5/u.norm())
     v = u.square().mean(1, keepdim=True) if m >= n else u.square().mean(0, keepdim=True)
