@@ -177,15 +177,17 @@ def _state_from(self:HybridModel, got, n, device=None, dtype=None): # named tens
     return state
 
 # %% ../nbs/15_cache.ipynb #cuts
-GRID, STRIDE = 64, 1024   # tokens: snapshots lie on the grid; one is kept at least every STRIDE
+GRID, STRIDE = 64, 1024   # tokens: snapshots lie on the grid; small pieces leave one every STRIDE
 
 def cuts(start:int,        # tokens already read, a multiple of GRID
          end:int,          # length of the prompt
          piece:int=STRIDE, # largest piece
-         last:bool=True    # also at the last multiple of GRID, where a snapshot is kept
+         last:bool=True,   # also where the last snapshot is kept
+         also=()           # and at these lengths
         ) -> list[int]:    # where pieces end; the last one is `end`
-    "Where a prompt is cut: multiples of `piece`, the last multiple of GRID, the end"
-    inner = {*range(start//piece*piece + piece, end, piece), *[(end-1)//GRID*GRID]*last}
+    "Multiples of `piece`, the last multiple of GRID (in a larger piece of STRIDE), the end"
+    grid = STRIDE if piece > STRIDE and end > STRIDE else GRID
+    inner = {*range(start//piece*piece + piece, end, piece), *[(end-1)//grid*grid]*last, *also}
     return [*sorted(c for c in inner if start < c < end), end]
 
 # %% ../nbs/15_cache.ipynb #snap
@@ -212,7 +214,7 @@ class PrefixCache:
     def __init__(self, model:HybridModel,
                  max_bytes:int=1 << 30): # of all snapshots; 0 keeps none
         self.model, self.max_bytes, self.nbytes, self.hits, self.misses = model, max_bytes, 0, 0, 0
-        self.snaps, self.names = OrderedDict(), slot_names(model)
+        self.snaps, self.names, self.seen = OrderedDict(), slot_names(model), {}
 
     def find(self, tokens:list # a prompt
             ) -> Snapshot|None: # the longest known beginning, at least one token shorter
@@ -227,7 +229,7 @@ class PrefixCache:
 
     def clear(self):
         for s in self.snaps.values(): s.gone = True
-        self.snaps.clear(); self.nbytes = 0
+        self.snaps.clear(); self.seen.clear(); self.nbytes = 0
 
 # %% ../nbs/15_cache.ipynb #pc-restore
 @patch
@@ -282,6 +284,19 @@ def _keep(self:PrefixCache, key, snap):
         if gone.parent is not None: gone.parent.children -= 1
     return snap if key in self.snaps else None
 
+# %% ../nbs/15_cache.ipynb #pc-shared
+@patch
+def shared(self:PrefixCache,
+           tokens:list, # a prompt
+           most:int=4096 # beginnings that are remembered
+          ) -> int:     # a multiple of STRIDE, 0 if nothing
+    "How far an earlier prompt was the same; remembers this one"
+    keys = {n: k for n, k in _keys(tokens).items() if n % STRIDE == 0}
+    same = max((n for n, k in keys.items() if k in self.seen), default=0)
+    for k in keys.values(): self.seen.pop(k, None); self.seen[k] = None     # the newest last
+    for k in [*self.seen][:-most]: del self.seen[k]
+    return same
+
 # %% ../nbs/15_cache.ipynb #read
 class Reading:
     "Prompts on their way into the rows of a state"
@@ -298,15 +313,26 @@ class Reading:
         self.cache = cache if cache is not None and cache.max_bytes > 0 and state.n == 0 else None
         self.snaps = [None]*len(prompts)
         if self.cache: self.snaps = [cache.find(p) for p in prompts]
+        self.shared = [cache.shared(p) if self.cache else 0 for p in prompts]
         self.at = [cache.restore(s, self.row(i)) if s else 0 for i, s in enumerate(self.snaps)]
-        state.n, step = self.before + max(self.at), GRID if exact else piece
-        self.cuts = [cuts(a, len(p), step, bool(self.cache) or exact)
-                     for a, p in zip(self.at, prompts)]
+        state.n, self.exact = self.before + max(self.at), exact
+        self.cuts = [[len(p)] for p in prompts]; self.cut(piece)
 
     def row(self, i:int) -> ModelState: # its memory moves when the state grows
         return self.state if len(self.prompts) == 1 else self.state.view(1, i)
     @property
     def left(self) -> int: return sum(map(len, self.cuts)) # pieces
+
+# %% ../nbs/15_cache.ipynb #read-cut
+@patch
+def cut(self:Reading,
+        piece:int,   # largest piece from here on, in a row
+        also=None):  # more lengths at which each row is cut
+    "Decide where the pieces of what is left end; exact ones stay as they are"
+    step, last = GRID if self.exact else piece, bool(self.cache) or self.exact
+    also = also or [[] for _ in self.prompts]
+    self.cuts = [cuts(a, len(p), step, last, [*more, n]) if c else [] for a, p, c, more, n
+                 in zip(self.at, self.prompts, self.cuts, also, self.shared)]
 
 # %% ../nbs/15_cache.ipynb #reading-read
 @patch
