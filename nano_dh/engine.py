@@ -12,7 +12,7 @@ from collections import deque
 from dataclasses import dataclass, field, replace
 from fastcore.basics import patch
 from torch import Tensor
-from .cache import STRIDE, PrefixCache, Reading, _keys, cuts
+from .cache import STRIDE, PrefixCache, Reading, _keys
 from .core import human
 from .decode import Decoder, Recorded, inference_copy
 from .execution import calculator
@@ -253,8 +253,8 @@ class Engine:
                  prefix_bytes:int=1 << 30, # of the prefix cache; 0 is off
                  exact:bool=False,         # on CPU: the same bits in any company
                  group:int=4,              # exact: rows that are computed together
-                 piece:int=STRIDE,         # tokens of a prompt that are read at once
-                 reads:int|None=None,      # of all prompts; default STRIDE, on CUDA 16 of them
+                 piece:int=STRIDE,         # tokens of a prompt at once, while others decode
+                 reads:int|None=None,      # at once at most; default STRIDE, on CUDA 16 of them
                  graphs:bool|None=None):   # recorded steps, sampling on the device; None: on CUDA
         self.device, cfg = model.wte.weight.device, model.cfg
         self.graphs = self.device.type == 'cuda' and HAS_TRITON if graphs is None else graphs
@@ -274,6 +274,7 @@ class Engine:
 def _idle(self:Engine): # nothing is asked yet
     self.queue, self.slabs, self.pending = deque(), [], deque()
     self.reading, self.reader, self.awaited = [], None, []  # awaited: beginnings, by the queue
+    self.meanwhile, self.large = False, False    # others decode between pieces; pieces are large
     self._last, self.ids = None, itertools.count()
 
 # %% ../nbs/17_engine.ipynb #engine-specials
@@ -403,20 +404,20 @@ def _much(self:Engine, prompts): # more than a piece may hold, or mostly padding
 
 # %% ../nbs/17_engine.ipynb #leaves
 @patch
-def _leaves(self:Engine, s) -> dict: # digest -> length of each beginning that reading it will add
+def _leaves(self:Engine, s) -> dict: # digest -> length of each beginning that reading it can add
     p, cache = s.ids, self.prefix
     most = cache.max_bytes//self.model.state_bytes(STRIDE)*STRIDE    # 0 without a cache
     if min(len(p) - 1, most) < STRIDE: return {}
     keys = s._marks = s._marks or _keys(p)
     known = max((n for n, k in keys.items() if k in cache.snaps), default=0)
-    ends = cuts(known, len(p), self.piece)
-    return {keys[n]: n for n in ends if n % STRIDE == 0 and n in keys and n <= most}
+    ends = range(known//STRIDE*STRIDE + STRIDE, min(len(p) - 1, most) + 1, STRIDE)
+    return {keys[n]: n for n in ends}
 
 # %% ../nbs/17_engine.ipynb #admit-2
 @patch
 def _admit(self:Engine):
     "Read prompts, first come first served; while others decode, one piece a step"
-    busy = bool(self.rows())
+    self.meanwhile = busy = bool(self.rows())
     while True:
         for s in [s for s in self.reading if s.cancelled]: self._unread(s)
         try:
@@ -437,8 +438,9 @@ def _again(self:Engine): # back to the head of the queue
 def _failed(self:Engine, error): # while the prompts of `reading` were read
     mine = isinstance(error, Exception)                    # or Ctrl-C
     if mine and not self.reading and self.queue: self.reading = [self.queue.popleft()]
-    left, self.reading, self.reader = self._unended(self.reading), [], None
-    if len(left) > 1 and mine:
+    left, less = self._unended(self.reading), self.reader and self.large and no_memory(error)
+    self.reading, self.reader = [], None
+    if mine and (len(left) > 1 or left and less):
         for s in reversed(left): s.alone = True; self.queue.appendleft(s)
     else:
         for s in left: self._fail(s, error, 'read it')
@@ -453,7 +455,7 @@ def _unended(self:Engine, streams) -> list: # the others had their last token an
 # %% ../nbs/17_engine.ipynb #admit-read
 @patch
 def _read(self:Engine, group): # reads the prompts of these streams; yields after each piece
-    before, by = group[0].request.state, {}; new = before is None
+    before, by = group[0].request.state, {}; new, self.large = before is None, False
     def known(streams, n): # before any of it was read
         for s in streams:
             if not s._begun: s._begun, s.cached = True, n
@@ -465,6 +467,7 @@ def _read(self:Engine, group): # reads the prompts of these streams; yields afte
     r = self._rows(prompts, before)
     for p, n in zip(prompts, r.at): known(by[p], n if new else r.state.n)
     while r.left:
+        self._pace(r, [by[p][0] for p in prompts])
         for i, z in r.read().items():
             one = self.model.take(r.state, i, len(prompts[i])) if new else r.state
             if new: self._last = prompts[i], one, z
@@ -474,6 +477,18 @@ def _read(self:Engine, group): # reads the prompts of these streams; yields afte
         if not group: return            # all were cancelled
         for p, c in zip(prompts, r.cuts): {*group}.isdisjoint(by[p]) and c.clear()
         if r.left and self._known(r, len(group) < n): self._again(); yield 'again'
+
+# %% ../nbs/17_engine.ipynb #pace
+@patch
+def _pace(self:Engine, r, streams): # before each piece of a Reading; the first stream of each row
+    "Large pieces, unless others would stand still meanwhile"
+    longest, n = r.before + max(map(len, r.prompts)), len(r.prompts)
+    large = self.reads**2//max(self.reads, longest)//n//STRIDE*STRIDE
+    fixed = self.exact or r.forward is self.recorded or streams[0].alone
+    self.large = large > self.piece < longest and not (fixed or self.meanwhile)
+    wanted = {*self.awaited}
+    also = [[k for k, d in (s._marks or {}).items() if d in wanted] for s in streams]
+    r.cut(large if self.large else self.piece, also)
 
 # %% ../nbs/17_engine.ipynb #known
 @patch

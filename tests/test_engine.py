@@ -674,6 +674,114 @@ def test_a_small_cache_starves_nobody():
         busy.cancel(); drain(e); print(f'{steps} steps')
     assert steps <= 16
 
+# ---- large pieces, while nobody else decodes
+
+def lengths_read(seen): return [b for _, b in seen if b > 1]
+
+def beside(m, reads=16384, busy=False, **kw): # -> an engine; busy: another row decodes in it
+    e = Engine(m, TOK, reads=reads, **kw)
+    if busy: e.submit(Request([9], max_tokens=10**4, stop_tokens=())); e.step()
+    return e
+
+@pytest.mark.parametrize('kind', ['GL', 'nanochat'])
+def test_a_long_prompt_alone_takes_two_forwards(kind):
+    "In pieces while another row decodes or where it must be exact; the same logits, the same greedy text"
+    m, p = mixed(kind), numbers(0, 5000); kw = dict(max_len=10**4); ask = Request(p, max_tokens=8, temperature=0, stop_tokens=(), logprobs=20)
+    grid = [*range(64, 5000, 64), 5000]; exact = [b - a for a, b in zip([0, *grid], grid)]
+    with shapes_read(m) as seen:
+        def read(e): seen.clear(); s = e.submit(replace(ask)); e.run([s]); return s, lengths_read(seen)
+        alone_, n = read(beside(m, **kw)); assert n == [4096, 904]
+        for e, want in ((beside(m, prefix_bytes=0, **kw), [5000]), (beside(m, reads=4096, **kw), [3072, 1024, 904]),
+                        (beside(m, busy=True, **kw), [1024]*4 + [896, 8]), (beside(m, reads=None, **kw), [1024]*4 + [896, 8])):
+            s, n = read(e); assert n == want and s.tokens == alone_.tokens
+            torch.testing.assert_close(torch.tensor(s.logprobs), torch.tensor(alone_.logprobs), atol=1e-9, rtol=0)
+            for a, b in zip(s.tops, alone_.tops):
+                assert dict(a).keys() == dict(b).keys()
+                torch.testing.assert_close(torch.tensor([q for _, q in a]), torch.tensor([q for _, q in b]), atol=1e-9, rtol=0)
+        s, n = read(beside(m, exact=True, **kw)); assert n == exact and s.tokens == alone_.tokens
+
+def test_large_pieces_in_float32():
+    "Logits within what rounding does (as in the test of pieces of any length)"
+    m, p = make(sequence_len=4096), numbers(0, 3000); out = [{}, {}]
+    for busy in (0, 1):
+        e = beside(m, busy=bool(busy)); s = e.submit(Request(p, max_tokens=1, stop_tokens=(), logprobs=TOK.vocab_size)); e.run([s]); out[busy] = dict(s.tops[0])
+    assert max(abs(out[0][t] - out[1][t]) for t in out[0]) < 2e-4
+
+def test_exact_bits_do_not_know_large_pieces():
+    "Warm and cold, whatever `reads`: bitwise the same"
+    m, p = mixed('GL'), numbers(0, 2500); got = []
+    for reads, known in ((1024, 0), (16384, 0), (16384, 2300), (16384, 1500)):
+        e = Engine(m, TOK, reads=reads, exact=True)
+        if known: e.generate(p[:known] + [7], max_tokens=1)
+        s = e.generate(p, max_tokens=5, stop_tokens=(), temperature=0, logprobs=10); got.append((s.tokens, s.logprobs, s.tops)); assert s.cached == known//64*64
+    assert all(g == got[0] for g in got)
+
+def test_pieces_follow_the_company():
+    "Who decodes ends while a long prompt is read: the rest is read at once. A reading that waits for a row goes on in pieces"
+    m, p = mixed('G'), numbers(0, 9000); kw = dict(stop_tokens=())
+    with shapes_read(m) as seen:
+        e = Engine(m, TOK, reads=16384); a = e.submit(Request([1], max_tokens=4, **kw)); e.step(); s = e.submit(Request(p, max_tokens=2, **kw)); seen.clear(); e.run([a, s])
+        assert lengths_read(seen) == [1024]*2 + [8192 - 2048, 9000 - 8192] and s.tokens == alone(m, s.request).tokens
+        e = Engine(m, TOK, reads=16384, max_bytes=m.state_bytes(16384, 2)); short = numbers(1, 5000)
+        ss = [e.submit(Request(q, max_tokens=60, **kw)) for q in (short, p)]; seen.clear(); e.step()
+        first = list(seen); e.run(ss); assert [s.tokens for s in ss] == [alone(m, s.request).tokens for s in ss]
+        assert max(t for _, t in first) > 1024
+
+def test_questions_on_one_text():
+    "Together: the text once. One after the other: the second shows where the text ends, the third finds it"
+    m, base = mixed('GL'), numbers(0, 5000); kw = dict(max_tokens=1, stop_tokens=(), temperature=0)
+    ps = [base + numbers(i, 1500 + i) for i in range(1, 6)]; want = [alone(m, Request(p, **kw)).tokens for p in ps]
+    with shapes_read(m) as seen:
+        e = beside(m); ss = [e.submit(Request(p, **kw)) for p in ps]; e.run(ss)
+        assert [s.tokens for s in ss] == want and [s.cached for s in ss] == [0] + [4096]*4
+        assert seen[0] == (1, 4096) and len(lengths_read(seen)) <= 4 and sum(a*b for a, b in seen) < 4096 + 5*2600
+        e, n = beside(m), []
+        for p, w in zip(ps, want): seen.clear(); s = e.generate(p, **kw); n.append((s.cached, len(lengths_read(seen)))); assert s.tokens == w
+        assert n == [(0, 2), (0, 3), (4096, 2), (4096, 2), (4096, 2)], n
+        e = beside(m); e.generate(base, **kw); seen.clear()      # the next turns of a conversation
+        assert [e.generate(base + numbers(7, k), **kw).cached for k in (100, 400, 700)] == [4096, 4096, 5120]
+        assert lengths_read(seen) == [1004, 1024, 280, 580]      # the second passes 5,120
+
+def test_large_pieces_that_are_cancelled():
+    "Between two of them; nobody is left behind"
+    m, p = mixed('G'), numbers(0, 9000); e = Engine(m, TOK, reads=16384); s = e.submit(Request(p, max_tokens=5, stop_tokens=())); seen = []
+    other = e.submit(Request(numbers(1, 30), max_tokens=5, stop_tokens=()))
+    h = m.register_forward_pre_hook(lambda _, a: seen.append(a[0].shape[1]) or s.cancel()); e.step(); h.remove()
+    assert s.reason == 'cancelled' and [n for n in seen if n > 1] == [8192]
+    assert e.run([other])[0].tokens == alone(m, other.request).tokens and not e.busy and not e.reading
+
+@pytest.mark.parametrize('limit,ends', [(2000, 'length'), (500, 'error')])
+def test_no_memory_for_a_large_piece(limit, ends):
+    "It is read in small ones; where these are too large as well, it ends with a sentence"
+    m, p = mixed('GL'), numbers(0, 5000); asks = [Request(q, max_tokens=4, stop_tokens=()) for q in (p, [3, 4], [5])]; want = [alone(m, r).tokens for r in asks]
+    seen = []
+    def scarce(_, args):
+        seen.append(args[0].shape[1])
+        if args[0].shape[1] > limit: raise MemoryError('no room')
+    for n in (1, 3):
+        e = Engine(m, TOK, reads=16384); h = m.blocks[0].register_forward_pre_hook(scarce); ss = [e.submit(r) for r in asks[:n]]; seen.clear()
+        for _ in range(200):
+            try:
+                if not e.step(): break
+            except MemoryError: assert ends == 'error'
+        h.remove(); assert [s.reason for s in ss] == [ends, 'length', 'length'][:n] and not e.busy and not e.reading
+        assert [s.tokens for s in ss[1:]] == want[1:n] and ss[0].tokens == (want[0] if ends == 'length' else [])
+        assert max(seen) > 1024 and (ss[0].error is None) == (ends == 'length')
+
+def test_a_mistake_is_not_tried_again(monkeypatch):
+    "Only memory that has run out makes a single prompt start anew"
+    m, calls = mixed('G'), []
+    monkeypatch.setattr(E.Reading, 'read', lambda self: calls.append(1) or (_ for _ in ()).throw(RuntimeError('a mistake')))
+    e = Engine(m, TOK, reads=16384); s = e.submit(Request(numbers(0, 5000)))
+    with pytest.raises(RuntimeError, match='a mistake'): e.run([s])
+    assert len(calls) == 1 and s.reason == 'error'
+
+def test_longer_prompts_have_smaller_pieces():
+    "The mask of a piece has at most `reads` times `reads` entries"
+    m = mixed('G'); e = Engine(m, TOK, reads=16384)
+    with shapes_read(m) as seen: e.generate(numbers(0, 33_000), max_tokens=1, stop_tokens=())
+    n = lengths_read(seen); assert sum(n) == 33_000 and len(n) <= 6 and max(n)*33_000 <= 16384**2
+
 # ---- memory that runs out
 
 @pytest.mark.parametrize('error', [MemoryError('no room'), torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB'), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")], ids=lambda e: type(e).__name__)
