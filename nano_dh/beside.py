@@ -67,10 +67,10 @@ def make(word:str, depth:int, seq_len:int, seed:int=0, vocab_size:int=32768, dev
         if own: model.init_weights()
         else: model.init_weights(seed)
     init(seed)
-    first = sdpa_kernel(QUICKEST, set_priority=True) if word == 'own:L' else nullcontext()
+    def attention(): return sdpa_kernel(QUICKEST, set_priority=True) if word == 'own:L' else nullcontext()
     def loss(f, x, y, reduction='mean'):
         if not own: return f(x, targets=y, reduction=reduction)
-        with first: return f(x, y, loss_reduction=reduction)
+        with attention(): return f(x, y, loss_reduction=reduction)
     return SimpleNamespace(model=model, own=own, loss=loss, init=init, word=word, depth=depth)
 
 # %% ../nbs/14c_beside.ipynb #names
@@ -244,14 +244,17 @@ def gradient_table(word:str, depth:int, text:tuple, # a model of ours and what `
 
 # %% ../nbs/14c_beside.ipynb #speed
 def speed(word:str, depth:int, rows:int, seq_len:int, rounds:int=24, device='cuda',
-          folder:str|Path='', vocab_size:int=32768) -> list[dict]:
+          folder:str|Path='', vocab_size:int=32768,
+          alone:str|Path='' # a lock of this card: others compile meanwhile, none measures
+         ) -> list[dict]:
     "One row: model, depth, rows, seq_len, tok_s, spread, memory, mfu, first_s"
     if (gpu := torch.device(device).type == 'cuda'): torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter(); m = make(word, depth, seq_len, 0, vocab_size, device, folder)
     x, y = torch.randint(0, vocab_size, (2, rows, seq_len), device=device); fwd = compiled(m)
     def step(): m.model.zero_grad(set_to_none=True); m.loss(fwd, x, y).backward()
     timed(step, device, 1, 0); first = time.perf_counter() - began
-    seconds = timed(step, device, rounds); rate = rows*seq_len/middle(seconds)
+    with file_lock(alone) if alone else nullcontext(): seconds = timed(step, device, rounds)
+    rate = rows*seq_len/middle(seconds)
     peak = peak_flops(torch.cuda.get_device_name()) if gpu else None
     flops = m.model.estimate_flops() if m.own else m.model.flops_per_token(seq_len)
     return [dict(model=word, depth=depth, rows=rows, seq_len=seq_len, tok_s=rate, first_s=first,
