@@ -130,6 +130,10 @@ def make(path:Path) -> dict:
     out = dict(source='github.com/karpathy/nanochat', commit=git('rev-parse', 'HEAD'), torch=torch.__version__, numpy=np.__version__,
                command='python tests/make_reference.py --nanochat PATH', dtype='float32', device='cpu', depth=DEPTH, vocab=VOCAB,
                rows=ROWS, tokens=TOKENS, seed=SEED, norm_eps=norm_eps(gpt.norm), rates=RATES, schedule=STEPS, cases={})
+    lengths = (128, 256, 300, 512, 513, 1000, 1024, 2048, 4096, 5000)
+    def short(n): return gpt.GPT._compute_window_sizes(None, gpt.GPTConfig(sequence_len=n))[0][0]
+    out['short_window'] = {n: short(n) for n in lengths}
+    out['value_embeds'] = {n: [i for i in range(n) if gpt.has_ve(i, n)] for n in (1, 2, 3, 8, 12)}
     for case in CASES:
         m, named, total, drawn = theirs(path, case)
         head = []; hook = m.lm_head.register_forward_pre_hook(lambda m, i: head.append(i[0].detach()))

@@ -63,6 +63,13 @@ def test_as_it_is():
     assert math.isclose(got['loss'], want['loss'], rel_tol=1e-6) and off(got['after_block'], want['after_block']) < 5e-6
     for k in want['gradients']: assert off(got['gradients'][k], want['gradients'][k]) < (1e-4 if 'lambda' in k else 1e-5), k
 
+def test_layout():
+    "Short windows by length of the context, layers with value embeddings by depth"
+    for n, w in REF['short_window'].items():
+        assert HybridConfig.from_depth(8, preset='nanochat', sequence_len=int(n)).window == w, n
+    for n, layers in REF['value_embeds'].items():
+        c = HybridConfig.from_depth(int(n), preset='nanochat'); assert [i for i in range(int(n)) if c.has_value_embed(i)] == layers
+
 def test_initial_values():
     "Constants are equal; drawn values have the same range, mean and spread, as far as their number lets one see"
     got = ref.ranges(dict(model('SSSL').named_parameters()))
