@@ -6,20 +6,20 @@
 __all__ = ['QUICKEST', 'RENAMED', 'SHAPES', 'WORDS', 'own_code', 'own_model', 'make', 'our_name', 'own_gradients', 'kind_of',
            'by_kind', 'gradient_rows', 'batches', 'optimizer_step', 'train_on', 'compiled', 'bits_per_byte', 'learn',
            'own_compiled', 'gradient_table', 'speed', 'work', 'results', 'speed_jobs', 'learn_jobs', 'gradient_jobs',
-           'main']
+           'main', 'on_all_cards']
 
 # %% ../nbs/14c_beside.ipynb #imports
-import importlib, itertools, json, math, os, sys, time
-from dataclasses import replace
+import importlib, io, itertools, json, math, os, subprocess, sys, time
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 import torch
-from contextlib import nullcontext
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from .core import atomic_write, base_dir, file_lock, get_device, peak_flops
+from .core import atomic_write, file_lock, get_device, peak_flops
 from .dataloader import Loader
 from .dataset import open_data
-from .gradient_check import awake, compared, documents, gradients, reference
+from .gradient_check import awake, documents, gradients, reference
+from .launch import n_gpus
 from .optim import (REF_BATCH, REF_TOKENS, build_optimizer, lr_multiplier, muon_momentum,
                            weight_decay_at)
 from .speed import job, middle, timed
@@ -44,7 +44,7 @@ def own_model(pattern:str,    # windows, such as L or SSSL
              ):
     "nanochat's own model, not yet initialised"
     gpt = own_code(folder); d = -(-64*depth//128)*128
-    with torch.device('meta'):
+    with torch.device('meta'), redirect_stdout(io.StringIO()):
         m = gpt.GPT(gpt.GPTConfig(sequence_len=seq_len, vocab_size=vocab_size, n_layer=depth,
             n_head=d//128, n_kv_head=d//128, n_embd=d, window_pattern=pattern))
     return m.to_empty(device=device)
@@ -83,14 +83,15 @@ def our_name(name:str # of a parameter of nanochat's
 
 def own_gradients(weights:dict, # name -> weight of our preset
                   depth:int, seq_len:int, pattern:str, rows:tuple, # (x, y), (B, T) each
-                  folder:str|Path  # of a clone
+                  folder:str|Path, # of a clone
+                  vocab_size:int   # without the rows that pad it
                  ) -> dict:     # our name -> gradient of the summed loss
     "What nanochat's own code, uncompiled and in float32, says of these weights"
     gpt, (x, y) = own_code(folder), rows
     was, precision = gpt.COMPUTE_DTYPE, torch.get_float32_matmul_precision()
     gpt.COMPUTE_DTYPE = torch.float32; torch.set_float32_matmul_precision('highest')
     try:
-        m = own_model(pattern, depth, seq_len, len(weights['wte.weight']), x.device, folder)
+        m = own_model(pattern, depth, seq_len, vocab_size, x.device, folder)
         m.init_weights(); m.float()
         m.load_state_dict({k: weights[our_name(k)] for k in m.state_dict()})
         m.cos, m.sin = m._precompute_rotary_embeddings(10*seq_len, 128)
@@ -145,8 +146,9 @@ def optimizer_step(m, batch:int, horizon:int # tokens of a step, and of a whole 
         opt = build_optimizer(m.model, total_batch_size=batch, total_tokens=horizon)
         def step(s, steps): opt.schedule(s, steps); opt.step(); opt.zero_grad()
         return step
-    opt = m.model.setup_optimizer(unembedding_lr=.008*b, embedding_lr=.3*b, matrix_lr=.02*b,
-                                  weight_decay=decay, scalar_lr=.5*b)
+    with redirect_stdout(io.StringIO()):
+        opt = m.model.setup_optimizer(unembedding_lr=.008*b, embedding_lr=.3*b, matrix_lr=.02*b,
+                                      weight_decay=decay, scalar_lr=.5*b)
     def own_step(s, steps):
         for g in opt.param_groups:
             g['lr'] = g['initial_lr']*lr_multiplier(s, steps)
@@ -210,11 +212,11 @@ def learn(word:str, depth:int, seeds:list, text:tuple, # models, and what `batch
     return rows
 
 # %% ../nbs/14c_beside.ipynb #own-compiled
-def own_compiled(weights:dict, depth:int, seq_len:int, pattern:str, rows:tuple, folder:str|Path
-                ) -> dict: # our name -> gradient of the summed loss
+def own_compiled(weights:dict, depth:int, seq_len:int, pattern:str, rows:tuple, folder:str|Path,
+                 vocab_size:int) -> dict: # our name -> gradient of the summed loss
     "As `own_gradients`, as nanochat trains: in the card's own format, compiled"
     x, y = rows
-    m = own_model(pattern, depth, seq_len, len(weights['wte.weight']), x.device, folder)
+    m = own_model(pattern, depth, seq_len, vocab_size, x.device, folder)
     m.init_weights(); m.load_state_dict({k: weights[our_name(k)] for k in m.state_dict()})
     fwd = torch.compile(m, dynamic=False) if x.is_cuda else m
     found = gradients(m, fwd(x, y, loss_reduction='sum'))
@@ -235,7 +237,7 @@ def gradient_table(word:str, depth:int, text:tuple, # a model of ours and what `
             plain[n] = plain.get(n, 0) + g
     got, out = gradients(m.model, m.loss(fwd, xs, ys, 'sum')), []
     if word.startswith('nanochat') and folder:
-        pattern = m.model.cfg.pattern; how = xs.shape[1], pattern, (xs, ys), folder
+        pattern = m.model.cfg.pattern; how = xs.shape[1], pattern, (xs, ys), folder, tok.vocab_size
         weights = {k: v for k, v in m.model.state_dict().items()}
         own = own_gradients(weights, depth, *how)
         out += gradient_rows(word, 'our reference against theirs', true, own); true = own
@@ -322,6 +324,20 @@ def main(argv:list|None=None # default: the command line
     if 'learning' in what: jobs += learn_jobs(text, **kw)
     if 'speed' in what: jobs += speed_jobs(**kw)
     work(jobs, out, float(os.environ.get('SECONDS_LEFT', math.inf)))
+
+# %% ../nbs/14c_beside.ipynb #cards
+def on_all_cards(folder:str, data:str, tokenizer:str, out:str, # as for `main`
+                 what:str='gradients learning speed'
+                ) -> list[dict]: # rows of all jobs
+    "Run the lists with a process for each GPU of this machine"
+    if not n_gpus(): raise RuntimeError('this machine shows no GPU, and these lists are for one')
+    own_code(folder)                                     # an error now instead of in each process
+    command = [sys.executable, '-m', 'nano_dh.beside', folder, data, tokenizer, out, *what.split()]
+    started = [subprocess.Popen(command, env=os.environ | dict(CUDA_VISIBLE_DEVICES=str(i)))
+               for i in range(n_gpus())]
+    codes = [p.wait() for p in started]
+    if any(codes): raise RuntimeError(f'processes ended with {codes}; what they said is above')
+    return results(out)
 
 # %% ../nbs/14c_beside.ipynb #main-run
 #| eval: false
