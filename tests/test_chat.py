@@ -65,6 +65,17 @@ def losses(tmp, **kw):
     out = []; finetune(FinetuneConfig(**KW | kw), out.append)
     return [r['loss'] for r in out if 'loss' in r]
 
+def stopped(tmp, **kw):
+    "A run of four steps that ends after its third; its checkpoint is that of the second"
+    class Stop(Exception): pass
+    def emit(r):
+        if 'loss' in r and r['step'] == 3: raise Stop
+    with pytest.raises(Stop): finetune(FinetuneConfig(**KW | dict(num_iterations=4, save_every=2) | kw), emit)
+
+def weights(tmp, run, step):
+    from nano_dh.checkpoint import load_model
+    return load_model(Path(tmp)/'runs'/run, step=step, device='cpu')[0].state_dict()
+
 def test_micro_batches_do_not_change_the_loss(tmp_path, monkeypatch):
     monkeypatch.setenv('NANO_DH_BASE_DIR', str(tmp_path)); b = base(tmp_path)
     a = losses(tmp_path, base=b, run='a', device_batch_size=8)
@@ -90,15 +101,17 @@ def test_ranks_do_not_change_the_loss(tmp_path, monkeypatch):
 def test_resume_is_exact(tmp_path, monkeypatch):
     monkeypatch.setenv('NANO_DH_BASE_DIR', str(tmp_path)); b = base(tmp_path)
     whole = losses(tmp_path, base=b, run='whole', num_iterations=4)
-    assert losses(tmp_path, base=b, run='cut', num_iterations=2) != []
-    assert losses(tmp_path, base=b, run='cut', num_iterations=4, resume=True) == whole[2:]
+    stopped(tmp_path, base=b, run='cut')
+    assert losses(tmp_path, base=b, run='cut', num_iterations=4, resume=True) == whole[2:] and len(whole) == 4
+    a, c = weights(tmp_path, 'whole', 4), weights(tmp_path, 'cut', 4)
+    assert all(torch.equal(a[k], c[k]) for k in a)
 
 def test_a_run_continues_without_its_base(tmp_path, monkeypatch):
     "Its own checkpoint holds model and tokenizer; what was settled when it began is refused"
     import shutil
     from nano_dh.sft import chat_plan, show_chats
     monkeypatch.setenv('NANO_DH_BASE_DIR', str(tmp_path)); b = base(tmp_path); go = dict(run='cut', resume=True)
-    whole = losses(tmp_path, base=b, run='whole', num_iterations=4); losses(tmp_path, base=b, run='cut', num_iterations=2)
+    whole = losses(tmp_path, base=b, run='whole', num_iterations=4); stopped(tmp_path, base=b, run='cut')
     for kw, why in ((dict(epochs=3.), 'epochs 3.0 differs from 1.0, with which run cut began; leave it out, or give num_iterations'),
                     (dict(lr_frac=.2), 'lr_frac 0.2 differs from 1.0.*give matrix_lr'), (dict(base='other'), 'base other differs from .*base/000000 of run cut')):
         with pytest.raises(ValueError, match=why): FinetuneConfig(**go, **kw).resolved()
