@@ -425,25 +425,24 @@ def stretches(ys:list, n:int=80) -> tuple[list, list]: # share of the run at the
     return [(i*k + len(p)/2)/len(ys) for i, p in enumerate(parts)], [mean(p) for p in parts]
 
 def _losses(fig, rows, of): # of: row -> tokens of the run
-    axes = fig.subplots(1, 2, sharey=True)
+    ax = fig.subplots()
     for i, m in enumerate(values(rows, 'model')):
         mine = [r for r in rows if r['model'] == m and r.get('loss')]
         if not mine: continue
         x, y = stretches([mean(l) for l in zip(*(r['loss'] for r in mine))])
-        n, t = mean(map(of, mine)), mean(of(r)/r['tok_s'] for r in mine)
-        for ax, k in zip(axes, (n/1e6, t/60)):
-            ax.plot([a*k for a in x], y, c=f'C{i}', lw=1, label=title(m).replace('`', ''))
-    axes[0].set(xlabel='million tokens', ylabel='training loss, nats a token')
-    axes[1].set(xlabel='minutes'); axes[0].legend(frameon=False, fontsize=8)
-    late = sorted(y for l in axes[0].lines for y in l.get_ydata()[len(l.get_ydata())//8:])
-    if late: axes[0].set_ylim(late[0] - .1, late[-1] + .1)     # the first fall is not what differs
+        tokens = mean(map(of, mine))/1e6
+        ax.plot([a*tokens for a in x], y, c=f'C{i}', lw=1, label=title(m).replace('`', ''))
+    ax.set(xlabel='million tokens', ylabel='training loss, nats a token')
+    ax.legend(frameon=False, fontsize=8)
+    late = sorted(y for l in ax.lines for y in l.get_ydata()[len(l.get_ydata())//8:])
+    if late: ax.set_ylim(late[0] - .1, late[-1] + .1)     # the first fall is not what differs
 
 # %% ../nbs/27c_figures.ipynb #pictures
 @picture('learning.png', 'learning', 'loss')
 def draw_learning(fig, rec:dict):
-    "A row of panels a depth"
-    depths = values(rec['rows'], 'depth'); fig.set_size_inches(7, 3*len(depths))
-    for d, part in zip(depths, fig.subfigures(len(depths), 1, squeeze=False)[:, 0]):
+    "A panel a depth"
+    depths = values(rec['rows'], 'depth'); fig.set_size_inches(4*len(depths), 3)
+    for d, part in zip(depths, fig.subfigures(1, len(depths), squeeze=False)[0]):
         part.suptitle(f'depth {d}', fontsize=9)
         rows = [r for r in rec['rows'] if r['depth'] == d]
         _losses(part, rows, lambda r: r['steps']*r['batch'])
