@@ -230,7 +230,7 @@ def gradient_table(word:str, depth:int, text:tuple, # a model of ours and what `
     x, y, _, tok = text; m = make(word, depth, x.shape[-1], 0, tok.vocab_size, device, folder)
     fwd = compiled(m); train_on(m, fwd, x[:steps], y[:steps], micro)
     xs, ys = (t[-1, :rows].to(device).long() for t in (x, y))
-    true, _ = reference(m.model, [documents(a, b, None) for a, b in zip(xs, ys)])
+    true, _ = reference(m.model, [d for a, b in zip(xs, ys) for d in documents(a, b, None)])
     plain = {}
     for i in range(rows):
         for n, g in gradients(m.model, m.loss(m.model, xs[i:i+1], ys[i:i+1], 'sum')).items():

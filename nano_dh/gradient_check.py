@@ -34,14 +34,17 @@ def awake(model:HybridModel, # at any point of its training
 # %% ../nbs/13b_gradient_check.ipynb #documents
 def documents(x:Tensor, y:Tensor,   # (T,) a row of tokens and its targets
               borders:Tensor|None   # (n+1,) where its documents begin, and T; None: one document
-             ) -> tuple:            # (documents, longest) tokens and targets, -1 behind the end
-    "The documents of a row as rows of their own"
-    if borders is None: return x[None], y[None]
-    spans = [(a, b) for a, b in zip(borders.tolist(), borders.tolist()[1:]) if b > a]
-    longest = max(b - a for a, b in spans)
-    rows, targets = x.new_zeros(len(spans), longest), y.new_full((len(spans), longest), -1)
-    for i, (a, b) in enumerate(spans): rows[i, :b-a], targets[i, :b-a] = x[a:b], y[a:b]
-    return rows, targets
+             ) -> list:             # of (rows, longest) tokens and targets, -1 behind the end
+    "The documents of a row as rows of their own, in batches no larger than the row"
+    cuts = [0, len(x)] if borders is None else borders.tolist()
+    spans = sorted((a - b, a, b) for a, b in zip(cuts, cuts[1:]) if b > a)    # the longest first
+    out = []
+    while spans:
+        longest = -spans[0][0]; n = max(1, len(x)//longest); some, spans = spans[:n], spans[n:]
+        rows, targets = x.new_zeros(len(some), longest), y.new_full((len(some), longest), -1)
+        for i, (_, a, b) in enumerate(some): rows[i, :b-a], targets[i, :b-a] = x[a:b], y[a:b]
+        out.append((rows, targets))
+    return out
 
 # %% ../nbs/13b_gradient_check.ipynb #computing
 @contextmanager
@@ -68,7 +71,7 @@ def gradients(model:HybridModel, loss:Tensor # that the model made
     return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(named.items(), found)}
 
 # %% ../nbs/13b_gradient_check.ipynb #reference
-def reference(model:HybridModel, rows:list # (tokens, targets) of each, from `documents`
+def reference(model:HybridModel, rows:list # (tokens, targets), from `documents`
              ) -> tuple:                   # name -> gradient, and name -> noise relative to it
     "The true gradient of the summed loss, and how far the eager model is from it in its format"
     low, device = model.dtype, rows[0][0].device
@@ -149,6 +152,6 @@ def check_gradients(model:HybridModel, # the model itself
     with awake(model):
         got = gradients(model, fwd(x, targets=counted, reduction='sum', **docs))
         got, began = {n: g.cpu() for n, g in got.items()}, time.perf_counter() # room for the reference
-        true, noise = reference(model, [documents(x[i], y[i], borders[i]) for i in some])
+        true, noise = reference(model, [d for i in some for d in documents(x[i], y[i], borders[i])])
         judged = compared(got, true, noise, factor)
     return GradientCheck(judged, time.perf_counter() - began)
