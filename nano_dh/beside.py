@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['QUICKEST', 'RENAMED', 'SHAPES', 'WORDS', 'own_code', 'own_model', 'make', 'our_name', 'own_gradients', 'kind_of',
-           'by_kind', 'gradient_rows', 'batches', 'optimizer_step', 'train_on', 'compiled', 'bits_per_byte', 'learn',
-           'own_compiled', 'gradient_table', 'speed', 'work', 'results', 'speed_jobs', 'learn_jobs', 'gradient_jobs',
-           'main', 'on_all_cards']
+           'by_kind', 'gradient_rows', 'batches', 'optimizer_step', 'train_on', 'compiled', 'Called', 'bits_per_byte',
+           'learn', 'own_compiled', 'gradient_table', 'speed', 'work', 'results', 'speed_jobs', 'learn_jobs',
+           'gradient_jobs', 'main', 'on_all_cards']
 
 # %% ../nbs/14c_beside.ipynb #imports
 import importlib, io, itertools, json, math, os, subprocess, sys, time
@@ -20,6 +20,7 @@ from .dataloader import Loader
 from .dataset import open_data
 from .gradient_check import awake, documents, gradients, reference
 from .launch import n_gpus
+from .loss_eval import evaluate_bpb
 from .optim import (REF_BATCH, REF_TOKENS, build_optimizer, lr_multiplier, muon_momentum,
                            weight_decay_at)
 from .speed import job, middle, timed
@@ -67,7 +68,8 @@ def make(word:str, depth:int, seq_len:int, seed:int=0, vocab_size:int=32768, dev
         if own: model.init_weights()
         else: model.init_weights(seed)
     init(seed)
-    def attention(): return sdpa_kernel(QUICKEST, set_priority=True) if word == 'own:L' else nullcontext()
+    def attention():
+        return sdpa_kernel(QUICKEST, set_priority=True) if word == 'own:L' else nullcontext()
     def loss(f, x, y, reduction='mean'):
         if not own: return f(x, targets=y, reduction=reduction)
         with attention(): return f(x, y, loss_reduction=reduction)
@@ -120,7 +122,8 @@ def gradient_rows(model:str, variant:str, got:dict, true:dict # name -> gradient
     got, rows = by_kind(got), []
     for kind, t in by_kind(true).items():
         g = got[kind]; cos = (g @ t/(g.norm()*t.norm())).item()
-        rows.append(dict(model=model, variant=variant, kind=kind, norm_ratio=(g.norm()/t.norm()).item(),
+        rows.append(dict(model=model, variant=variant, kind=kind,
+                         norm_ratio=(g.norm()/t.norm()).item(),
                          one_minus_cos=None if math.isnan(cos) else 1 - cos,
                          rel_err=((g - t).norm()/t.norm()).item()))
     return rows
@@ -153,19 +156,18 @@ def optimizer_step(m, batch:int, horizon:int # tokens of a step, and of a whole 
         for g in opt.param_groups:
             g['lr'] = g['initial_lr']*lr_multiplier(s, steps)
             if g['kind'] == 'muon':
-                g['momentum'] = muon_momentum(s, steps); g['weight_decay'] = weight_decay_at(s, steps, decay)
+                g['momentum'] = muon_momentum(s, steps)
+                g['weight_decay'] = weight_decay_at(s, steps, decay)
         opt.step(); m.model.zero_grad(set_to_none=True)
     return own_step
 
 # %% ../nbs/14c_beside.ipynb #train
 def train_on(m, fwd, x, y,  # a model, the same compiled, (steps, rows, T) batches
-             micro:int,     # rows at once
-             steps:int|None=None, # of the schedule; default: as many as there are batches
-             horizon:int|None=None # tokens of a whole run at this depth
+             micro:int      # rows at once
             ) -> tuple:     # loss of each step, tokens a second without the first ten steps
     "Train from where the model stands"
     device, (n, rows, T) = next(m.model.parameters()).device, x.shape
-    step = optimizer_step(m, rows*T, horizon or int(REF_TOKENS*(m.depth/12)**3))
+    step = optimizer_step(m, rows*T, int(REF_TOKENS*(m.depth/12)**3))
     losses, began, skip = [], 0., min(10, n - 1)
     for s in range(n):
         if s == skip: _settle(device); began = time.perf_counter()
@@ -173,7 +175,7 @@ def train_on(m, fwd, x, y,  # a model, the same compiled, (steps, rows, T) batch
         for a in range(0, rows, micro):
             loss = m.loss(fwd, xs[a:a+micro], ys[a:a+micro])*(micro/rows)
             loss.backward(); total = total + loss.detach()
-        step(s, steps or n); losses.append(total)
+        step(s, n); losses.append(total)
     _settle(device); seconds = time.perf_counter() - began
     return torch.stack(losses).float().tolist(), (n - skip)*rows*T/seconds
 
@@ -185,18 +187,16 @@ def compiled(m): # on a CPU compiling takes longer than what it saves
     return torch.compile(m.model, dynamic=False) if on_gpu else m.model
 
 # %% ../nbs/14c_beside.ipynb #bpb
-@torch.no_grad()
+class Called(torch.nn.Module):
+    "Either side's model, called as ours is"
+    def __init__(self, m): # of `make`
+        super().__init__(); self.model, self.loss = m.model, m.loss
+    def forward(self, x, targets, reduction): return self.loss(self.model, x, targets, reduction)
+
 def bits_per_byte(m, val:list, tok # validation batches and their tokenizer
                  ) -> float:
-    "Bits per byte of held-out text, by either side's own loss"
-    device = next(m.model.parameters()).device; length = tok.token_bytes().to(device)
-    nats = size = 0.
-    for b in val:
-        x, y = b.x.to(device).long(), b.y.to(device).long()
-        loss = m.loss(m.model, x, y, 'none').view(-1); y = y.view(-1)
-        n = length[y.clamp_min(0)]*(y >= 0)
-        nats += (loss.double()*(n > 0)).sum().item(); size += n.sum().item()
-    return nats/math.log(2)/size
+    "Bits per byte of held-out text"
+    return evaluate_bpb(Called(m), val, tok.token_bytes()).bpb
 
 # %% ../nbs/14c_beside.ipynb #learn
 def learn(word:str, depth:int, seeds:list, text:tuple, # models, and what `batches` made
@@ -238,11 +238,12 @@ def gradient_table(word:str, depth:int, text:tuple, # a model of ours and what `
     got, out = gradients(m.model, m.loss(fwd, xs, ys, 'sum')), []
     if word.startswith('nanochat') and folder:
         pattern = m.model.cfg.pattern; how = xs.shape[1], pattern, (xs, ys), folder, tok.vocab_size
-        weights = {k: v for k, v in m.model.state_dict().items()}
+        weights = m.model.state_dict()
         own = own_gradients(weights, depth, *how)
         out += gradient_rows(word, 'our reference against theirs', true, own); true = own
         out += gradient_rows(f'own:{pattern}', 'compiled', own_compiled(weights, depth, *how), true)
-    return out + gradient_rows(word, 'compiled', got, true) + gradient_rows(word, 'eager', plain, true)
+    out += gradient_rows(word, 'compiled', got, true)
+    return out + gradient_rows(word, 'eager', plain, true)
 
 # %% ../nbs/14c_beside.ipynb #speed
 def speed(word:str, depth:int, rows:int, seq_len:int, rounds:int=24, device='cuda',
@@ -281,8 +282,8 @@ def work(jobs:list,      # (name, function of no arguments -> rows)
                 try: rows = job_()
                 except Exception as e: rows = [dict(job=name, error=f'{type(e).__name__}: {e}'[:500])]
                 atomic_write(out, json.dumps(rows)); mine.append(name)
-                print(name, f'{time.perf_counter() - t:.0f} s', [r['error'] for r in rows if 'error' in r] or '',
-                      flush=True)
+                print(name, f'{time.perf_counter() - t:.0f} s', end=' ')
+                print([r['error'] for r in rows if 'error' in r] or '', flush=True)
         except TimeoutError: continue
         torch._dynamo.reset()
         if torch.cuda.is_available(): torch.cuda.empty_cache()
@@ -306,7 +307,8 @@ def learn_jobs(text:tuple,            # from `batches`
     def one(word, depth): return lambda: learn(word, depth, list(seeds), text, **kw)
     return [(f"learn-d{d}-{w.replace(':', '.')}", one(w, d)) for d in depths for w in words]
 
-def gradient_jobs(text:tuple, depth:int=8, words:tuple=('nanochat:L', 'GGGL', 'nanochat'), **kw) -> list:
+def gradient_jobs(text:tuple, depth:int=8, words:tuple=('nanochat:L', 'GGGL', 'nanochat'),
+                  **kw) -> list:
     def one(word): return lambda: gradient_table(word, depth, text, **kw)
     return [(f"gradients-d{depth}-{w.replace(':', '.')}", one(w)) for w in words]
 

@@ -22,7 +22,8 @@ def awake(model:HybridModel, # at any point of its training
           seed:int=0         # of the numbers
          ):
     "Parameters that are zero hide the gradients behind them: fill them, then set them back"
-    asleep, gen = [p for p in model.parameters() if not p.any()], torch.Generator().manual_seed(seed)
+    asleep = [p for p in model.parameters() if not p.any()]
+    gen = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in asleep:
             p.copy_(torch.empty(p.shape).normal_(0, .5*p.shape[-1]**-.5, generator=gen))
@@ -88,7 +89,8 @@ def reference(model:HybridModel, rows:list # (tokens, targets), from `documents`
             true[n], off[n] = (g, e) if n not in true else (true[n] + g, off[n] + e)
             squares[n] = squares.get(n, 0) + e.double().square().sum()
     noise = {n: torch.maximum(squares[n].sqrt(), off[n].double().norm()) for n in true}
-    return true, {n: (noise[n]/g.double().norm()).item() for n, g in true.items()}
+    reached = {n: g.double().norm() for n, g in true.items() if g.any()}
+    return true, {n: (noise[n]/reached[n]).item() if n in reached else 0. for n in true}
 
 # %% ../nbs/13b_gradient_check.ipynb #verdict
 def compared(got:dict, true:dict, # name -> gradient
@@ -122,16 +124,17 @@ class GradientCheck:
         return sorted(bad, key=lambda r: r['error']/r['limit'], reverse=True)
     def __str__(self):
         r = max(self.rows, key=lambda r: r['error']/r['limit'])
-        return (f"gradients of {len(self.rows)} parameters checked in {self.seconds:.1f} s, largest: "
+        return (f"gradients of {len(self.rows)} parameters checked in {self.seconds:.1f} s, worst: "
                 f"{r['name']} off by {r['error']:.1e} of {r['limit']:.1e} allowed")
     def refuse(self):
         "Stop if a gradient is wrong, and say which"
         if not (bad := self.wrong()): return
         some = '; '.join(f"{r['name']}: {r['why']} (length {r['norm_ratio']:.3f} of the true one, "
                          f"error {r['error']:.1e}, limit {r['limit']:.1e})" for r in bad[:4])
-        raise WrongGradient(f'{len(bad)} of {len(self.rows)} parameters get a wrong gradient from the '
-                            f'compiled model: {some}. Train with compile off, or with another release '
-                            f'than torch {torch.__version__}')
+        raise WrongGradient(
+            f'{len(bad)} of {len(self.rows)} parameters get a wrong gradient from the compiled model: '
+            f'{some}. Train with compile off, or with another release than torch '
+            f'{torch.__version__}; check_gradients False trains all the same')
 
 # %% ../nbs/13b_gradient_check.ipynb #check
 def check_gradients(model:HybridModel, # the model itself
@@ -148,10 +151,12 @@ def check_gradients(model:HybridModel, # the model itself
         cu = cu_seqlens.cpu() if cu_seqlens_cpu is None else cu_seqlens_cpu
         borders = [torch.unique((cu - i*T).clamp(0, T)) for i in range(B)]
     counted = torch.full_like(y, -1); counted[some] = y[some]
-    docs = dict(cu_seqlens=cu_seqlens, cu_seqlens_cpu=cu_seqlens_cpu) if cu_seqlens is not None else {}
+    docs = dict(cu_seqlens=cu_seqlens, cu_seqlens_cpu=cu_seqlens_cpu)
+    if cu_seqlens is None: docs = {}
     with awake(model):
         got = gradients(model, fwd(x, targets=counted, reduction='sum', **docs))
-        got, began = {n: g.cpu() for n, g in got.items()}, time.perf_counter() # room for the reference
+        got = {n: g.cpu() for n, g in got.items()}                 # room for the reference
+        began = time.perf_counter()
         true, noise = reference(model, [d for i in some for d in documents(x[i], y[i], borders[i])])
         judged = compared(got, true, noise, factor)
     return GradientCheck(judged, time.perf_counter() - began)

@@ -35,7 +35,8 @@ class Stage:
     trains: bool = False         # it takes `resume` and goes on from its own checkpoint
 
 # %% ../nbs/27b_speedrun.ipynb #stage-b
-LOCAL = ('nproc', 'device', 'compile', 'check_gradients', 'gpu_hour_price', 'max_hours')  # of the machine alone
+LOCAL = ('nproc', 'device', 'compile', 'check_gradients', 'gpu_hour_price',
+         'max_hours')                                            # of the machine alone
 
 def digests(stages:list # Stage, in an order in which each comes after those it needs
            ) -> dict:   # name -> 12 hex digits

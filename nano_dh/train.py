@@ -282,7 +282,8 @@ def run_dir(self:PretrainConfig) -> Path: return runs_dir()/self.run
 # %% ../nbs/14_train.ipynb #continued
 FROZEN = ('depth', 'pattern', 'preset', 'model', 'data', 'tokenizer', 'vocab_size', 'max_seq_len',
           'doc_mask', 'total_batch_size', 'seed')
-LOCAL = ('resume', 'nproc', 'device', 'compile', 'check_gradients', 'max_hours', 'gpu_hour_price')   # of the machine
+LOCAL = ('resume', 'nproc', 'device', 'compile', 'check_gradients', 'max_hours',
+         'gpu_hour_price')                                       # of the machine
 
 PretrainConfig.given = frozenset()     # names that the command line gave
 
@@ -532,7 +533,7 @@ class Trainer:
         self.rank, self.world, self.device = me.rank, me.world_size, get_device(c.device)
         self.step, self.seconds, self.ema, self.best, self.good = 0, 0., None, math.inf, ''
         self.val, self.wb, self.pace, self.clock = None, None, [], self.mark()
-        self.judged = self.checked = 0. # seconds of evaluation and of the check before the first step
+        self.judged = self.checked = 0. # seconds of evaluation and check before the first step
         set_seed(c.seed)
         self.open()
         self.opt = build_optimizer(self.model, c.matrix_lr, c.embedding_lr, c.unembedding_lr,
@@ -790,6 +791,8 @@ def check_first(self:Trainer, batch):
     cu = dict(cu_seqlens=mb.cu_seqlens, cu_seqlens_cpu=mb.cu_seqlens_cpu) if c.doc_mask else {}
     seen = check_gradients(self.model, self.fwd, mb.x, mb.y, **cu)
     self.checked = seen.seconds; seen.refuse(); self.log(note=str(seen))
+    if self.device.type == 'cuda':                            # `memory` is to be that of training
+        torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats(self.device)
 
 # %% ../nbs/14_train.ipynb #started
 @patch
