@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MIXERS', 'SMEAR_CHANNELS', 'CHOICES', 'POSITIVE', 'PRESETS', 'ACTIVATIONS', 'ROLES', 'register_mixer', 'HybridConfig',
-           'relu2', 'MLP', 'Block', 'HybridModel', 'ModelState', 'generate']
+           'relu2', 'MLP', 'Block', 'HybridModel', 'enter', 'layer', 'leave', 'as_it_is', 'ModelState', 'generate']
 
 # %% ../nbs/06_hybrid_model.ipynb #imports
 import torch, torch.nn as nn, torch.nn.functional as F
@@ -308,23 +308,49 @@ def _smear(self:HybridModel, x, ctx, state):
     return x + gate * before
 
 # %% ../nbs/06_hybrid_model.ipynb #stream
+def enter(m, idx:Tensor, ctx:Context, state=None # a HybridModel; of the model
+         ) -> Tensor: # (B, T, d)
+    "What the first layer reads"
+    x = norm(m.wte(idx).to(m.dtype))
+    return m._smear(x, ctx, state) if m.cfg.smear else x
+
+def layer(b:Block, x:Tensor, x0:Tensor, # the stream before it and at the start, (B, T, d)
+          ctx:Context,
+          mix:tuple=(),            # shares of x and x0, scalars; () takes x as it is
+          table:Tensor|None=None,  # (padded_vocab, value_dim) of value embeddings
+          state=None               # of the mixer
+         ) -> Tensor:              # (B, T, d)
+    "One block with what the model adds around it"
+    if mix: x = mix[0]*x + mix[1]*x0
+    ve = None if table is None else F.embedding(ctx.idx, table).to(x.dtype)
+    return b(x, ctx, state, ve)
+
+def leave(m, x:Tensor, mid:Tensor # the stream after all layers and after half of them
+         ) -> Tensor: # (B, T, d), normed
+    "What the head reads"
+    if m.cfg.backout: x = x - m.backout_lambda.to(x.dtype) * mid
+    return norm(x)
+
+def as_it_is(f): return f
+
 @patch
 def stream(self:HybridModel,
            idx:Tensor, # (B, T) int64 token ids
-           state=None, cu_seqlens=None, lengths=None, cu_seqlens_cpu=None # as in `forward`
+           state=None, cu_seqlens=None, lengths=None, cu_seqlens_cpu=None, # as in `forward`
+           part=as_it_is # what runs `enter`, `layer` and `leave`: the function, or it compiled
           ) -> Tensor: # (B, T, d) in the compute dtype, normed
-    "What the head reads"
+    "From tokens to what the head reads"
     cfg, ctx = self.cfg, self._context(idx, state, cu_seqlens, lengths, cu_seqlens_cpu)
-    x = norm(self.wte(idx).to(self.dtype))
-    if cfg.smear: x = self._smear(x, ctx, state)
-    x0 = mid = x
+    x0 = part(enter)(self, idx, ctx, state)
+    x = mid = x0.view_as(x0)                   # another name: compiled, `layer` is one function
+    mixes = [()]*cfg.n_layer
+    if cfg.resid_scalars: mixes = list(zip(self.resid_lambdas.unbind(), self.x0_lambdas.unbind()))
     for i, b in enumerate(self.blocks):
-        if cfg.resid_scalars: x = self.resid_lambdas[i]*x + self.x0_lambdas[i]*x0
-        ve = self.value_embeds[str(i)](idx).to(x.dtype) if cfg.has_value_embed(i) else None
-        x = b(x, ctx, None if state is None else state.layers[i], ve)
+        table = self.value_embeds[str(i)].weight if cfg.has_value_embed(i) else None
+        memory = None if state is None else state.layers[i]
+        x = part(layer)(b, x, x0, ctx, mixes[i], table, memory)
         if i == cfg.n_layer // 2: mid = x
-    if cfg.backout: x = x - self.backout_lambda.to(x.dtype) * mid
-    return norm(x)
+    return part(leave)(self, x, mid)
 
 # %% ../nbs/06_hybrid_model.ipynb #state
 def _tensors(s) -> dict: # name -> tensor of a dataclass
@@ -420,19 +446,20 @@ def forward(self:HybridModel,
             lengths:Tensor|None=None,    # (B,) valid tokens of each row of a right-padded piece
             reduction:str='mean',        # of the loss: mean, sum, none
             last_only:bool=False,        # only the logits of each row's last valid token
-            cu_seqlens_cpu:Tensor|None=None # the borders again, for kernels that read them there
+            cu_seqlens_cpu:Tensor|None=None, # the borders again, for kernels that read them there
+            part=as_it_is                # what runs the parts of `stream` and the loss
            ) -> Tensor: # logits (B, T or 1, vocab) float32; with targets the loss
     "Logits, or the loss if there are targets"
     B, T = idx.shape
     if state is not None and (need := T + (state.n or 0)) > state.capacity: self.grow(state, need)
-    x = self.stream(idx, state, cu_seqlens, lengths, cu_seqlens_cpu)
+    x = self.stream(idx, state, cu_seqlens, lengths, cu_seqlens_cpu, part)
     if state is not None:
         state.pos += T if lengths is None else lengths
         exact = lengths is not None and not idx.is_cuda # reading a GPU would wait for it
         if state.n is not None: state.n = int(state.pos.max()) if exact else state.n + T
     if targets is not None:
-        return linear_cross_entropy(x, self.head_weight, targets, self.cfg.softcap, reduction,
-                                    self.cfg.vocab_size)
+        return part(linear_cross_entropy)(x, self.head_weight, targets, self.cfg.softcap, reduction,
+                                          self.cfg.vocab_size)
     if last_only and lengths is None: x = x[:, -1:]
     elif last_only: x = x[torch.arange(B, device=x.device), (lengths-1).clamp_min(0)][:, None]
     return self.scores(x)
