@@ -538,8 +538,7 @@ class Trainer:
         self.spent = {}                 # seconds of what comes before the first step
         set_seed(c.seed)
         self.open()
-        self.opt = build_optimizer(self.model, c.matrix_lr, c.embedding_lr, c.unembedding_lr,
-                                   c.scalar_lr, clip=c.clip, **c.scaling())
+        self.opt = self.make_optimizer()
         self.loader = self.make_loader('train', c.batch_rows)
         self.fwd = compiled(self.model, c.compile)
         gpu = self.device.type == 'cuda'
@@ -552,6 +551,12 @@ def open(self:Trainer): # what a kind of training may replace
     c = self.cfg; self.mixture = open_data(c.data)
     self.tok = _tokenizer(c, self.mixture)
     self.model = build_model(c, self.tok.vocab_size, self.device)
+
+@patch
+def make_optimizer(self:Trainer):
+    c = self.cfg
+    return build_optimizer(self.model, c.matrix_lr, c.embedding_lr, c.unembedding_lr, c.scalar_lr,
+                           clip=c.clip, **c.scaling())
 
 @patch
 def mark(self:Trainer): return Late(torch.zeros(1, device=self.device)) # now, on the device's clock
@@ -788,11 +793,13 @@ def timing(spent:dict, what:str): # seconds, and of what
 
 @patch
 def warm(self:Trainer):
-    "Compile the model by a pass that changes nothing"
+    "Compile model and optimizer by a step that moves nothing and is forgotten"
     at = self.loader.state_dict(); batch = next(self.loader); self.loader.load_state_dict(at)
     mb = next(iter(batch.micro(self.cfg.device_batch_size)))
     self.fwd(mb.x, targets=mb.y, reduction='sum', **self.borders(mb)).backward()
-    self.opt.zero_grad()
+    for p in self.model.parameters(): p.grad = torch.randn_like(p)    # the pass left no numbers
+    for g in self.opt.param_groups: g['lr'] = 0.
+    self.opt.step(); self.opt = None; self.opt = self.make_optimizer(); self.opt.zero_grad()
 
 @patch
 def get_ready(self:Trainer, ahead:Ahead): # kernels that are being compiled
@@ -800,8 +807,8 @@ def get_ready(self:Trainer, ahead:Ahead): # kernels that are being compiled
     with timing(self.spent, 'compile'), memory_advice(self.cfg), idle_kernels(): self.warm()
     with timing(self.spent, 'kernels'):
         for line in ahead.wait(): print0(f'compiling ahead failed: {line}')
-        settle_backend(self.cfg)
-        if ahead.name in ('', current_backend()): return
+    with timing(self.spent, 'choice'): settle_backend(self.cfg)
+    if ahead.name in ('', current_backend()): return
     torch._dynamo.reset(); self.fwd = compiled(self.model, self.cfg.compile)  # for another backend
 
 # %% ../nbs/14_train.ipynb #oom
@@ -835,8 +842,8 @@ def check_first(self:Trainer, batch):
 
 # %% ../nbs/14_train.ipynb #started
 WAITS = dict(setup='model, optimizer and data', compile='compiling it',
-             kernels='kernels after that', evaluation='evaluation before training',
-             check='check of its gradients', step='first step')
+             kernels='until the kernels were compiled too', choice='their check',
+             evaluation='evaluation before training', check='check of its gradients', step='first step')
 
 @patch
 def started(self:Trainer, began:float, # by time.perf_counter
