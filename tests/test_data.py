@@ -287,6 +287,30 @@ def test_hub_set_through_datasets(base, docs):
     with pytest.raises(ConnectionError, match='did not open') as e: open_data(f'hf:{base}/none')
     assert '\n' not in str(e.value)
 
+# ---- a text that is one long run
+
+RUNS = dict(blanks=lambda n: (' '*99_999 + 'x')*(n//100_000), short=lambda n: (' '*50_000 + 'x')*(n//50_001), mixed=lambda n: '\t\u2003\n '*(n//4),
+            long=lambda n: ' '*n + 'x', separators=lambda n: '\x1c'*n, letters=lambda n: 'ab'*(n//2), signs=lambda n: '!'*n, digits=lambda n: '7'*n,
+            marks=lambda n: 'a\u0301'*(n//2), edges=lambda n: '\n'.join([' '*100_000, 'y' + ' '*100_001, ' '*200_000])*(n//400_003))
+
+@pytest.mark.parametrize('kind', RUNS)
+def test_a_run_costs_no_more_than_its_length(docs, kind):
+    "300,000 blanks held the interpreter for 46 s, because the guard against them looked from each of them anew"
+    tok = Tokenizer.train(docs, 600); text = RUNS[kind](1_000_000); start = time.time()
+    ids = tok.encode(text); took = time.time() - start
+    assert took < 4 and tok.decode(ids) == text, took
+
+@pytest.mark.parametrize('n', [99_998, 99_999, 100_000, 100_001, 200_000, 250_000])
+def test_runs_are_cut_where_they_were(docs, n):
+    "The ids of data that were tokenized before stay what they were"
+    tok = Tokenizer.train(docs, 600); enc = tok.enc.encode_ordinary
+    for blank in ' \n\t':
+        want = enc('a') if n >= 100_000 else enc('a' + blank*n + 'b c')
+        if n >= 100_000:
+            for _ in range(n//100_000): want += enc(blank*100_000)
+            want += enc(blank*(n % 100_000) + 'b c')
+        assert tok.encode('a' + blank*n + 'b c') == want
+
 # ---- ranks that share a cache
 
 RANK = '''import sys; from nano_dh.dataset import open_data; from nano_dh.tokenizer import get_tokenizer
