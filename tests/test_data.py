@@ -173,7 +173,7 @@ def test_flipped_bits_in_shards_written_here(base, docs):
 def test_a_shard_that_was_rewritten_is_no_damage(base, docs):
     (base/'s').mkdir(); f = base/'s'/'a_000.parquet'
     for part in (docs[:40], docs[5:35], docs[:40]):          # by hand, and by repackage under the same name
-        shard(f, part); assert list(open_data(str(base/'s')).texts()) == part[:len(part) - (len(part) % 16 or 16)]
+        pq.write_table(pa.table({'text': part}), f, 2); assert list(open_data(str(base/'s')).texts()) == part[:-2]
     for t in ('abc', 'abd'):
         shutil.rmtree(base/'r', ignore_errors=True)
         assert len(list(open_data(str(repackage(iter([t]*9), base/'r', key=t, val_share=.3))).texts())) == 6
@@ -287,6 +287,56 @@ def test_hub_set_through_datasets(base, docs):
     with pytest.raises(ConnectionError, match='did not open') as e: open_data(f'hf:{base}/none')
     assert '\n' not in str(e.value)
 
+# ---- what trains and what is held out
+
+def lay(root, names): # files whose text says what they are: 'x' held out, 't' to train on; ? after a name: text that is neither
+    for name in names:
+        p = root/name.rstrip('x?'); p.parent.mkdir(parents=True, exist_ok=True); mark = dict(x='HELD', t='TRAIN').get('x' if name[-1] == 'x' else '?' if name[-1] == '?' else 't', 'OTHER')
+        lines = [f'{mark} {p.name} {i} ' + 'word '*20 for i in range(40)]
+        if p.suffix == '.parquet': pq.write_table(pa.table({'text': lines}), p, 2)
+        elif p.suffix == '.jsonl': p.write_text(''.join(json.dumps({'text': t}) + '\n' for t in lines))
+        else: p.write_text('\n\n'.join(lines))
+
+def opened(folder, capsys): # -> texts to train on, to validate on, what was said
+    capsys.readouterr(); dataset._say.cache_clear(); m = open_data(str(folder))
+    return [' '.join(m.texts(s)) for s in ('train', 'val')] + [capsys.readouterr().out]
+
+SAFE = {'dots': ['wiki.train.txt', 'wiki.valid.txtx'], 'spaces': ['wiki train.txt', 'wiki valid.txtx'], 'folders': ['train/a.txt', 'train/b.txt', 'valid/a.txtx'],
+    'eval': ['news.jsonl', 'eval.jsonlx'], 'eval word': ['news.jsonl', 'news_eval.jsonlx'], 'evaluation': ['a.txt', 'a-evaluation.txtx'], 'numbered': ['a1.txt', 'a2.txt', 'valid1.txtx'],
+    'capitals': ['wikiTrain.jsonl', 'wikiValidation.jsonlx'], 'upper': ['A.TXT', 'VALID.TXTx'], 'held-out': ['a.txt', 'held-out.txtx'], 'holdout': ['a.jsonl', 'a.hold_out.jsonlx'],
+    'middle': ['wiki-en.txt', 'wiki-valid-en.txtx'], 'deep': ['train/x/a.txt', 'valid/x/a.txtx'], 'test folder': ['a.txt', 'b.txt', 'test/c.txtx'], 'dev folder': ['train/a.jsonl', 'dev/a.jsonlx'],
+    'shard folders': ['train/p_000.parquet', 'train/p_001.parquet', 'valid/p_000.parquetx'], 'shard dots': ['p.000.parquet', 'p.valid.000.parquetx'], 'lone valid': ['wiki_0.parquet', 'wiki_1.parquet', 'valid.parquetx'],
+    'eval shards': ['p_0.parquet', 'p-eval.parquetx'], 'below': ['set/train/a.txt', 'set/validation/b.txtx'], 'val only beside': ['a.txt', 'b.txt', 'val/c.txtx'], 'of': ['train-00000-of-00002.parquet', 'validation-00000-of-00001.parquetx'],
+    'readme': ['a.jsonl', 'README.md?', 'LICENSE.txt?'], 'readme2': ['a.txt', 'readme.txt?', 'ATTRIBUTION.md?', 'valid.txtx']}
+
+@pytest.mark.parametrize('case', SAFE)
+def test_held_out_text_is_not_trained_on(base, capsys, case):
+    lay(base/'d', SAFE[case]); train, val, said = opened(base/'d', capsys)
+    assert 'HELD' not in train and 'OTHER' not in train + val and 'TRAIN' in train
+    if 'test' not in case and 'readme' != case: assert 'HELD' in val and 'TRAIN' not in val
+    for name in SAFE[case]: assert Path(name.rstrip('x?')).name in said, (name, said)         # each file is accounted for
+
+@pytest.mark.parametrize('files', [['train-valid.jsonl'], ['a.txt', 'train_or_eval.txt'], ['train/valid_0.parquet', 'train/p_1.parquet'], ['valid/train.txt', 'train/b.txt'],
+    ['valid.txtx'], ['a_test.jsonl', 'a_valid.jsonl'], ['valid.parquetx'], ['test/a.txt', 'test/b.txt'], ['wiki_0.parquet', 'books_0.parquet', 'valid.parquet']], ids='+'.join)
+def test_what_is_ambiguous_is_refused(base, files):
+    lay(base/'d', files)
+    with pytest.raises((ValueError, FileNotFoundError), match='its name says|by their names none|could validate') as e: open_data(str(base/'d'))
+    assert '\n' not in str(e.value) and any(Path(f).name.rstrip('x') in str(e.value) for f in files)
+
+@pytest.mark.parametrize('shards,groups', [(1, 1), (1, 2), (2, 1), (2, 2), (2, 50), (3, 20), (5, 1), (9, 4), (30, 3)])
+def test_a_small_part_is_set_aside(base, docs, shards, groups):
+    "Of two shards half became validation"
+    t = (docs*20)[:shards*60]; (base/'d').mkdir()
+    for i in range(shards): pq.write_table(pa.table({'text': t[60*i:60*(i + 1)]}), base/'d'/f'p_{i:03d}.parquet', -(-60//groups))
+    m = open_data(str(base/'d')); n, v = m.n_docs(), m.n_docs('val')
+    assert n + v == len(t) and v >= 1 and v/len(t) <= .25, (n, v)
+    if shards*groups > 12: assert v/len(t) <= .11, (n, v)
+    assert sorted([*m.texts('train'), *m.texts('val')]) == sorted(t)
+
+def test_a_file_asked_for_by_its_name_trains(base, capsys):
+    lay(base/'d', ['wiki.valid.jsonl', 'a.txt']); train, val, said = opened(base/'d'/'wiki.valid.jsonl', capsys)
+    assert 'TRAIN' in train and 'asked for by itself: it trains' in said
+
 # ---- a text that is one long run
 
 RUNS = dict(blanks=lambda n: (' '*99_999 + 'x')*(n//100_000), short=lambda n: (' '*50_000 + 'x')*(n//50_001), mixed=lambda n: '\t\u2003\n '*(n//4),
@@ -319,7 +369,7 @@ m = open_data(sys.argv[1]); print(get_tokenizer("", m, 700).hash, m.n_docs(), m.
 def test_ranks_open_and_train_once(base, docs):
     src = base/'notes.jsonl'; src.write_text(''.join(json.dumps(t) + '\n' for t in docs))
     ranks = [run(RANK, src) for _ in range(2)]
-    said = {r.communicate(timeout=60)[0] for r in ranks}
+    said = {r.communicate(timeout=60)[0].splitlines()[-1] for r in ranks}
     assert len(said) == 1 and all(r.returncode == 0 for r in ranks)
     m = open_data(str(src)); assert said.pop().split() == [get_tokenizer('', m, 700).hash, str(m.n_docs()), m.fingerprint]
     assert len(list((base/'base'/'tokenizers').glob('*/meta.json'))) == 1
