@@ -13,7 +13,7 @@ from pathlib import Path
 import rustbpe, tiktoken, torch
 from torch import Tensor
 from fastcore.basics import patch
-from .core import atomic_write, base_dir, checked, closest, file_lock
+from .core import atomic_write, base_dir, check_bounds, checked, closest, file_lock
 
 # %% ../nbs/07_tokenizer.ipynb #split
 SPLIT = (r"'(?i:[sdmt]|ll|ve|re)"        # the end of it's, we'll, they've
@@ -309,4 +309,6 @@ class TokenizerConfig:
     def from_ns(cls, ns:dict, # globals()
                 before:set):  # names that were there before the parameters
         "From a notebook's globals: what was assigned since `before` was taken"
-        return checked(cls, {k: v for k, v in ns.items() if k not in before and k[0] != '_'})
+        c = checked(cls, {k: v for k, v in ns.items() if k not in before and k[0] != '_'})
+        check_bounds(c)
+        return c
