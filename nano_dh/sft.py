@@ -24,7 +24,7 @@ from .launch import n_gpus
 from .tasks import TaskMixture, open_tasks, render_batch, render_for_completion
 from .tokenizer import Tokenizer
 from .train import (MFU, Plan, PlanError, PretrainConfig, Report, Trainer, _meta, _too_much,
-                           machine, most_ranks, pretrain)
+                           machine, most_ranks, pretrain, timing)
 
 # %% ../nbs/22_sft.ipynb #wholefit
 MASK = 1 << 24      # added to the id of a supervised token on its way through the packer
@@ -157,8 +157,7 @@ class ChatTrainer(Trainer):
     def restore(self): # a run that begins is judged before its first step
         super().restore()
         if self.step: return
-        began = time.perf_counter(); self.evaluate()
-        self.judged = time.perf_counter() - began
+        with timing(self.spent, 'evaluation'): self.evaluate()
 
 # %% ../nbs/22_sft.ipynb #chatstep2
 @patch
