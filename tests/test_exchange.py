@@ -61,3 +61,68 @@ def test_folder(tmp_path):
     m, tok, meta = load_model(p, device='cpu')
     assert read_meta(p)['model'] == meta['model'] == m.cfg.to_dict() and meta['train']['stage'] == 'sft'
     with pytest.raises(ValueError, match='no checkpoint of step 7; it has \\[1000\\]'): load_model(p, 7, 'cpu')
+
+# ---------------------------------------------------------------------------------------------- out
+STRANGER = '''
+import json, sys
+sys.modules['nano_dh'] = None                      # an import of it would fail
+import torch, transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+transformers.logging.set_verbosity_error()
+job = json.load(open(sys.argv[1]))
+m = AutoModelForCausalLM.from_pretrained(job['folder'], **job['how'])
+tok = AutoTokenizer.from_pretrained(job['folder'])
+batch = tok(job['prompts'], return_tensors='pt', padding=True)
+new = m.generate(**batch, max_new_tokens=job['new'], do_sample=False, eos_token_id=None)[:, batch['input_ids'].shape[1]:]
+with torch.no_grad(): z = m(torch.tensor([job['ids']])).logits[0]
+chat = tok.apply_chat_template(job['chat'], add_generation_prompt=True, return_dict=False)
+half = AutoModelForCausalLM.from_pretrained(job['folder'], dtype=torch.bfloat16, **job['how'])
+with torch.no_grad(): agree = (half(torch.tensor([job['ids']])).logits[0].argmax(-1) == z.argmax(-1)).float().mean().item()
+json.dump(dict(ids=new.tolist(), text=tok.batch_decode(new), chat=chat, last=z[-1].tolist(), largest=z.abs().max().item(), agree=agree,
+               version=transformers.__version__, kind=type(m).__module__), open(sys.argv[2], 'w'))
+'''
+CHAT = [dict(role='user', content='Who are you?'), dict(role='assistant', content='A mole.'), dict(role='user', content='Where do you live?')]
+
+def stranger(tmp, model, tok, folder, python=sys.executable, new=16): # what transformers alone makes of a folder
+    texts = passages(); prompts = [texts[i % len(texts)][:n] for i, n in enumerate([1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 200, 4, 6, 9, 15, 31, 60, 120, 7])]
+    ids = tok.encode(texts[0], bos=True)[:150]
+    remote = (Path(folder)/'modeling_nano_dh.py').exists()
+    job = dict(folder=str(folder), how=dict(trust_remote_code=True) if remote else {}, prompts=prompts, new=new, ids=ids, chat=CHAT)
+    (tmp/'job.json').write_text(json.dumps(job)); (tmp/'stranger.py').write_text(STRANGER)
+    env = {k: v for k, v in os.environ.items() if not k.startswith('PYTHON')} | dict(HF_HOME=str(tmp/'hf'), HF_HUB_OFFLINE='1', OMP_NUM_THREADS='1')
+    r = subprocess.run([python, '-I', 'stranger.py', 'job.json', 'got.json'], cwd=tmp, env=env, capture_output=True, text=True)
+    assert r.returncode == 0, r.stderr[-2000:]
+    from nano_dh.hybrid_model import generate
+    from nano_dh.tasks import render_for_completion
+    got = json.loads((tmp/'got.json').read_text())
+    own = [generate(model, tok.encode(p, bos=True), new, temperature=0) for p in prompts]
+    assert got['ids'] == own and got['text'] == [tok.decode(o) for o in own] and got['chat'] == render_for_completion(CHAT, tok)
+    with torch.no_grad(): z = model(torch.tensor([ids]))[0]
+    assert (z[-1] - torch.tensor(got['last'])).abs().max() < 5e-6*max(1, got['largest']) and got['agree'] > .9
+    assert got['kind'].startswith('transformers.models.qwen3_next' if not remote else 'transformers_modules.')
+    return got
+
+def passages():
+    import pyarrow.parquet as pq
+    from nano_dh.core import package_data
+    return pq.read_table(package_data('sample_val.parquet'), columns=['text'])['text'].to_pylist()[:40]
+
+def trained(**kw): # a small model after a few steps, and its tokenizer
+    from nano_dh.hybrid_model import HybridConfig, HybridModel
+    texts = passages(); tok = Tokenizer.train(texts, 700, name='t')
+    size = dict(vocab_size=700, d_model=64, head_dim=16, head_k_dim=16, head_v_dim=16, sequence_len=128)
+    m = HybridModel(HybridConfig.from_depth(4, **size | kw))
+    opt, ids = torch.optim.AdamW(m.parameters(), lr=1e-2), torch.tensor(tok.encode(' '.join(texts), bos=True))
+    g = torch.Generator().manual_seed(0)
+    for _ in range(40):
+        at = torch.randint(len(ids) - 65, (8,), generator=g)
+        x = torch.stack([ids[a:a+65] for a in at])
+        m(x[:, :-1], targets=x[:, 1:]).backward(); opt.step(); opt.zero_grad()
+    return m.eval(), tok
+
+@pytest.mark.parametrize('case', ['default', 'nanochat', 'qwen'])
+def test_stranger(tmp_path, case):
+    "Trained here, opened by transformers without this package: logits, 20 uneven prompts in one batch, conversation"
+    import nano_dh.exchange
+    m, tok = trained(**({} if case == 'default' else dict(preset=case)))
+    stranger(tmp_path, m, tok, m.save_pretrained(tmp_path/'out', tok, format='qwen' if case == 'qwen' else 'hf'))
