@@ -126,3 +126,65 @@ def test_stranger(tmp_path, case):
     import nano_dh.exchange
     m, tok = trained(**({} if case == 'default' else dict(preset=case)))
     stranger(tmp_path, m, tok, m.save_pretrained(tmp_path/'out', tok, format='qwen' if case == 'qwen' else 'hf'))
+
+# ---------------------------------------------------------------------------------------------- lm-evaluation-harness
+FIVE = 'hellaswag arc_easy piqa winograd lambada_openai'.split()
+
+def questions(rows, task, tok, n): # chapter 18's items, and the same as the harness's documents
+    from nano_dh.core_eval import make_item, prompts
+    items, docs = [], []
+    for i in range(min(n, len(rows))):
+        it = make_item(task, rows, i, tok.encode_batch(prompts(task, rows, i), bos=True))
+        cut = [(tok.decode_bytes(r[1:s]), tok.decode_bytes(r[s:])) for r, s in zip(it.rows, it.starts)]
+        items.append(it); docs.append(dict(contexts=[a.decode(errors='replace') for a, _ in cut], ends=[b.decode(errors='replace') for _, b in cut]))
+    return items, docs
+
+def through_harness(lm, name, docs, kind): # [(nats, greedy), ...] of each document, from the harness's own log
+    import datasets, lm_eval
+    from lm_eval.tasks import TaskManager
+    if kind == 'schema': how = dict(output_type='multiple_choice', doc_to_text=lambda d: 0, doc_to_choice=lambda d: d['contexts'], doc_to_target=lambda d: d['ends'][0])
+    else: how = dict(output_type='multiple_choice', doc_to_text=lambda d: d['contexts'][0], doc_to_choice=lambda d: d['ends'], doc_to_target=lambda d: 0)
+    task = dict(task=f'pack_{name}', custom_dataset=lambda **kw: dict(test=datasets.Dataset.from_list(docs)), test_split='test', target_delimiter='',
+                num_fewshot=0, metric_list=[dict(metric='acc')], metadata=dict(version=1), **how)
+    r = lm_eval.simple_evaluate(model=lm, tasks=[task], task_manager=TaskManager(include_defaults=False), log_samples=True, bootstrap_iters=0)
+    samples = sorted(next(iter(r['samples'].values())), key=lambda s: s['doc_id'])
+    return [[tuple(x) if isinstance(x, (list, tuple)) else x for x in s['filtered_resps']] for s in samples]
+
+def compare_harness(run, n, bundle, names=FIVE, shots=2, say=print): # -> task -> (questions, differing, ties, elsewhere cut, largest difference)
+    from dataclasses import replace
+    from nano_dh.core_eval import ModelScorer, core_tasks, correct, load_task
+    from nano_dh.lm_harness import register
+    lm, out = register()(run=run, device='cpu'), {}
+    for name in names:
+        task = core_tasks()[name]; task = replace(task, shots=min(task.shots, shots)); rows = load_task(bundle, task)
+        items, docs = questions(rows, task, lm.tok, n)
+        ours, theirs = ModelScorer(lm.model)(items), through_harness(lm, name, docs, task.kind)
+        differ = ties = moved = 0; far = 0.
+        for it, (losses, right), got in zip(items, ours, theirs):
+            size = [len(r) - s for r, s in zip(it.rows, it.starts)]
+            lp, greedy = [float(g[0]) for g in got], [str(g[1]) == 'True' for g in got]
+            far = max(far, max(abs(-l*k - x) for l, k, x in zip(losses, size, lp)))
+            if it.gold < 0: differ += greedy[0] != right[0]; continue
+            mean = [-x/k for x, k in zip(lp, size)]; a, b = sorted(losses)[:2]
+            if correct(it, losses, right) != correct(it, mean, right):
+                if b - a < 1e-5: ties += 1
+                else: differ += 1
+        out[name] = (len(items), differ, ties, far); say(name, out[name], flush=True)
+    return out
+
+def test_harness(tmp_path, monkeypatch):
+    "Through the harness's own evaluator: chapter 18's answers, question by question"
+    pytest.importorskip('lm_eval')
+    from nano_dh.checkpoint import runs_dir, save_checkpoint
+    monkeypatch.setenv('NANO_DH_BASE_DIR', str(tmp_path))
+    m, tok = trained(); save_checkpoint(runs_dir()/'small', 1, m, None, tok, meta=dict(train=dict(stage='base')))
+    from nano_dh.core_eval import core_tasks
+    texts = passages(); words = [t.split() for t in texts]
+    for name, rows in dict(
+            piqa=[dict(query=' '.join(w[:12]), choices=[' '.join(w[12:18]), ' '.join(v[12:17])], gold=0) for w, v in zip(words, words[1:])],
+            winograd=[dict(context_options=[' '.join(w[:9]), ' '.join(v[:9])], continuation=' '.join(w[9:14]), gold=0) for w, v in zip(words, words[1:])],
+            lambada_openai=[dict(context=' '.join(w[:12]), continuation=w[12]) for w in words]).items():
+        f = tmp_path/'bundle'/core_tasks()[name].uri; f.parent.mkdir(parents=True, exist_ok=True)
+        f.write_text('\n'.join(map(json.dumps, rows)))
+    out = compare_harness('small', 20, tmp_path/'bundle', ('piqa', 'winograd', 'lambada_openai'))
+    assert all(differ == 0 and far < 1e-3 for _, differ, _, far in out.values()), out
