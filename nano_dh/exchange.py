@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TEMPLATE', 'FORMATS', 'merges_of', 'hf_tokenizer', 'save_tokenizer', 'standalone_code', 'cropped', 'nano_dh_format',
-           'misfits', 'qwen_format', 'model_card', 'read_exported', 'ImportConfig', 'ExportConfig', 'placed',
-           'import_run', 'export_run', 'dh_import', 'dh_export']
+           'misfits', 'qwen_format', 'qwen_parts', 'model_card', 'read_exported', 'ImportConfig', 'ExportConfig',
+           'placed', 'import_run', 'export_run', 'dh_import', 'dh_export']
 
 # %% ../nbs/28_exchange.ipynb #imports
 import importlib.util, json, re, shutil, sys, tempfile, torch
@@ -16,7 +16,7 @@ from torch import Tensor
 import nano_dh
 from .core import DTYPES, base_dir, closest, human, options, print0
 from .deltanet import norm
-from .hybrid_model import HybridConfig, HybridModel
+from .hybrid_model import HybridConfig, HybridModel, PRESETS
 from .tokenizer import SPECIALS, Tokenizer, _BYTE
 from .tokenizer_files import FileError
 from .nanochat import nanochat_steps, read_nanochat
@@ -191,6 +191,15 @@ def qwen_format(model:HybridModel) -> tuple[dict, dict]: # config.json, tensors
         num_experts=0, decoder_sparse_step=1, mlp_only_layers=list(range(cfg.n_layer)),
         attention_bias=False, attention_dropout=0., use_cache=True)
     return config, {k: t.detach().cpu().contiguous() for k, t in w.items()}
+
+# %% ../nbs/28_exchange.ipynb #parts
+def qwen_parts() -> str: # variants for runs/compare.ipynb
+    "The default model, each part of the preset `qwen` alone, and the preset"
+    p = PRESETS['qwen']
+    alone = [{k: v} for k, v in p.items() if k not in ('activation', 'mlp_ratio')]
+    alone.append({k: p[k] for k in ('activation', 'mlp_ratio')})              # matched in size
+    plus = ['+'.join(f'{k}:{v}' for k, v in d.items()) for d in alone]
+    return ' '.join(['GGGL', *(f'GGGL+{x}' for x in plus), 'qwen'])
 
 # %% ../nbs/28_exchange.ipynb #card
 def _lines(run) -> list: # what a run's evaluations and stages said

@@ -192,7 +192,7 @@ class MLP(nn.Module):
     def __init__(self, cfg:HybridConfig):
         super().__init__()
         d, hidden, glu = cfg.d_model, int(cfg.mlp_ratio * cfg.d_model), cfg.activation == 'swiglu'
-        if glu: hidden = _up(hidden, 32)
+        if glu: hidden = max(32*round(hidden/32), 32)
         self.c_fc, self.c_proj = Linear(d, hidden), Linear(hidden, d)
         self.c_up = Linear(d, hidden) if glu else None
         self.act = ACTIVATIONS[cfg.activation]

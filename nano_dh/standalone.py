@@ -201,7 +201,7 @@ class MLP(nn.Module):
     def __init__(self, h):
         super().__init__()
         n, self.act = int(h.mlp_ratio*h.d_model), ACTIVATIONS[h.activation]
-        if h.activation == 'swiglu': n = -(-n//32)*32
+        if h.activation == 'swiglu': n = max(32*round(n/32), 32)
         self.c_fc, self.c_proj = Linear(h.d_model, n), Linear(n, h.d_model)
         if h.activation == 'swiglu': self.c_up = Linear(h.d_model, n)
     def forward(self, x):
