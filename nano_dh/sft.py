@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np, torch, torch.distributed as dist
 from fastcore.basics import patch
-from .checkpoint import find_checkpoint, latest_step, list_runs, load_model, runs_dir
+from .checkpoint import find_checkpoint, latest_step, list_runs, load_model, read_meta, runs_dir
 from .core import compute_dtype, duration, get_device
 from .dataloader import (N_STREAMS, DocTokens, EvalPacker, Loader, Packer, Piece, Stream,
                                 shuffled)
@@ -250,7 +250,7 @@ def source(self:FinetuneConfig) -> Path: # checkpoint that model and tokenizer c
 def model_config(self:FinetuneConfig) -> HybridConfig:
     return HybridConfig.from_dict(_meta_at(self.source)['model'])
 
-def _meta_at(path): return json.loads((Path(path)/'meta.json').read_text())
+def _meta_at(path): return read_meta(path)
 
 # %% ../nbs/22_sft.ipynb #settled
 SETTLED = dict(epochs='num_iterations', lr_frac='matrix_lr and the other rates')  # give instead

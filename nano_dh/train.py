@@ -44,7 +44,7 @@ class RunConfig:
     resume: bool = False  # continue that run (without a name: the newest) where it was saved
     depth: int = 4        # number of blocks; sets width, horizon, batch and learning rates
     pattern: str = ''     # mixers, such as GGGL: G delta rule, L attention, S window; '': preset's
-    preset: str = ''      # 'nanochat' or 'conversation'
+    preset: str = ''      # 'nanochat', 'conversation' or 'qwen'
     model: str = ''       # further HybridConfig fields, such as 'tie_embeddings:True pos:partial'
 
 # %% ../nbs/14_train.ipynb #c-data
