@@ -207,6 +207,7 @@ def link_name(tick:str,  # what stands between back-ticks
     "Where a name is explained"
     m = re.fullmatch(r'(?:nano_dh\.)?([A-Za-z_][\w.]*)(\(.*\))?', tick)
     if not m: return ''
+    if tick in names and tick.startswith('nano_dh.'): return names[tick][0]   # a module
     found = names.get(m[1], []); own = [a for a in found if a.startswith(f'api/{module}.md#')]
     if own: return own[0]
     return found[0] if len(found) == 1 and (m[2] or re.search('[A-Z_.]', m[1])) else ''
@@ -242,7 +243,8 @@ def by_part(chapters:list, readme:str) -> list: # for mkdocs: [{part: [{title: f
     known, out = parts(readme), []
     for c in chapters:
         if c.origin not in known:
-            raise ValueError(f'{c.origin} is not in the table of chapters in README.md; add its row')
+            raise ValueError(f'{c.origin} is not in the table of chapters in README.md; '
+                             'add its row')
         part = known[c.origin].capitalize()
         if not out or part not in out[-1]: out.append({part: []})
         out[-1][part].append({f'{c.number} {c.title}': c.at})
@@ -255,19 +257,22 @@ def records_page(root:Path) -> Page:
     for f in sorted((root/'runs/records').glob('*.json')):
         r = json.loads(f.read_text()); git, system = r.get('git', {}), r.get('system', {})
         on = r.get('card') or f"{system.get('cores', '?')} CPU cores"
-        rows.append((f'[{f.name}]({f.name})', r.get('kind', 'report card'), on,
-                     (r.get('commit') or git.get('commit', ''))[:7], (r.get('time') or r['made'])[:10]))
+        commit, time = r.get('commit') or git.get('commit', ''), r.get('time') or r['made']
+        rows.append((f'[{f.name}]({f.name})', r.get('kind', 'report card'), on, commit[:7],
+                     time[:10]))
     text = '# Records\n\nWhat was measured, as files that programs can read.\n\n'
     return Page('runs/records/', 'runs/records/index.md', 'Records',
                 text + table('file|kind|measured on|commit|day', rows))
 
+# %% ../nbs/27d_site.ipynb #records-b
 def measured_page(root:Path) -> Page:
-    "The README's measured sections, or the page that took them over"
-    own = root/'docs/measured.md'
-    if own.exists(): return Page('docs/measured.md', 'measured.md', 'Measured', own.read_text())
+    "The page of what was measured; the README's sections where it has them still"
+    text = (root/'docs/measured.md').read_text()
     found = re.findall(r'^## (?:Measured|What was wrong)[^\n]*\n.*?(?=^## |\Z)',
                        (root/'README.md').read_text(), re.S | re.M)
-    return Page('README.md', 'measured.md', 'Measured', '# Measured\n\n' + '\n'.join(found))
+    here = re.sub(r'\]\((?![a-z]+:|[#/])', '](../', '\n'.join(found))
+    return Page('docs/measured.md', 'measured.md', 'Measured',
+                text.replace('<!-- README -->', here))
 
 # %% ../nbs/27d_site.ipynb #site
 class Site:
@@ -286,7 +291,7 @@ class Site:
         texts = [f for p in ('*.md', 'docs/*.md', 'runs/records/*.md') for f in self.root.glob(p)]
         names = [f.relative_to(self.root).as_posix() for f in sorted(texts)]
         self.texts = [Page(n, address(n), '', (self.root/n).read_text()) for n in names
-                      if n not in ('README.md', 'docs/measured.md')]
+                      if n not in ('README.md', 'docs/measured.md')]     # made below
         self.made = [measured_page(self.root), records_page(self.root)]
         self.where = {p.origin: p.at for p in self.pages if p.origin and p.origin != 'README.md'}
         self.where |= {'README.md': 'index.md'} | {f: f for f in self.files()}
@@ -302,7 +307,7 @@ def document(self:Site, chapter:Page):
     "Add the reference of a chapter's module"
     if not chapter.module: return
     page, where = api_page(chapter, json.loads((self.root/chapter.origin).read_text()))
-    self.api.append(page)
+    self.api.append(page); self.names[f'nano_dh.{chapter.module}'] = [page.at]
     for name, at in where.items():
         self.names.setdefault(name, []).append(at)
         self.names[f'{chapter.module}.{name}'] = [at]
@@ -348,8 +353,8 @@ class Refs(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         a = dict(attrs); self.ids |= {a[k] for k in ('id', 'name') if a.get(k)}
-        to = a.get('src') or (a.get('href') if tag == 'link' and a.get('rel') != 'canonical' else '')
-        if to: self.loads.append(to)
+        style = tag == 'link' and a.get('rel') not in ('canonical', 'prev', 'next')
+        if to := a.get('src') or (a.get('href') if style else ''): self.loads.append(to)
         if tag == 'a' and a.get('href'): self.links.append(a['href'])
 
 def resolved(page:Path, to:str, root:Path) -> tuple[Path, str]: # file, place in it
@@ -406,7 +411,8 @@ def on_files(self:Site, files, config): # adds what mkdocs does not see in docs/
         if not files.get_file_from_path(at): files.append(File.generated(config, at, **kw))
     for p in self.pages:
         add(p.at, content=self.boost(p) + p.text)
-        for f, data in p.pictures.items(): add(posixpath.join(posixpath.dirname(p.at), f), content=data)
+        for f, data in p.pictures.items():
+            add(posixpath.join(posixpath.dirname(p.at), f), content=data)
         if p in self.chapters: add(p.origin, abs_src_path=str(self.root/p.origin))
     for f in self.files(): add(f, abs_src_path=str(self.root/f))
     add('assets/mathjax.js', abs_src_path=str(mathjax()))
@@ -434,7 +440,8 @@ def main(argv:list|None=None # default: the command line
     "python -m nano_dh.site FOLDER: links of a finished site"
     args = sys.argv[1:] if argv is None else list(argv)
     if len(args) != 1: print(main.__doc__); return 2
-    if not Path(args[0]).is_dir(): print(f'{args[0]} is no folder; build it with make docs'); return 2
+    if not Path(args[0]).is_dir():
+        print(f'{args[0]} is no folder; build it with make docs'); return 2
     n, wrong = broken(args[0])
     for line in [*wrong, f'{n:,} links, {len(wrong)} broken']: print(line)
     return int(bool(wrong))

@@ -81,6 +81,29 @@ def test_nbdev_docs_says_what_to_use():
         r = subprocess.run([sys.executable, '-c', f'from {module} import {function}; {function}()'], capture_output=True, text=True, cwd=ROOT)
         assert r.returncode == 0 and r.stdout.count('\n') == 1 and '`make docs`' in r.stdout, r.stdout + r.stderr
 
+def test_the_table_of_public_sets_is_that_of_the_command():
+    from nano_dh.pack import FEEDS, sources
+    there = re.search(r'<!-- pack -->\n(.*?)<!-- end -->', (ROOT/'docs/data.md').read_text(), re.S)[1]
+    assert there == sources(FEEDS), sources(FEEDS)
+
+def test_the_map_from_nanochat_names_what_is_there():
+    text = (ROOT/'docs/from-nanochat.md').read_text()
+    flags = re.search(r'## Flags of pretraining(.*?)^## ', text, re.S | re.M)[1]
+    cells = json.loads((ROOT/'runs/pretrain.ipynb').read_text())['cells']
+    known = set(re.findall(r'^(\w+):', ''.join(next(c for c in cells if 'parameters' in c['metadata'].get('tags', []))['source']), re.M))
+    named = set(re.findall(r'-p (\w+)', flags))
+    assert len(named) > 20 and named <= known, named - known
+    for module in set(re.findall(r'`nano_dh\.(\w+)`', text)): assert (ROOT/'nano_dh'/f'{module}.py').exists(), module
+
+def test_addresses_of_the_repository_are_those_of_settings_ini():
+    from configparser import ConfigParser
+    c = ConfigParser(); c.read(ROOT/'settings.ini'); c = c['DEFAULT']
+    for f in FILES:
+        for user, repo, rest in re.findall(r'github(?:\.com)?/(nano[-_]dh)/([\w-]+)([^\s)`]*)', f.read_text()):
+            assert (user, repo) == (c['user'], c['repo']), f
+            branch = re.match(r'/blob/([^/]+)/(.+)', rest)
+            if branch: assert branch[1] == c['branch'] and (ROOT/branch[2]).exists(), (f.name, rest)
+
 # ---- the whole site
 
 @pytest.fixture(scope='module')
