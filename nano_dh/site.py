@@ -271,8 +271,8 @@ def measured_page(root:Path) -> Page:
     found = re.findall(r'^## (?:Measured|What was wrong)[^\n]*\n.*?(?=^## |\Z)',
                        (root/'README.md').read_text(), re.S | re.M)
     here = re.sub(r'\]\((?![a-z]+:|[#/])', '](../', '\n'.join(found))
-    return Page('docs/measured.md', 'measured.md', 'Measured',
-                text.replace('<!-- README -->', here))
+    text = re.sub('<!-- README -->.*?<!-- /README -->', lambda m: here, text, flags=re.S)
+    return Page('docs/measured.md', 'measured.md', 'Measured', text)
 
 # %% ../nbs/27d_site.ipynb #site
 class Site:
@@ -284,8 +284,8 @@ class Site:
         "Read everything anew"
         here = {k: [notebook_page(self.root, f.relative_to(self.root).as_posix())
                     for f in sorted(self.root.glob(k))]
-                for k in ('nbs/*.ipynb', 'runs/*.ipynb', 'runs/records/*.ipynb')}
-        self.chapters, self.runs, self.executed = here.values()
+                for k in ('nbs/*.ipynb', 'runs/*.ipynb', 'runs/records/*.ipynb', 'docs/*.ipynb')}
+        self.chapters, self.runs, self.executed, self.extra = here.values()
         self.api, self.names = [], {}
         for c in self.chapters: self.document(c)
         texts = [f for p in ('*.md', 'docs/*.md', 'runs/records/*.md') for f in self.root.glob(p)]
@@ -300,7 +300,8 @@ class Site:
 # %% ../nbs/27d_site.ipynb #site2
 @patch(as_prop=True)
 def pages(self:Site) -> list:
-    return [*self.chapters, *self.runs, *self.executed, *self.api, *self.texts, *self.made]
+    return [*self.chapters, *self.runs, *self.executed, *self.extra, *self.api, *self.texts,
+            *self.made]
 
 @patch
 def document(self:Site, chapter:Page):
