@@ -45,13 +45,18 @@ figures: .venv/.ready      ## the README's measured figures and their pictures f
 test: .venv/.ready         ## every chapter and every test
 	$(V)/python -m pytest -n auto -rsfE $(P)
 
-docs: .venv/.ready         ## the chapters as HTML pages in _docs/
-	$(V)/jupyter nbconvert --to html nbs/*.ipynb --output-dir _docs
+docs: .venv/.docs          ## the book as a site in _docs/ that needs no network; fails with a dead link
+	NO_MKDOCS_2_WARNING=1 $(V)/mkdocs build --strict --quiet
+	@echo "open _docs/index.html"
 
 clean-notebooks: .venv/.ready
 	$(V)/nbdev_export && $(V)/nbdev_clean && $(V)/nbdev_clean --fname runs
 
 install: .venv/.ready
+
+.venv/.docs: .venv/.ready
+	$(V)/python -m pip install -q -e '.[docs]'
+	@touch $@
 
 .venv/.ready: pyproject.toml
 	$(PY) -m venv .venv

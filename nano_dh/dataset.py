@@ -732,7 +732,8 @@ def _find(name, root): # one entry of a spec -> list of Source
     known = [*HUBS, 'sample', *([s.name for s in _dir(root)] if root else [])]
     near = closest(name, known)
     raise FileNotFoundError(f'no data {name!r}' + f', did you mean {near!r}?'*bool(near)
-                            + f'; give a file, a folder or {", ".join(known)}')
+                            + f'; give a file, a folder or {", ".join(known)}'
+                            + '; dh_pack fetches public wiki, books and chat'*(root is None))
 
 # %% ../nbs/08_dataset.ipynb #entries
 def _entries(spec): # 'a:45,b:55' -> [('a', 45.), ('b', 55.)]; a lone name has weight None
@@ -749,7 +750,8 @@ def open_data(spec:str='' # '': NANO_DH_DATA, or else the sample
              ) -> Mixture:
     "What a run reads: a file, a folder, names with weights, or a set of the hub"
     env = os.environ.get('NANO_DH_DATA', '')
-    spec, root = spec or env or 'sample', Path(env).expanduser() if env else None
+    spec = spec or env or 'sample'
+    root = Path(env).expanduser() if env else base_dir()/'data'/'pack'     # of dh_pack
     if spec == 'sample':
         files = {s: [(package_data(f'sample_{s}.parquet'), None)] for s in ('train', 'val')}
         return Mixture('sample', [Source('sample', files)], [1.])
