@@ -88,7 +88,7 @@ class OptimConfig(HorizonConfig):
 class PretrainConfig(OptimConfig):
     "A pretraining run; -1 and '' mean: derive"
     eval_every: int = -1        # steps between val bpb; -1: a fifth of the run; 0: at the end only
-    eval_tokens: int = -1       # tokens of an evaluation; -1: 20 * 2^19 on a GPU, 2^15 on a CPU
+    eval_tokens: int = -1       # tokens of an evaluation; -1: 20 * 2^19 on a GPU, less in a short run
     core_metric_every: int = 0  # steps between calls of core_metric; 0: at the end only
     core_metric: str = ''       # 'module:function' of (model, tokenizer, step) -> dict of numbers
     sample_every: int = 0       # steps between samples; 0: at the end only
@@ -188,7 +188,7 @@ def resolved(self:PretrainConfig) -> PretrainConfig: # nothing left open
     if c.vocab_size == -1: c.vocab_size = own['vocab_size']
     if c.max_seq_len == -1: c.max_seq_len = own['sequence_len']
     for k, big, small in (('vocab_size', 32768, 4096), ('max_seq_len', 2048, 256),
-                          ('eval_tokens', 20*2**19, 2**15), ('max_hours', 168., 3.),
+                          ('max_hours', 168., 3.),
                           ('target_param_data_ratio', 12., .15), ('nproc', most_ranks(), 1)):
         if getattr(c, k) == -1: setattr(c, k, big if gpu else small)
     if world := int(os.environ.get('WORLD_SIZE', 0)): c.nproc = world
@@ -200,6 +200,8 @@ def resolved(self:PretrainConfig) -> PretrainConfig: # nothing left open
     if c.num_iterations == -1: c.num_iterations = max(1, round(c.horizon/c.total_batch_size))
     for k, parts in (('eval_every', 5), ('save_every', 10)):
         if getattr(c, k) == -1: setattr(c, k, -(-c.num_iterations//parts))
+    if c.eval_tokens == -1:    # the five evaluations of a run take a tenth of its operations at most
+        c.eval_tokens = max(2**15, min(20*2**19, int(.06*c.total_tokens))) if gpu else 2**15
     date = time.strftime('%Y%m%d-%H%M%S')
     c.run = c.run or f'd{c.depth}-{c.preset or c.pattern}-{date}'
     return c
