@@ -16,9 +16,9 @@ from torch.distributed.checkpoint.metadata import (ChunkStorageMetadata, Metadat
     TensorProperties)
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 import nano_dh
-from .core import base_dir, compute_dtype, get_device, human, print0
+from .core import base_dir, compute_dtype, get_device, human, print0, run_stored
 from .dataloader import gather_state
-from .hybrid_model import HybridConfig, HybridModel
+from .hybrid_model import MIXERS, HybridConfig, HybridModel
 from .nanochat import nanochat_meta, nanochat_steps, read_nanochat
 from .optim import LocalShard
 from .tokenizer import Tokenizer
@@ -319,6 +319,13 @@ def load_checkpoint(path:str|Path,      # run name, folder of a run or of a chec
     return dict(meta, path=str(path), loader_state=state)
 
 # %% ../nbs/12_checkpoint.ipynb #loadmodel
+def _letters(info, path): # of the pattern: are all known here?
+    new, own = {*info['model']['pattern']} - {*MIXERS}, info.get('imports', [])
+    if new and own: raise CheckpointError(
+        f"{path}: nobody here has registered {', '.join(sorted(new))}; give imports, your own file, or "
+        f"'stored' for the code that it holds: {', '.join(o['name'] + '.py' for o in own)}. Read that "
+        'first if it is not yours (meta.json, imports)')
+
 def load_model(name:str|Path='',   # run name, folder of a run or of a checkpoint; '' the newest run
                step:int|None=None, # None: the newest
                device=None         # None: the best there is
@@ -327,7 +334,8 @@ def load_model(name:str|Path='',   # run name, folder of a run or of a checkpoin
     path, device = find_checkpoint(name, step), torch.device(device or get_device())
     if whose := foreign(path): model, tok, meta = FOREIGN[whose][1](path, step)
     else:
-        with torch.device('meta'): model = HybridModel(HybridConfig.from_dict(verify(path)['model']))
+        info = verify(path); run_stored(info.get('imports', []), path); _letters(info, path)
+        with torch.device('meta'): model = HybridModel(HybridConfig.from_dict(info['model']))
         model = model.to_empty(device=device); meta = load_checkpoint(path, model, rng=False)
         tok = Tokenizer.load(path/'tokenizer') if (path/'tokenizer').exists() else None
     model = model.to(device)

@@ -386,6 +386,7 @@ class BaseEvalConfig:
     shared: bool = True   # read what options share once
     nproc: int = -1       # ranks; -1: one a GPU, or 1
     device: str = ''      # 'cuda', 'cpu'; '' takes the best there is
+    imports: str = ''  # code of your own, run first: 'my_mixer.py'; 'stored': what the checkpoint holds
 
 # %% ../nbs/18_core_eval.ipynb #base-eval
 def settle(model): # choose the kernels that a GPU will use

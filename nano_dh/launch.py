@@ -12,7 +12,7 @@ from datetime import timedelta
 from multiprocessing import connection
 from pathlib import Path
 import torch, torch.distributed as dist, torch.multiprocessing as mp
-from .core import DistInfo, dist_info
+from .core import DistInfo, dist_info, load_imports
 
 # %% ../nbs/13_launch.ipynb #counts
 def n_gpus() -> int:
@@ -76,6 +76,7 @@ def _rank(rank, world, fn, cfg, device, home, parent, out, rec):
     os.environ.update(RANK=r, LOCAL_RANK=r, WORLD_SIZE=w, LOCAL_WORLD_SIZE=w)
     if sys.platform == 'linux': os.environ.setdefault('GLOO_SOCKET_IFNAME', 'lo')
     try:
+        load_imports(getattr(cfg, 'imports', ''))
         join_group(device, dist.FileStore(f'{home}/store', world) if world > 1 else None)
         fn(cfg, _sender(rec) if rank == 0 else _silent)
         if dist.is_initialized(): dist.destroy_process_group()

@@ -56,6 +56,7 @@ class Place:
     hosts: str = ''            # further names of this server; '*': any
     origins: str = ''          # other web pages that may ask (CORS); '*': any
     device: str = ''           # '': every GPU, else the CPU
+    imports: str = ''          # code of your own, run first: 'my_mixer.py'; 'stored': what the checkpoint holds
 
     def __post_init__(self): # here and in what inherits it
         for f in fields(self):
@@ -1751,6 +1752,7 @@ class ChatConfig:
     seed: int|None = None     # None: another one every time
     max_tokens: int = 1024    # an answer
     device: str = ''          # '': the best there is
+    imports: str = ''  # code of your own, run first: 'my_mixer.py'; 'stored': what the checkpoint holds
 
 # %% ../nbs/25_serve.ipynb #chatconfig-b
 HELP = '''/save FILE   write the conversation as a memory

@@ -17,7 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 import torch, torch.distributed as dist
 from fastcore.basics import patch
-from .core import (_field, atomic_write, check_bounds, checked, closest, compute_dtype,
+from .core import (OWN, _field, atomic_write, check_bounds, checked, closest, compute_dtype,
                           dist_info,
                           duration, file_lock, get_device, human, options, peak_flops,
                           print0, set_seed)
@@ -46,6 +46,7 @@ class RunConfig:
     pattern: str = ''     # mixers, such as GGGL: G delta rule, L attention, S window; '': preset's
     preset: str = ''      # 'nanochat', 'conversation' or 'qwen'
     model: str = ''       # further HybridConfig fields, such as 'tie_embeddings:True pos:partial'
+    imports: str = ''     # files or modules of your own, run first: 'my_mixer.py, my_tasks'
 
 # %% ../nbs/14_train.ipynb #c-data
 @dataclass
@@ -279,7 +280,7 @@ def run_dir(self:PretrainConfig) -> Path: return runs_dir()/self.run
 FROZEN = ('depth', 'pattern', 'preset', 'model', 'data', 'tokenizer', 'vocab_size', 'max_seq_len',
           'doc_mask', 'total_batch_size', 'seed')
 LOCAL = ('resume', 'nproc', 'device', 'compile', 'check_gradients', 'max_hours',
-         'gpu_hour_price')                                       # of the machine
+         'gpu_hour_price', 'imports')                            # of the machine
 
 PretrainConfig.given = frozenset()     # names that the command line gave
 
@@ -695,7 +696,8 @@ def save(self:Trainer):
     if self.world > 1: dist.all_reduce(bad, dist.ReduceOp.MAX)
     if bad.item(): raise Diverged(f'weights are no numbers after step {self.step}. The last good '
                                   f'checkpoint is {self.good or "none"}.')
-    meta = dict(train=asdict(c), seconds=self.seconds, ema=self.ema, best=self.best)
+    meta = dict(train=asdict(c), seconds=self.seconds, ema=self.ema, best=self.best,
+                imports=[*OWN.values()])
     self.good = str(save_checkpoint(c.run_dir, self.step, self.model, self.opt, self.tok,
                                     self.loader.state_dict(), meta, c.keep))
     self.log(checkpoint=self.good)
