@@ -241,7 +241,7 @@ BOUNDS = dict( # field -> least and greatest value; for every stage that has the
     target_param_data_ratio=(MORE, MANY), device_batch_size=COUNT, total_batch_size=COUNT,
     embedding_lr=RATE, unembedding_lr=RATE, matrix_lr=RATE, scalar_lr=RATE, lr_frac=RATE,
     weight_decay=RATE, clip=(0, MANY), warmup_steps=EVERY, warmdown_ratio=SHARE,
-    final_lr_frac=SHARE, eval_every=EVERY, eval_tokens=COUNT, core_metric_every=EVERY,
+    final_lr_frac=SHARE, eval_every=EVERY, eval_tokens=COUNT, core_metric_every=EVERY, metrics_every=EVERY,
     sample_every=EVERY, save_every=EVERY, keep=EVERY, max_hours=(MORE, MANY),
     gpu_hour_price=(0, MANY), epochs=(MORE, MANY), questions=COUNT, samples=(2, 10**15),
     max_tokens=COUNT, temperature=(MORE, 100), top_k=EVERY, minutes=(0, MANY),

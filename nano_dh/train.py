@@ -6,8 +6,8 @@
 __all__ = ['PARAMETERS', 'LR_FLOOR', 'ONE_OF', 'FROZEN', 'LOCAL', 'MFU', 'GPU_BYTES', 'LOCK_WAIT', 'WAITS', 'KNOWN', 'RunConfig',
            'DataConfig', 'HorizonConfig', 'OptimConfig', 'PretrainConfig', 'auto_batch', 'most_ranks', 'machine',
            'Plan', 'estimate', 'PlanError', 'named', 'plan', 'show_batch', 'build_model', 'Trainer', 'Late',
-           'read_metrics', 'Diverged', 'write_samples', 'begin', 'owned', 'settle_backend', 'begin_kernels', 'timing',
-           'OutOfMemory', 'memory_advice', 'pretrain', 'start_wandb', 'once', 'Report', 'main']
+           'read_metrics', 'Diverged', 'write_samples', 'health', 'begin', 'owned', 'settle_backend', 'begin_kernels',
+           'timing', 'OutOfMemory', 'memory_advice', 'pretrain', 'start_wandb', 'once', 'Report', 'main']
 
 # %% ../nbs/14_train.ipynb #imp
 import ast, bisect, gc, importlib, json, math, os, re, resource, subprocess, sys, time
@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, asdict, replace
 from functools import lru_cache
 from pathlib import Path
-import torch, torch.distributed as dist
+import torch, torch.distributed as dist, torch.nn.functional as F
 from fastcore.basics import patch
 from .core import (OWN, _field, atomic_write, check_bounds, checked, closest, compute_dtype,
                           dist_info,
@@ -94,6 +94,8 @@ class PretrainConfig(OptimConfig):
     core_metric: str = ''       # 'module:function' of (model, tokenizer, step) -> dict of numbers
     sample_every: int = 0       # steps between samples; 0: at the end only
     sampler: str = ''           # 'module:function' of (model, tokenizer, prompts) -> texts
+    metrics: str = ''           # 'module:function' of (trainer) -> dict of numbers
+    metrics_every: int = 10     # steps between them; 0: at the end only
     prompts: str = 'The|He said that|In the morning' # what the samples continue, split at |
     save_every: int = -1        # steps between checkpoints; -1: a tenth of the run; 0: at the end
     keep: int = 2               # newest checkpoints kept; 0: all
@@ -428,7 +430,7 @@ def named(path:str # 'module:function'
 @patch
 def ready(self:PretrainConfig): # resolved
     "Refuse names of functions that training would miss only later"
-    for k in ('core_metric', 'sampler'):
+    for k in ('core_metric', 'sampler', 'metrics'):
         if path := getattr(self, k): named(path)
 
 # %% ../nbs/14_train.ipynb #mkplan2
@@ -625,10 +627,10 @@ class Diverged(RuntimeError): "The loss ran away, seen by every rank alike"
 
 @patch
 def account(self:Trainer, step:int, # the step that made it
-            total:Late              # of `train_step`: summed loss, targets
+            total:Late              # of `train_step`: summed loss, targets; the gradient's norm
            ):
     "Record a finished step; stop all ranks if its loss is lost"
-    c, (s, n) = self.cfg, total.tolist(); loss = s/max(1, n)
+    c, (s, n, *norm) = self.cfg, total.tolist(); loss = s/max(1, n)
     dt, self.clock = total.since(self.clock), total
     self.ema = loss if self.ema is None else .9*self.ema + .1*loss
     if not math.isfinite(loss) or self.ema > self.best + 2:
@@ -642,7 +644,8 @@ def account(self:Trainer, step:int, # the step that made it
                                c.final_lr_frac, c.schedule), memory=_peak_memory(self.device),
              seconds=self.seconds,
              eta=(c.num_iterations - step)*sorted(self.pace)[len(self.pace)//2],
-             **(dict(mfu=self.flops/dt/self.peak) if self.peak else {}))
+             **(dict(mfu=self.flops/dt/self.peak) if self.peak else {}),
+             **(dict(grad_norm=norm[0]) if norm else {}))
 
 def _peak_memory(device):
     if device.type == 'cuda': return torch.cuda.max_memory_allocated(device)
@@ -716,8 +719,28 @@ def events(self:Trainer) -> None:
     if self.due(c.save_every): self.save()          # before what others wrote may fail
     if c.core_metric and self.due(c.core_metric_every):
         self.log(**named(c.core_metric)(self.model, self.tok, self.step))
+    if c.metrics and self.due(c.metrics_every): self.log(**named(c.metrics)(self))
     if c.prompts and self.due(c.sample_every): self.sample()
     self.clock = self.mark()
+
+# %% ../nbs/14_train.ipynb #health
+def health(t:Trainer) -> dict: # numbers
+    "Learning rate and momentum; half-lives of the recurrent layers' heads; how far matrices moved"
+    c, out, moved = t.cfg, {}, []
+    for g in t.opt.param_groups:
+        if g['kind'] == 'muon': out |= dict(lr=g['lr'], momentum=g['momentum'])
+    decays = [m.A_log.float().exp()*F.softplus(m.dt_bias.float())
+              for m in (b.mixer for b in t.model.blocks) if hasattr(m, 'dt_bias')]
+    if decays:
+        life = (math.log(2)/torch.cat([d.flatten() for d in decays])).sort().values
+        out |= {f'half_life_{p}': life[int(p*(len(life) - 1)/100)].item() for p in (10, 50, 90)}
+    was, t.seen = getattr(t, 'seen', {}), {}
+    for n, p in t.model.named_parameters():
+        if not n.endswith('c_proj.weight') and not n.endswith('o_proj.weight'): continue
+        t.seen[n] = p.detach().clone()
+        if n in was: moved.append((p - was[n]).norm()/p.norm().clamp_min(1e-12))
+    if moved: out['moved'] = torch.stack(moved).mean().item()
+    return out
 
 # %% ../nbs/14_train.ipynb #restore
 @patch
@@ -888,7 +911,8 @@ def pretrain(cfg:PretrainConfig, # may have fields left open
 def loop(self:Trainer, began:float): # by time.perf_counter
     "Step after step, with what the calendar asks for in between"
     t, c, waiting = self, self.cfg, []
-    every = c.eval_every, c.save_every, c.sample_every, c.core_metric_every
+    every = [c.eval_every, c.save_every, c.sample_every, c.core_metric_every]
+    if c.metrics: every.append(c.metrics_every)
     gc.collect(); gc.freeze(); gc.disable(); t.clock = t.mark()
     patience = sys.getswitchinterval(); sys.setswitchinterval(1e-4)
     try:
@@ -897,7 +921,7 @@ def loop(self:Trainer, began:float): # by time.perf_counter
             with memory_advice(c):
                 if began: t.check_first(batch)
                 total = t.train_step(batch)
-            waiting.append((t.step, Late(total)))
+            waiting.append((t.step, Late(torch.cat([total, t.opt.grad_norm.to(total).view(1)]))))
             if began: began = t.started(began, waiting[0][1])
             pause = any(t.due(e) for e in every)
             while len(waiting) > (t.device.type == 'cuda' and not pause): t.account(*waiting.pop(0))
@@ -931,8 +955,8 @@ def once(cfg:PretrainConfig # may have fields left open, but not the name
     return read_metrics(c.run_dir)
 
 # %% ../nbs/14_train.ipynb #report
-KNOWN = {*'step loss lrm tokens tok_s seconds eta memory mfu val_bpb val_loss val_stderr'.split(),
-         *'prompt sample checkpoint note startup parts done'.split()} # all else came from core_metric
+KNOWN = {*'step loss lrm grad_norm tokens tok_s seconds eta memory mfu val_bpb val_loss val_stderr'.split(),
+         *'prompt sample checkpoint note startup parts done'.split()} # all else is somebody's metric
 
 class Report:
     "Progress lines while a run goes on, its results afterwards"
