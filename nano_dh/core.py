@@ -18,11 +18,23 @@ import torch, torch.distributed as dist
 from filelock import FileLock
 
 # %% ../nbs/00_core.ipynb #base
-def base_dir() -> Path: # exists on return
-    "Folder of checkpoints, tokenizers, caches: NANO_DH_BASE_DIR, or nano_dh in the user's cache"
+def _base():
     p = os.environ.get('NANO_DH_BASE_DIR')
     if not p: p = Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'nano_dh'
-    p = Path(p).expanduser().absolute(); p.mkdir(parents=True, exist_ok=True)
+    return Path(p).expanduser().absolute()
+
+@contextmanager
+def _writing(p): # what the system refuses in the base folder says how to move it
+    try: yield
+    except OSError as e:
+        if not e.errno or not Path(p).absolute().is_relative_to(_base()): raise
+        raise OSError(e.errno, f'{os.strerror(e.errno)}: {p}; NANO_DH_BASE_DIR can name another base '
+                               'folder') from None
+
+def base_dir() -> Path: # exists on return
+    "Folder of checkpoints, tokenizers, caches: NANO_DH_BASE_DIR, or nano_dh in the user's cache"
+    p = _base()
+    with _writing(p): p.mkdir(parents=True, exist_ok=True)
     return p
 
 def package_data(name:str # file name inside nano_dh/data
@@ -43,10 +55,16 @@ class DistInfo:
 
 def dist_info() -> DistInfo:
     "From the process group if there is one, else from the launcher's environment, else one process"
-    e = lambda k, d: int(os.environ.get(k, d))
     if dist.is_available() and dist.is_initialized():
-        return DistInfo(dist.get_rank(), e('LOCAL_RANK', dist.get_rank()), dist.get_world_size())
-    return DistInfo(e('RANK', 0), e('LOCAL_RANK', 0), e('WORLD_SIZE', 1))
+        rank = dist.get_rank()
+        return DistInfo(rank, int(os.environ.get('LOCAL_RANK', rank)), dist.get_world_size())
+    if not os.environ.get('WORLD_SIZE'): return DistInfo()
+    said = {k: os.environ.get(k) or '0' for k in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')}
+    rank, local, world = (int(v) if v.isdecimal() else -1 for v in said.values())
+    if min(rank, local) < 0 or not max(rank, local) < world:
+        raise ValueError(f'{" ".join(f"{k}={v}" for k, v in said.items())}: a rank is 0 to '
+                         'WORLD_SIZE-1; unset these variables, or start with torchrun')
+    return DistInfo(rank, local, world)
 
 # %% ../nbs/00_core.ipynb #print0
 def print0(*args, **kw):
@@ -129,10 +147,12 @@ def atomic_write(path:str|Path, # its folder is made if missing
                  data:str|bytes # text is written as UTF-8
                 ):
     "Write a file so that a reader sees the old content or the new, never half of it"
-    path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
-    fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
+    path = Path(path)
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
     try:
-        with os.fdopen(fd, 'wb') as f:
+        with _writing(path), os.fdopen(fd, 'wb') as f:
             f.write(data.encode() if isinstance(data, str) else data)
             f.flush(); os.fsync(f.fileno())
         os.replace(tmp, path)
@@ -144,8 +164,10 @@ def file_lock(path:str|Path,     # what is protected; the lock is path + '.lock'
               timeout:float=3600 # seconds to wait for another process
              ):
     "Hold a lock against the other processes of this machine"
-    path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f'{path}.lock', timeout=timeout): yield path
+    path = Path(path); lock = FileLock(f'{path}.lock', timeout=timeout)
+    with _writing(path): path.parent.mkdir(parents=True, exist_ok=True); lock.acquire()
+    try: yield path
+    finally: lock.release()
 
 # %% ../nbs/00_core.ipynb #own
 OWN = {}              # module -> dict(name, sha256, text) of what `load_imports` ran

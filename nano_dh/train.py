@@ -615,11 +615,12 @@ def log(self:Trainer, **rec):
 
 def read_metrics(run_dir:Path # folder of a run
                 ) -> list[dict]: # records, oldest first
-    "Everything a run recorded; a last line cut short by a kill is left out"
+    "Everything a run recorded; a line that is damaged, or cut short by a kill, is left out"
     f, out = Path(run_dir)/'metrics.jsonl', []
-    for line in f.read_text().splitlines() if f.exists() else []:
-        try: out.append(json.loads(line))
-        except ValueError: break
+    for line in f.read_text(errors='replace').split('\n') if f.exists() else []:
+        try: r = json.loads(line)
+        except ValueError: continue
+        if isinstance(r, dict) and isinstance(r.get('step'), int): out.append(r)
     return out
 
 # %% ../nbs/14_train.ipynb #account

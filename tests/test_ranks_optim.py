@@ -194,3 +194,15 @@ def test_a_model_that_stays_at_guessing_is_noticed(tmp_path, monkeypatch):
         notes = [r for r in recs if 'what guessing gives' in r.get('note', '')]
         assert [r['step'] for r in notes] == [50, 60][:want], notes
         assert not want or f'ln {TINY["vocab_size"]} = 5.951' in notes[0]['note']
+
+def soak(steps):
+    import subprocess, sys
+    from pathlib import Path
+    p = subprocess.run([sys.executable, Path(__file__).parent/'soak.py', str(steps)], capture_output=True, text=True, timeout=900)
+    assert p.returncode == 0, p.stdout + p.stderr
+    return p.stdout
+
+def test_the_same_weights_on_both_ranks_for_200_steps(): assert '200 steps' in soak(200)
+
+@pytest.mark.slow
+def test_the_same_weights_on_both_ranks_for_20000_steps(): assert '40 times the same weights' in soak(20_000)
