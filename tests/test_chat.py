@@ -101,10 +101,13 @@ def test_ranks_do_not_change_the_loss(tmp_path, monkeypatch):
     assert all(abs(x - y) < 1e-4*x for x, y in zip(a, c)) and len(c) == 3
 
 def test_resume_is_exact(tmp_path, monkeypatch):
+    "Where the rate falls, so that a run of another length would be another run"
     monkeypatch.setenv('NANO_DH_BASE_DIR', str(tmp_path)); b = base(tmp_path)
-    whole = losses(tmp_path, base=b, run='whole', num_iterations=4)
-    stopped(tmp_path, base=b, run='cut')
-    assert losses(tmp_path, base=b, run='cut', num_iterations=4, resume=True) == whole[2:] and len(whole) == 4
+    fall = dict(warmup_steps=0, warmdown_ratio=1., num_iterations=4)
+    whole = losses(tmp_path, base=b, run='whole', **fall)
+    stopped(tmp_path, base=b, run='cut', **fall)
+    assert losses(tmp_path, run='cut', base=b, resume=True, **fall) == whole[2:] and len(whole) == 4
+    assert losses(tmp_path, base=b, run='longer', **fall | dict(num_iterations=5))[2:4] != whole[2:]
     a, c = weights(tmp_path, 'whole', 4), weights(tmp_path, 'cut', 4)
     assert all(torch.equal(a[k], c[k]) for k in a)
 

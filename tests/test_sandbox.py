@@ -98,7 +98,7 @@ def test_one_program_does_not_end_a_run():
     names = [*HOSTILE][[*HOSTILE].index('a verdict of its own'):]
     rs = run_many([c for n in names for c in ('pass', HEAD + HOSTILE[n])], workers=2, seconds=2.)
     assert all(r.ok for r in rs[::2]) and not any(r.ok for r in rs[1::2]), [(n, r) for n, r in zip(names, rs[1::2]) if r.ok]
-    assert all(isinstance(r.detail, str) and '\n' not in r.detail for r in rs)
+    assert all(isinstance(r.detail, str) and '\n' not in r.detail and r.status != 'wall' for r in rs), rs
 
 def test_walls_that_fail_once(monkeypatch):
     "A guard that ends without a word is started again; a system that builds no walls any more is an error"
