@@ -28,8 +28,8 @@ import nano_dh.short_conv as M
 from nano_dh.short_conv import short_conv
 torch.manual_seed(0); M.TILE.update(R=2, L=8, fwd_R=2, fwd_L=8)
 worst = 0
-for B, T, H, HV, K, V, st, dc in [(2, 37, 1, 2, 16, 16, 0, 0), (1, 40, 2, 2, 8, 16, 1, 0), (2, 41, 1, 1, 16, 8, 0, 1),
-                                  (2, 37, 1, 3, 12, 20, 1, 1), (2, 1, 1, 2, 16, 16, 1, 0), (1, 3, 1, 2, 16, 16, 0, 0)]:
+for B, T, H, HV, K, V, st, dc in [(2, 19, 1, 2, 8, 8, 0, 0), (1, 24, 2, 2, 4, 8, 1, 0), (2, 17, 1, 1, 8, 4, 0, 1),
+                                  (2, 13, 1, 3, 6, 10, 1, 1), (2, 1, 1, 2, 8, 8, 1, 0), (1, 3, 1, 2, 8, 8, 0, 0)]:
     C = 2*H*K + HV*V
     x = torch.randn(B, T, C + 7)[..., 3:3+C].requires_grad_(); w = torch.randn(C, 4, requires_grad=True)
     state = torch.randn(B, C, 3) if st else None
@@ -41,7 +41,7 @@ for B, T, H, HV, K, V, st, dc in [(2, 37, 1, 2, 16, 16, 0, 0), (1, 40, 2, 2, 8, 
     ga, gb = (torch.autograd.grad(o, (x, w), up) for o in (out, ref))
     worst = max([worst] + [((a - b).norm()/b.norm()).item() for a, b in zip((*out, *ga), (*ref, *gb))])
 assert worst < 1e-6, worst
-torch.library.opcheck(torch.ops.nano_dh.conv_fwd, (x, w, None, None, 1, 2, 16, 16))
+torch.library.opcheck(torch.ops.nano_dh.conv_fwd, (x, w, None, None, 1, 2, 8, 8))
 print('fine')''', TRITON_INTERPRET='1'))
     assert out == 'fine'
 
@@ -70,15 +70,15 @@ def test_loss_kernel_interpreted():
 import torch
 import nano_dh.cross_entropy as X
 torch.manual_seed(0)
-for cols, vocab, cap in ((96, 90, 15.), (128, 128, 0.), (96, 96, 50.), (200, 190, 15.), (200, 70, 0.)):
+for cols, vocab, cap in ((96, 90, 15.), (128, 128, 0.), (96, 96, 50.), (200, 190, 15.), (200, 70, 0.), (96, 90, 100.), (96, 96, 300.)):
     X.ROW_TILE.update(columns=64)
-    z, y = 8*torch.randn(7, cols), torch.tensor([3, 0, -1, 69, 12, -1, 5])
+    z, y = (8 if cap < 99 else 500)*torch.randn(7, cols), torch.tensor([3, 0, -1, 69, 12, -1, 5])
     want, dwant = X._loss_and_grad(z.double(), y, vocab, cap)
     got = torch.ops.nano_dh.loss_and_grad_(z, y, vocab, cap)
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(z.double(), dwant, rtol=1e-4, atol=1e-6)
 print('fine')''', TRITON_INTERPRET='1'))
-    assert out == 'fine'
+    assert out.endswith('fine'), out      # lanes without a column overflow, and are not counted
 
 INTERPRET = """
 import os, sys, torch
@@ -182,10 +182,15 @@ def interpreted(code, *args):
     assert p.returncode == 0 and out.endswith('fine\n'), out
 
 @needs_triton
-@pytest.mark.parametrize('kind', ['GL', 'nanochat', 'odd', 'room'])
+@pytest.mark.parametrize('kind', ['GL', 'nanochat'])
 def test_decoding_step_interpreted(kind):
-    "Few rows and many, of different lengths, one asleep; sizes that fill no block"
+    "Few rows and many, of different lengths, one asleep"
     interpreted(STEP, '1,3', kind)
+
+@needs_triton
+def test_decoding_step_interpreted_odd():
+    "Sizes that fill no block"
+    interpreted(STEP, '3', 'odd')
 
 @needs_triton
 def test_sampling_interpreted(): interpreted(SAMPLE)
@@ -197,7 +202,7 @@ def test_engine_on_kernels_interpreted():
 
 @pytest.mark.slow
 @needs_triton
-@pytest.mark.parametrize('kind', ['GL', 'nanochat', 'odd', 'conversation', 'GGGL', 'gelu', 'wide', 'bfloat16'])
+@pytest.mark.parametrize('kind', ['GL', 'nanochat', 'odd', 'room', 'conversation', 'GGGL', 'gelu', 'wide', 'bfloat16'])
 def test_decoding_step_interpreted_long(kind): interpreted(STEP, '1,2,3,6', kind)
 
 def test_checked_once_a_node(tmp_path):

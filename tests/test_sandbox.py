@@ -1,13 +1,13 @@
 "What a hostile program leaves behind: nothing. As root, as an ordinary user, and with single layers missing."
 import os, shutil, subprocess, sys
 from pathlib import Path
-import pytest
+import mini_pack, pytest
 import nano_dh.execution
 from hostile import HEAD, HOSTILE, attack
 from nano_dh.execution import SandboxError, run_code, run_many
 from nano_dh.tasks import HumanEval, local_file
 
-DATA = os.environ.get('NANO_DH_DATA', '')
+FULL, (DATA, SIZES) = bool(os.environ.get('NANO_DH_DATA')), mini_pack.data()
 linux = pytest.mark.skipif(sys.platform != 'linux', reason='the sandbox needs Linux')
 pytestmark = linux
 
@@ -67,7 +67,7 @@ FORGERS = dict( # answers to "double a number" that are wrong and want to pass
  equal='class Y(int):\n    def __eq__(self, x): return True\n    def __ne__(self, x): return False\ndef f(x): return Y()',
  silent='import sys\ndef f(x): raise SystemExit(0)',
  gone='import os\ndef f(x): os._exit(0)',
- error='def f(x): raise AssertionError',
+ error='def f(x): raise AssertionError', caught='import os\ndef f(x): os._exit(0)',
  looker='import gc, re, sys\nseen = [o for o in gc.get_objects() + [*sys.modules["__main__"].__dict__.values()] for o in (o.values() if type(o) is dict else [o])\n'
         '        if type(o) is str and "1776" in o and "gc.get" not in o]\ndef f(x): return 1776 if seen else 0',
  memory='import ctypes, re\nbest = 0\nfor l in open("/proc/self/maps"):\n    a, b = (int(x, 16) for x in l.split()[0].split("-"))\n'
@@ -78,6 +78,7 @@ FORGERS = dict( # answers to "double a number" that are wrong and want to pass
 @pytest.mark.parametrize('forger', FORGERS)
 def test_no_program_passes_tests_by_itself(forger):
     check = dict(tests='assert f(888) == 1776', names=['f'], seconds=2.)
+    if forger == 'caught': check['tests'] = 'try: assert f(888) == 1776\nexcept BaseException as e: assert not isinstance(e, AssertionError)'
     r = run_code(FORGERS[forger], **check); assert not r.ok and r.status != 'wall', r
     assert run_code('def f(x): return 2*x', **check).ok
 
@@ -97,7 +98,7 @@ def test_one_program_does_not_end_a_run():
     names = [*HOSTILE][[*HOSTILE].index('a verdict of its own'):]
     rs = run_many([c for n in names for c in ('pass', HEAD + HOSTILE[n])], workers=2, seconds=2.)
     assert all(r.ok for r in rs[::2]) and not any(r.ok for r in rs[1::2]), [(n, r) for n, r in zip(names, rs[1::2]) if r.ok]
-    assert all(isinstance(r.detail, str) and '\n' not in r.detail for r in rs)
+    assert all(isinstance(r.detail, str) and '\n' not in r.detail and r.status != 'wall' for r in rs), rs
 
 def test_walls_that_fail_once(monkeypatch):
     "A guard that ends without a word is started again; a system that builds no walls any more is an error"
@@ -115,16 +116,18 @@ def test_refuses_where_too_little_is_left():
     with pytest.raises(SandboxError, match='trust=True'): run_code('pass', without=('user', 'namespaces'))
     assert run_code('print(1)', without=('user', 'namespaces', 'landlock', 'seccomp'), trust=True).ok
 
-pack = pytest.mark.skipif(not local_file(DATA, 'humaneval.jsonl', 'HumanEval.jsonl'), reason='NANO_DH_DATA names no folder with HumanEval')
+pack = pytest.mark.skipif(not local_file(DATA, 'humaneval.jsonl', 'HumanEval.jsonl'), reason='NANO_DH_DATA names a folder without HumanEval')
 
-def passes(task): return run_many([task.program(c, c['messages'][-1]['content']) for c in task], workers=2, seconds=10.)
+def judged(task, answer=None): # as `evaluate` does, two at a time
+    say = lambda c: c['messages'][-1]['content'] if answer is None else answer
+    return run_many([dict(code=task.answer(c, say(c)), tests=task.tests(c), names=[c['row']['entry_point']]) for c in task], workers=2, seconds=10.)
 
 @pack
-def test_some_canonical_solutions_pass(): assert all(r.ok for r in passes(HumanEval(data=DATA)[::12]))
+def test_some_canonical_solutions_pass(): assert all(r.ok for r in judged(HumanEval(data=DATA)[::12]))
 
 @pack
-@pytest.mark.slow
+@(pytest.mark.slow if FULL else lambda f: f)
 def test_every_canonical_solution_passes_and_a_wrong_one_does_not():
-    t = HumanEval(data=DATA); rs = passes(t); assert len(rs) == 164 and all(r.ok for r in rs), [r for r in rs if not r.ok]
-    wrong = run_many([t.program(c, '    return None\n') for c in t[::4]], workers=2)
-    assert not any(r.ok for r in wrong)
+    t = HumanEval(data=DATA); rs = judged(t); assert len(rs) == SIZES['humaneval'] and all(r.ok for r in rs), [r for r in rs if not r.ok]
+    assert not any(r.ok for r in judged(t[::4], '    return None\n')) and not any(r.ok for r in judged(t[::4], FORGERS['verdict']))
+    one = run_many([t.program(c, c['messages'][-1]['content']) for c in t[::3]], workers=2); assert all(r.ok for r in one)      # in one program, by hand
