@@ -448,14 +448,17 @@ def _prompt(engine, i=0): # throw-away, 33 tokens
     return [(i + j) % engine.model.cfg.vocab_size for j in range(33)]
 
 @patch
+def look(self:Worker): # at the weights
+    if (bad := self.engine.damaged()):
+        more = f' and {len(bad) - 1} more' if bad[1:] else ''
+        raise Down(f'weights that are not finite: {bad[0]}{more}; load another checkpoint')
+
+@patch
 @torch.inference_mode()
 def begin(self:Worker):
     "Make sure that the engine can write; the first time, and after a failure"
     e, again = self.engine, self.error is not None
-    if (bad := e.damaged()):
-        more = f' and {len(bad) - 1} more' if bad[1:] else ''
-        raise Down(f'weights that are not finite: {bad[0]}{more}; load another checkpoint')
-    self.trial, self.lost = None, 0
+    self.look(); self.trial, self.lost = None, 0
     if again: e._idle(); e.release(); e.run([e.submit(Request(_prompt(e), max_tokens=2))])
     elif e.device.type == 'cuda': torch.cuda.set_device(e.device); self.warm()
     self.error = None
@@ -514,7 +517,7 @@ def step(self:Worker):
             self.trial = self.trial or self.engine.submit(ask)
     if self.trial and self.trial.done:
         bad, self.trial = self.trial.error, None
-        if bad: raise Down(bad)
+        if bad: self.look(); raise Down(bad)
 
 @patch
 def read(self:Worker, s) -> list: # what is new in a stream; a mistake in its text ends it alone
@@ -1291,7 +1294,8 @@ def _answers(app, s):
     @app.post('/v1/completions', responses=_SAYS)
     async def completions(body:CompletionRequest, http:HTTP):
         prompts, echo = await s.prompts(body, s.salt(http, body))
-        score = dict(score=body.top) if body.echo and body.top is not None else {}
+        scored = body.echo and (body.top is not None or body.max_tokens == 0)
+        score = dict(score=body.top or 0) if scored else {}
         a = s.ask(prompts, body, **score)
         form = TextForm(s.tok, a, echo if body.echo else ())
         return await s.reply(http, a, (s.stream if body.stream else s.whole)(a, body, form))
