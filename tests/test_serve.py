@@ -387,6 +387,16 @@ def test_an_engine_that_dies():
         status, _, body = call(url, '/v1/states', dict(messages=ask('x'))); refused(status, body, 503)
         status, _, body = call(url, '/health'); assert status == 503 and json.loads(body) == dict(status='down', errors=['out of memory'])
 
+def test_warming_without_room():
+    "Throw-away answers end where there is no room for so many; those of clients find the engine as it was"
+    m = talker(TOK.vocab_size); own = S.Worker(Engine(m, TOK, max_rows=8))
+    def short(_, args):
+        if len(args[0]) > 4: raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB')
+    hook = m.register_forward_pre_hook(short); own.warm()
+    while own.engine.busy: own.turn()
+    hook.remove(); assert (own.lost, own.error, own.engine.nbytes()) == (0, None, 0)
+    assert own.engine.generate('Hello', max_tokens=6, temperature=0.).text == Engine(m, TOK).generate('Hello', max_tokens=6, temperature=0.).text
+
 SHORT = [MemoryError('no room'), torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB'), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
 
 @contextmanager
