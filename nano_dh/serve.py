@@ -353,7 +353,7 @@ def _wrong(errors, where, kind, ctx, got): # a value -> sentence, code
         too_short=(f"Invalid '{where}': empty array. Expected at least one entry.", 'empty_array'),
         literal_error=(f'Invalid value: {said}. Supported values are: {ctx.get("expected")}.',
                        'invalid_value'),
-        unsupported=_unsupported(where, said, ctx)
+        unsupported=_unsupported(where, json.dumps(got)[:100], ctx)
     ).get(kind, (f"Invalid value for '{where}'.", 'invalid_value'))
 
 def _unsupported(where, said, ctx):

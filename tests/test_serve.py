@@ -852,8 +852,8 @@ def fuzz(url, cases, seed=0): # -> count of each status
             @given(case=op.as_strategy(mode), valid=st.booleans())
             def one(case, valid):
                 if valid and mode is GenerationMode.POSITIVE and isinstance(case.body, dict): # only how to sample is left to chance
-                    case.body.update(dict(model=''), **dict(messages=ask('x')) if 'messages' in case.body else dict(prompt='x'))
-                    for k in ('max_tokens', 'max_completion_tokens', 'n', 'stop'): case.body.pop(k, None)
+                    case.body.update(dict(model=None), **next((v for k, v in dict(messages=dict(messages=ask('x')), input=dict(input='x')).items() if k in case.body), dict(prompt='x')))
+                    for k in ('max_tokens', 'max_completion_tokens', 'max_output_tokens', 'n', 'best_of', 'stop', 'tools', 'tool_choice', 'logit_bias'): case.body.pop(k, None)
                 r = case.call(base_url=url, timeout=60)
                 counts[r.status_code] = counts.get(r.status_code, 0) + 1
                 assert r.status_code < 500, (case, r.content)
