@@ -752,8 +752,9 @@ class GraphSlab(Slab):
 # %% ../nbs/17_engine.ipynb #gslab-next
 @patch
 def first(self:GraphSlab, i, row, z):
+    told = {i: self.told(i, row)} if row.stream.request.steers else {}
     self.dec.draw(z, 0., i, i+1)
-    self.steer([(i, row)], {i: self.told(i, row)}, {i: z[0]}, 0.)
+    self.steer([(i, row)], told, {i: z[0]}, 0.)
     if row.asked + 1 >= row.stream.limit: self.dec.live[i] = 0
     return self.fetch([(i, row)], i, i+1, z, 0.)
 

@@ -252,7 +252,6 @@ def top(self:ChatRequest): return (self.top_logprobs or 0) if self.logprobs else
 def goes_on(self:ChatRequest) -> bool: # the answer has begun already
     return self.messages[-1].role == 'assistant' and not self.add_generation_prompt
 
-# %% ../nbs/25_serve.ipynb #schema3-b
 class CompletionRequest(Sampling):
     "POST /v1/completions"
     prompt: str|_many(int)|_many(str, 128)|_many(_many(int), 128)
@@ -295,7 +294,6 @@ def as_chat(self:ReplyRequest) -> ChatRequest:
     same = {k: getattr(self, k) for k in (*Common.model_fields, 'tools', 'tool_choice')}
     return ChatRequest(messages=ms, max_tokens=self.max_output_tokens, **same)
 
-# %% ../nbs/25_serve.ipynb #schema3-c
 class StateRequest(_Strict):
     "POST /v1/states"
     model: str|None = None
@@ -356,7 +354,7 @@ def _wrong(errors, where, kind, ctx, got): # a value -> sentence, code
         too_short=(f"Invalid '{where}': empty array. Expected at least one entry.", 'empty_array'),
         literal_error=(f'Invalid value: {said}. Supported values are: {ctx.get("expected")}.',
                        'invalid_value'),
-        unsupported=_unsupported(where, said, ctx)
+        unsupported=_unsupported(where, json.dumps(got)[:100], ctx)
     ).get(kind, (f"Invalid value for '{where}'.", 'invalid_value'))
 
 def _unsupported(where, said, ctx):
@@ -418,10 +416,9 @@ def counted(self:Guard, scope, receive): # the same, but a body of so many bytes
         return m
     return inner
 
-# %% ../nbs/25_serve.ipynb #worker
+# %% ../nbs/25_serve.ipynb #worker-b
 class Down(RuntimeError): "The engine has stopped"
 
-# %% ../nbs/25_serve.ipynb #worker-b
 class Worker(threading.Thread):
     "An engine and the thread that steps it"
     rest = 5.                           # seconds between two attempts of an engine that failed
@@ -449,14 +446,17 @@ def _prompt(engine, i=0): # throw-away, 33 tokens
     return [(i + j) % engine.model.cfg.vocab_size for j in range(33)]
 
 @patch
+def look(self:Worker): # at the weights
+    if (bad := self.engine.damaged()):
+        more = f' and {len(bad) - 1} more' if bad[1:] else ''
+        raise Down(f'weights that are not finite: {bad[0]}{more}; load another checkpoint')
+
+@patch
 @torch.inference_mode()
 def begin(self:Worker):
     "Make sure that the engine can write; the first time, and after a failure"
     e, again = self.engine, self.error is not None
-    if (bad := e.damaged()):
-        more = f' and {len(bad) - 1} more' if bad[1:] else ''
-        raise Down(f'weights that are not finite: {bad[0]}{more}; load another checkpoint')
-    self.trial, self.lost = None, 0
+    self.look(); self.trial, self.lost = None, 0
     if again: e._idle(); e.release(); e.run([e.submit(Request(_prompt(e), max_tokens=2))])
     elif e.device.type == 'cuda': torch.cuda.set_device(e.device); self.warm()
     self.error = None
@@ -515,7 +515,7 @@ def step(self:Worker):
             self.trial = self.trial or self.engine.submit(ask)
     if self.trial and self.trial.done:
         bad, self.trial = self.trial.error, None
-        if bad: raise Down(bad)
+        if bad: self.look(); raise Down(bad)
 
 @patch
 def read(self:Worker, s) -> list: # what is new in a stream; a mistake in its text ends it alone
@@ -534,7 +534,6 @@ def _hand(self:Worker, batch): # runs in the event loop
 def _post(loop, fn, *args): # nobody listens any more once the loop is closed
     if not loop.is_closed(): loop.call_soon_threadsafe(fn, *args)
 
-# %% ../nbs/25_serve.ipynb #turn-c
 def _advance(gen, future, loop): # a job's next part -> is it finished
     end = lambda fn, value: future.done() or fn(value)
     try: next(gen); return False
@@ -558,7 +557,6 @@ def submit(self:Worker, answer, requests:list) -> list: # streams
     if self.error: self.fail(self.error)
     return streams
 
-# %% ../nbs/25_serve.ipynb #worker-in-b
 @patch
 async def do(self:Worker, job): # a generator; what it returns is the result
     "Let the engine's thread do something between its steps"
@@ -583,7 +581,6 @@ def fail(self:Worker, error):
         _, f, loop = self.jobs.popleft()
         _post(loop, lambda f: f.done() or f.set_exception(Down(str(error))), f)
 
-# %% ../nbs/25_serve.ipynb #worker-in-d
 @patch
 def close(self:Worker): self.over.set(); self.wake.set()
 
@@ -617,7 +614,6 @@ def _secret() -> bytes: # of this user on this machine; made at its first use
         os.unlink(f.name)
     return p.read_bytes()
 
-# %% ../nbs/25_serve.ipynb #seal-b
 def _head(data): # header of a safetensors file, where its tensors begin
     n = 8 + int.from_bytes(data[:8], 'little')
     if n > min(len(data), 1 << 24): raise ValueError(f'a header of {n - 8:,} bytes')
@@ -628,7 +624,6 @@ def seal(m:dict) -> str: # m: the metadata of a state file
     text = '\n'.join(m[k] for k in ('digest', 'model', 'meta'))
     return hmac.new(_secret(), text.encode(), 'sha256').hexdigest()
 
-# %% ../nbs/25_serve.ipynb #seal-c
 def sealed(data:bytes) -> bytes:
     "The same file with its seal in the header"
     head, n = _head(data); m = head['__metadata__']; m['seal'] = seal(m)
@@ -642,7 +637,6 @@ def write_state(model, state, ids:list, msgs:list) -> bytes: # a safetensors fil
         meta = dict(messages=msgs, tokens=[int(t) for t in ids])
         return sealed(model.save_state(Path(d)/'state', state, meta).read_bytes())
 
-# %% ../nbs/25_serve.ipynb #opened
 def opened(data:bytes, anyone:bool=False): # -> messages, tokens
     "What the header of a state file says; refuses a stranger's before anything else is done"
     def no(why): raise StateError(f'this memory cannot be used: {why}')
@@ -682,7 +676,6 @@ def remember(self:Worker, ids:Salted, msgs:list,
     for _ in prefill(e.model, rest, state, cache, piece=e.piece, exact=e.exact): yield
     return write_state(e.model, state, ids, msgs)
 
-# %% ../nbs/25_serve.ipynb #remember-b
 @patch
 def recall(self:Worker, data:bytes, anyone:bool):
     "Job: read a written state"
@@ -736,7 +729,6 @@ def cached(self:Answer) -> int: # tokens that were not read because they were kn
     "Of the conversation, for the first choice"
     return self.streams[0].cached
 
-# %% ../nbs/25_serve.ipynb #usage-b
 @patch
 def usage(self:Answer, limit:int) -> dict: # limit: tokens of a conversation
     "What it took; what OpenAI has no name for stands under nano_dh"
@@ -774,7 +766,6 @@ class Metrics:
 ROUTES = ('/', '/health', '/stats', '/tokenize', '/detokenize', '/tokenizer_info', '/v1/models',
           '/v1/chat/completions', '/v1/completions', '/v1/responses', '/v1/states')
 
-# %% ../nbs/25_serve.ipynb #service-b
 def _limit(e, context=0): # tokens of a conversation with this engine
     return min(x for x in (context or e.max_len or 8*e.model.cfg.sequence_len, e.max_len) if x)
 
@@ -809,7 +800,6 @@ def salt(self:Service, http:HTTP, body) -> bytes: # of what this request has rea
     own = [getattr(body, k, None) for k in ('cache_salt', 'prompt_cache_key')]
     return repr([http.scope['salt'], *own]).encode()
 
-# %% ../nbs/25_serve.ipynb #service2-b
 @patch
 def count(self:Service, path, status):
     known = path if path in ROUTES else 'other'             # not every name that strangers invent
@@ -834,7 +824,6 @@ def route(self:Service, ids:Salted, n:int=1) -> Worker: # n: answers
         return max([len(w.memory.find(ids)[0]), *snaps])
     return min(room, key=lambda w: (w.load >= w.engine.max_rows, -known(w), w.load))
 
-# %% ../nbs/25_serve.ipynb #route-b
 @patch
 def wait(self:Service) -> int: # seconds
     "Until one answer more has ended, about"
@@ -970,7 +959,6 @@ def _parts(pieces) -> list: # [kind, text, pieces], neighbours of one kind joine
         else: out.append([p.kind, p.text, [p]])
     return out
 
-# %% ../nbs/25_serve.ipynb #forms-b
 class ChatForm:
     "Choices as /v1/chat/completions gives them"
     id, name, chunk = 'chatcmpl', 'chat.completion', 'chat.completion.chunk'
@@ -1116,7 +1104,6 @@ class Events(StreamingResponse):
         try: await super().__call__(scope, receive, send)
         finally: self.close()
 
-# %% ../nbs/25_serve.ipynb #reply
 @patch
 async def whole(self:Service, a:Answer, body, form) -> dict:
     "An answer as one object"
@@ -1263,7 +1250,6 @@ def _errors(app, s): # every error in one form
         app.add_exception_handler(kind, handler(form))
     app.add_exception_handler(HTTPException, of_http)
 
-# %% ../nbs/25_serve.ipynb #error-body
 class ErrorBody(BaseModel):
     "Every error"
     class Error(BaseModel): message: str; type: str; param: str|None; code: str|None
@@ -1292,7 +1278,8 @@ def _answers(app, s):
     @app.post('/v1/completions', responses=_SAYS)
     async def completions(body:CompletionRequest, http:HTTP):
         prompts, echo = await s.prompts(body, s.salt(http, body))
-        score = dict(score=body.top) if body.echo and body.top is not None else {}
+        scored = body.echo and (body.top is not None or body.max_tokens == 0)
+        score = dict(score=body.top or 0) if scored else {}
         a = s.ask(prompts, body, **score)
         form = TextForm(s.tok, a, echo if body.echo else ())
         return await s.reply(http, a, (s.stream if body.stream else s.whole)(a, body, form))
@@ -1442,6 +1429,7 @@ def connection_lost(self:Connection, exc):
     H11Protocol.connection_lost(self, exc)
     for t in (self.clock, self.stuck, self.asks): t and t.cancel()
 
+# %% ../nbs/25_serve.ipynb #connection-c
 @patch
 def eof_received(self:Connection): # nothing more will be sent; True: but read, perhaps
     if self.idle or self.cycle.scope['http_version'] == '1.0': return False
@@ -1510,7 +1498,6 @@ async def drain(self:Service, seconds:float):
     end = time.monotonic() + 1
     while self.answers and time.monotonic() < end: await asyncio.sleep(.02)
 
-# %% ../nbs/25_serve.ipynb #drain-b
 def listen(host:str, port:int) -> socket.socket: # port 0: any that is free
     "An address of one's own, before a model is loaded for nothing"
     sock = socket.socket(socket.AF_INET6 if ':' in host else socket.AF_INET)
@@ -1544,7 +1531,6 @@ class Got:
     error: str = ''          # what it said instead
     left: bool = False       # this client hung up
 
-# %% ../nbs/25_serve.ipynb #load-b
 async def _events(reader): # data of server-sent events in a chunked answer
     chunked, rest = False, b''
     while (line := (await reader.readline()).strip()): chunked |= b'chunked' in line.lower()
@@ -1602,7 +1588,6 @@ def load(url:str,
     t = threading.Thread(target=lambda: asyncio.run(every())); t.start(); t.join()
     return out
 
-# %% ../nbs/25_serve.ipynb #summary
 def summary(gots:list) -> dict:
     "Rates and waiting times of a load"
     ok = [g for g in gots if g.first is not None and not g.left and not g.error]
@@ -1623,7 +1608,6 @@ def _device(name): # an error of one line if it is not here
     try: get_device(name)
     except RuntimeError as e: raise ValueError(str(e).splitlines()[0]) from None
 
-# %% ../nbs/25_serve.ipynb #dhserve-b
 def open_engines(cfg:ServeConfig) -> list:
     "One engine for each GPU, or one on the CPU"
     _device(cfg.device)
@@ -1754,7 +1738,6 @@ class ChatConfig:
     device: str = ''          # '': the best there is
     imports: str = ''  # code of your own, run first: 'my_mixer.py'; 'stored': what the checkpoint holds
 
-# %% ../nbs/25_serve.ipynb #chatconfig-b
 HELP = '''/save FILE   write the conversation as a memory
 /load FILE   take one up again
 /reset       begin anew

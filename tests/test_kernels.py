@@ -160,6 +160,8 @@ m = make(2, pattern='GL', vocab_size=TOK.vocab_size, d_model=32, mlp_ratio=1.)
 rs = [Request(list(range(5*k, 6*k + 2)), max_tokens=3 + k % 4, seed=k, stop_tokens=tuple(range(100 + k, 130)), top_k=(0, 20)[k % 2],
               top_p=(1., .9)[k % 3 == 0], temperature=(1., 0.)[k % 5 == 4], logprobs=(None, 2)[k == 2], keep=k != 2) for k in range(6)]
 rs.append(Request([9], max_tokens=1, stop_tokens=()))
+rs += [Request([k, 7], max_tokens=5, seed=k, stop_tokens=(), logprobs=k % 2, **how) for k, how in enumerate((dict(presence=2.), dict(frequency=-1., temperature=0.), dict(bias={3: 99., 5: -99.}), dict(bias={8: 1.}, presence=-1., top_k=5)))]
+rs.append(Request([4]*70, max_tokens=2, score=2, stop_tokens=()))
 got = []
 for graphs in (False, True):
     e = Engine(m, TOK, max_rows=3, graphs=graphs, prefix_bytes=0); assert e.lag == int(graphs)
@@ -171,6 +173,7 @@ for i, (a, b) in enumerate(zip(*got)):
     assert len({a.reason, b.reason}) == 1 or i == 5, (i, a.reason, b.reason)
     k = min(len(a.tokens), len(b.tokens)); assert a.tokens[:k] == b.tokens[:k] and (i == 5 or len(a.tokens) == len(b.tokens)), i
     if a.logprobs: torch.testing.assert_close(torch.tensor(a.logprobs), torch.tensor(b.logprobs), rtol=1e-4, atol=1e-4)
+    if a.scores: torch.testing.assert_close(torch.tensor([x for x, _ in a.scores[1:]]), torch.tensor([x for x, _ in b.scores[1:]]), rtol=1e-4, atol=1e-4); assert len(a.scores) == len(b.scores) == 70
     if a.state and i != 5:
         assert a.state.n == b.state.n
         for x, y in zip(a.state.tensors(), b.state.tensors()): torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
