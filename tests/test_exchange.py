@@ -135,7 +135,8 @@ def questions(rows, task, tok, n): # chapter 18's items, and the same as the har
     items, docs = [], []
     for i in range(min(n, len(rows))):
         it = make_item(task, rows, i, tok.encode_batch(prompts(task, rows, i), bos=True))
-        cut = [(tok.decode_bytes(r[1:s]), tok.decode_bytes(r[s:])) for r, s in zip(it.rows, it.starts)]
+        at = it.starts if task.kind == 'schema' else [min(it.starts)]*len(it.rows) # an option may be the beginning of another
+        cut = [(tok.decode_bytes(r[1:s]), tok.decode_bytes(r[s:])) for r, s in zip(it.rows, at)]
         items.append(it); docs.append(dict(contexts=[a.decode(errors='replace') for a, _ in cut], ends=[b.decode(errors='replace') for _, b in cut]))
     return items, docs
 
