@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMAT', 'FOREIGN', 'CheckpointError', 'runs_dir', 'checkpoints', 'latest_step', 'save_checkpoint', 'register_format',
            'foreign', 'list_runs', 'find_checkpoint', 'verify', 'set_aside', 'load_checkpoint', 'load_model',
-           'read_meta', 'dh_runs']
+           'read_meta', 'read_tokenizer', 'dh_runs']
 
 # %% ../nbs/12_checkpoint.ipynb #imp
 import errno, json, os, pickle, random, shutil, socket, time, warnings, zlib
@@ -21,7 +21,8 @@ import nano_dh
 from .core import _writing, base_dir, compute_dtype, get_device, human, print0, run_stored
 from .dataloader import gather_state
 from .hybrid_model import MIXERS, HybridConfig, HybridModel
-from .nanochat import nanochat_meta, nanochat_steps, read_nanochat
+from nano_dh.nanochat import (nanochat_meta, nanochat_steps, nanochat_tokenizer,
+    read_nanochat)
 from .optim import LocalShard
 from .tokenizer import Tokenizer
 
@@ -290,16 +291,17 @@ def _small(tmp, info, rng, loader_state, tokenizer):
     if tokenizer is not None: tokenizer.save(tmp/'tokenizer')
 
 # %% ../nbs/12_checkpoint.ipynb #foreign
-FOREIGN = {}   # name -> (steps, read, meta) as given to `register_format`
+FOREIGN = {}   # name -> (steps, read, meta, tokenizer) as given to `register_format`
 def register_format(name:str,  # for people
                     steps,     # folder -> its steps, [] if it is of another kind
                     read,      # (folder, step) -> model on the CPU, tokenizer, meta
-                    meta       # (folder, step) -> the meta alone
+                    meta,      # (folder, step) -> the meta alone
+                    tokenizer  # folder -> the tokenizer alone
                    ):
     "Let `load_model` open what another program wrote"
-    FOREIGN[name] = steps, read, meta
+    FOREIGN[name] = steps, read, meta, tokenizer
 
-register_format('nanochat', nanochat_steps, read_nanochat, nanochat_meta)
+register_format('nanochat', nanochat_steps, read_nanochat, nanochat_meta, nanochat_tokenizer)
 
 def foreign(path:str|Path) -> str: # '' if it is no folder of theirs
     "Whose checkpoint a folder is"
@@ -423,7 +425,8 @@ def load_model(name:str|Path='',   # run name, folder of a run or of a checkpoin
     model = model.to(device)
     if (dt := compute_dtype(device)) != torch.float32: model.compute_dtype = dt
     at = path.relative_to(base_dir()) if path.is_relative_to(base_dir()) else path
-    print0(f'{path.parent.name}, step {meta["step"]}, saved {meta["saved"]}: {at}')
+    name = path.name if foreign(path) else path.parent.name
+    print0(f'{name}, step {meta["step"]}, saved {meta["saved"]}: {at}')
     return model.eval(), tok, meta
 
 # %% ../nbs/12_checkpoint.ipynb #readmeta
@@ -432,6 +435,14 @@ def read_meta(path:str|Path # folder of a checkpoint, of whatever kind
     "What a checkpoint says of itself"
     if whose := foreign(path): return FOREIGN[whose][2](path, None)
     return json.loads((Path(path)/'meta.json').read_text())
+
+def read_tokenizer(path:str|Path # as for `read_meta`
+                  ) -> Tokenizer:
+    "The tokenizer of a checkpoint"
+    if whose := foreign(path): tok = FOREIGN[whose][3](path)
+    else: tok = Tokenizer.load(Path(path)/'tokenizer')
+    if tok is None: raise CheckpointError(f'{path} has no tokenizer; dh_import it with one')
+    return tok
 
 
 # %% ../nbs/12_checkpoint.ipynb #runs

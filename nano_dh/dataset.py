@@ -13,10 +13,11 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 import pyarrow as pa, pyarrow.parquet as pq, requests, urllib3
 from fastcore.basics import patch
+from .chat_files import DAMAGE, as_text, bare, has_chat, kept, open_packed, rows_of, tried
 from .core import atomic_write, base_dir, closest, file_lock, human, package_data, print0
 
 # %% ../nbs/08_dataset.ipynb #reading
@@ -267,21 +268,31 @@ def _whole(d, size): # a document that has all come
     if d and not d.isspace(): yield d.strip('\n')
 
 # %% ../nbs/08_dataset.ipynb #read-jsonl
-def _jsonl(path, f, column):
+def _values(path, f): # of the lines of a file: (which, value)
     for i, line in enumerate(f, 1):
         if not line.strip(): continue
-        try: r = json.loads(line)
+        try: yield f'line {i}', json.loads(line)
         except json.JSONDecodeError as e:
             raise ValueError(f'{path}, line {i}: {e.msg}; a line must be a JSON record') from None
+
+def _records(path, rows, column): # rows: (which, value) -> yields text
+    first = next(rows, None); rows = chain([first]*(first is not None), rows)
+    if first and has_chat(first[1]) and not (isinstance(first[1], dict) and column in first[1]):
+        yield from map(as_text, kept(path, ((w, tried(r)) for w, r in rows))); return
+    for i, r in rows:
         if isinstance(r, dict) and column not in r:
-            raise ValueError(f'{path}, line {i} has no {column!r}, but {", ".join(r)}; name one: '
+            raise ValueError(f'{path}, {i} has no {column!r}, but {", ".join(r)}; name one: '
                              f'repackage([...], folder, column={next(iter(r), "text")!r})')
         t = r[column] if isinstance(r, dict) else r
         if t is not None and not isinstance(t, str):
-            raise ValueError(f'{path}, line {i}: {column!r} is {type(t).__name__}, not text')
+            raise ValueError(f'{path}, {i}: {column!r} is {type(t).__name__}, not text')
         if t: yield t
 
 def _parquet(path, column, errors):
+    try: names = pq.ParquetFile(path).schema_arrow.names
+    except pa.ArrowInvalid: names = []
+    if column not in names and {'messages', 'conversations'} & {*names}:
+        yield from _records(path, rows_of(path), column); return
     for g in range(len(footer(path, column))): # which refuses a broken file, a missing column
         with _reading(f'{path}, row group {g}'):
             f = pq.ParquetFile(path, page_checksum_verification=True)
@@ -291,15 +302,14 @@ def _parquet(path, column, errors):
 
 # %% ../nbs/08_dataset.ipynb #read-texts
 KINDS = {'.txt': 'text', '.text': 'text', '.md': 'text', '.jsonl': 'jsonl', '.ndjson': 'jsonl',
-         '.parquet': 'parquet'}
+         '.json': 'json', '.parquet': 'parquet'}
 
 PACKED = ('.gz',)
 
 def _kind(path): # 'text' | 'jsonl' | 'parquet' | None
-    p = Path(path)
-    return KINDS.get((Path(p.stem) if p.suffix.lower() in PACKED else p).suffix.lower())
+    return KINDS.get(Path(bare(path)).suffix)
 
-def read_file(path:str|Path,       # one of KINDS; text and JSON lines also as .gz
+def read_file(path:str|Path,       # one of KINDS; text and JSON also as .gz or .zst
               column:str='text',   # field of a JSON record, column of a parquet file
               errors:str='strict', # 'replace': bytes that are not UTF-8 become U+FFFD
               size:int=8000        # characters of a passage of plain text, at most
@@ -309,12 +319,12 @@ def read_file(path:str|Path,       # one of KINDS; text and JSON lines also as .
     if kind is None: raise ValueError(f'{path}: unknown kind; give one of {", ".join(KINDS)}')
     try:
         if kind == 'parquet': yield from _parquet(path, column, errors); return
-        raw = gzip.open(path) if path.suffix == '.gz' else open(path, 'rb')
-        with io.TextIOWrapper(raw, encoding='utf-8-sig', errors=errors) as f:
-            if kind == 'jsonl': yield from _jsonl(path, f, column)
+        if kind == 'json': yield from _records(path, rows_of(path), column); return
+        with io.TextIOWrapper(open_packed(path), encoding='utf-8-sig', errors=errors) as f:
+            if kind == 'jsonl': yield from _records(path, _values(path, f), column)
             else: yield from passages(iter(lambda: f.read(1 << 16), ''), size)
     except UnicodeDecodeError as e: raise ValueError(f'{path}: {_not_utf8(e)}; {REPAIR}') from None
-    except (EOFError, zlib.error, gzip.BadGzipFile) as e:
+    except DAMAGE as e:
         raise ValueError(f'{path} is damaged ({e}); fetch it again') from None
 
 # %% ../nbs/08_dataset.ipynb #repack-write

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TEMPLATE', 'FORMATS', 'merges_of', 'hf_tokenizer', 'save_tokenizer', 'standalone_code', 'cropped', 'nano_dh_format',
-           'misfits', 'qwen_format', 'qwen_parts', 'model_card', 'read_exported', 'ImportConfig', 'ExportConfig',
-           'placed', 'import_run', 'export_run', 'dh_import', 'dh_export']
+           'misfits', 'qwen_format', 'expert_format', 'qwen_parts', 'model_card', 'read_exported', 'ImportConfig',
+           'ExportConfig', 'placed', 'import_run', 'export_run', 'dh_import', 'dh_export']
 
 # %% ../nbs/28_exchange.ipynb #imports
 import importlib.util, json, re, shutil, sys, tempfile, torch
@@ -165,6 +165,10 @@ def _block(b, letter, cfg): # tensors of a layer there
             **{f'mlp.{k}.weight': x.weight for k, x in mlp.items()},
             'post_attention_layernorm.weight': zero.clone()}
 
+def _every(letters): # each n-th layer is L; 0 if they lie otherwise
+    n = letters.index('L') + 1 if 'L' in letters else 0
+    return n if n and all((l == 'L') == ((i + 1) % n == 0) for i, l in enumerate(letters)) else 0
+
 def qwen_format(model:HybridModel) -> tuple[dict, dict]: # config.json, tensors
     "For transformers' own class Qwen3-Next"
     cfg, n = model.cfg, model.cfg.vocab_size
@@ -188,9 +192,25 @@ def qwen_format(model:HybridModel) -> tuple[dict, dict]: # config.json, tensors
         linear_conv_kernel_dim=cfg.conv_size, linear_key_head_dim=cfg.head_k_dim,
         linear_value_head_dim=cfg.head_v_dim, linear_num_key_heads=cfg.n_qk_head,
         linear_num_value_heads=cfg.n_v_head, layer_types=[kinds[l] for l in cfg.layer_types],
-        num_experts=0, decoder_sparse_step=1, mlp_only_layers=list(range(cfg.n_layer)),
+        num_experts=0, num_experts_per_tok=1, decoder_sparse_step=1,          # no experts
+        mlp_only_layers=list(range(cfg.n_layer)), moe_intermediate_size=32,
+        shared_expert_intermediate_size=32, full_attention_interval=_every(cfg.layer_types),
         attention_bias=False, attention_dropout=0., use_cache=True)
     return config, {k: t.detach().cpu().contiguous() for k, t in w.items()}
+
+# %% ../nbs/28_exchange.ipynb #expert
+def expert_format(model:HybridModel) -> tuple[dict, dict]: # config.json, tensors
+    "For Qwen3-Next with experts: each MLP is its layer's only one"
+    config, w = qwen_format(model)
+    n, d, few = config['intermediate_size'], config['hidden_size'], 128
+    for i in range(config['num_hidden_layers']):
+        at = f'model.layers.{i}.mlp.'
+        for k, shape in dict(gate_proj=(few, d), up_proj=(few, d), down_proj=(d, few)).items():
+            w[f'{at}experts.0.{k}.weight'] = w.pop(f'{at}{k}.weight')
+            w[f'{at}shared_expert.{k}.weight'] = torch.zeros(shape)
+        w |= {f'{at}gate.weight': torch.zeros(1, d), f'{at}shared_expert_gate.weight': torch.zeros(1, d)}
+    return config | dict(num_experts=1, num_experts_per_tok=1, norm_topk_prob=True, mlp_only_layers=[],
+                         moe_intermediate_size=n, shared_expert_intermediate_size=few), w
 
 # %% ../nbs/28_exchange.ipynb #parts
 def qwen_parts() -> str: # variants for runs/compare.ipynb
@@ -253,7 +273,7 @@ print(tok.decode(model.generate(**x, max_new_tokens=50)[0]))
 """
 
 # %% ../nbs/28_exchange.ipynb #save
-FORMATS = dict(hf=nano_dh_format, qwen=qwen_format)
+FORMATS = dict(hf=nano_dh_format, qwen=qwen_format, expert=expert_format)
 
 def _unknown(format): return FileError(f'format {format!r}: known: {", ".join(FORMATS)}')
 
@@ -266,7 +286,7 @@ def save_pretrained(self:HybridModel,
                     folder:str|Path,           # must be new or empty
                     tokenizer:Tokenizer|None=None, # goes with it
                     meta:dict|None=None,       # of `load_model`, for the figures on the card
-                    format:str='hf',           # hf: with modeling_nano_dh.py; qwen: for Qwen3-Next
+                    format:str='hf',           # hf: with modeling_nano_dh.py; qwen, expert: Qwen3-Next
                     dtype:str=''               # of the weights: float32, bfloat16; '' as they are
                    ) -> Path:                  # the folder
     "Write a folder that transformers opens"
@@ -339,7 +359,8 @@ class ExportConfig:
     "Parameters of dh_export: dh_export RUN OUT [--format qwen]"
     run: str = ''          # run, folder of a checkpoint, or a nanochat folder; '' is the newest run
     out: str = ''          # folder to write, new or empty
-    format: str = 'hf'     # hf: any model, with its own code; qwen: for Qwen3-Next's class
+    format: str = 'hf'     # hf: any model, with its own code; qwen: for Qwen3-Next's class; expert:
+                           # the same as a mixture of one, for engines that insist on experts
     dtype: str = ''        # of the weights: float32, bfloat16; '' as they are
     step: int|None = None  # of the checkpoint; the last
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from .core import print0
 from .hybrid_model import HybridConfig, HybridModel
 from .tokenizer import Tokenizer
-from .tokenizer_files import FileError, read_pickled_encoding
+from .tokenizer_files import FileError
 
 # %% ../nbs/11b_nanochat.ipynb #rename
 RENAMES = ('transformer.wte.', 'wte.'), ('transformer.h.', 'blocks.'), ('.attn.', '.mixer.')
@@ -126,10 +126,7 @@ def nanochat_tokenizer(path:str|Path # folder of a checkpoint or of a tokenizer,
         q/'tokenizer'/'tokenizer.pkl' for q in (p, *p.parents[:2]))]
     file = next((q for q in places if q.exists()), None)
     if file is None: return None
-    got = read_pickled_encoding(file)
-    if isinstance(got, str): return Tokenizer.from_tiktoken(got)
-    ranks = sorted(got['mergeable_ranks'], key=got['mergeable_ranks'].get)
-    tok = Tokenizer(ranks, got['pat_str'], got['special_tokens'], str(file.parent))
+    tok = Tokenizer.from_file(file)
     if (table := file.with_name('token_bytes.pt')).exists():
         said = torch.load(table, map_location='cpu', weights_only=True)
         n = min(len(said), tok.vocab_size)

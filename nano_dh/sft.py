@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np, torch, torch.distributed as dist
 from fastcore.basics import patch
-from .checkpoint import find_checkpoint, latest_step, list_runs, load_model, read_meta, runs_dir
+from .checkpoint import (find_checkpoint, latest_step, list_runs, load_model, read_meta,
+    read_tokenizer, runs_dir)
 from .core import compute_dtype, duration, get_device
 from .dataloader import (N_STREAMS, DocTokens, EvalPacker, Loader, Packer, Piece, Stream,
                                 shuffled)
@@ -318,7 +319,7 @@ def _steps(self:FinetuneConfig, was, gpu): # batch and number of steps
         if getattr(self, k) == -1: setattr(self, k, big if gpu else small)
     self.device = self.device or get_device().type
     if self.compile == 'auto': self.compile = 'on' if gpu else 'off'
-    task, tok = self.mixture('train'), Tokenizer.load(self.source/'tokenizer')
+    task, tok = self.mixture('train'), read_tokenizer(self.source)
     tokens = self.epochs*len(task)*mean_tokens(task, tok, self.max_seq_len)
     tokens /= .97                                              # rows are about so full
     unit = self.max_seq_len*max(1, self.nproc)
@@ -384,7 +385,7 @@ def write_answers(model, tok, prompts, n=64): # -> list of texts
 def show_chats(cfg:FinetuneConfig, n:int=3) -> list: # Rendered, which shows its mask
     "The first conversations of a run as the model will see them"
     c = cfg.resolved(); task = c.mixture('train')
-    return render_batch([task[i] for i in range(n)], Tokenizer.load(c.source/'tokenizer'))
+    return render_batch([task[i] for i in range(n)], read_tokenizer(c.source))
 
 class ChatReport(Report):
     "The report of pretraining; what comes next is another"

@@ -6,17 +6,18 @@
 __all__ = ['PARTS', 'LETTERS', 'TASKS', 'ConversationError', 'messages', 'segments', 'Rendered', 'render_batch', 'render',
            'render_for_completion', 'said_letter', 'Task', 'chat', 'tool', 'say', 'plain_number', 'last_number', 'Sums',
            'local_file', 'read_jsonl', 'hub_rows', 'Rows', 'ask_choice', 'ARC', 'MMLU', 'GSM8K', 'code_blocks',
-           'whole_program', 'HumanEval', 'SmolTalk', 'CustomJSON', 'words', 'SimpleSpelling', 'SpellingBee',
-           'TaskSequence', 'TaskMixture', 'open_task', 'open_tasks']
+           'whole_program', 'HumanEval', 'SmolTalk', 'CustomJSON', 'bare_name', 'words', 'SimpleSpelling',
+           'SpellingBee', 'TaskSequence', 'TaskMixture', 'open_task', 'open_tasks']
 
 # %% ../nbs/21_tasks.ipynb #imp
-import ast, copy, gzip, html, json, os, random, re, textwrap, zlib
+import ast, copy, gzip, html, json, os, random, re, shlex, textwrap, zlib
 from fnmatch import fnmatch
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 from fastcore.basics import patch
 from .core import closest, package_data
+from .chat_files import FileError, Unusable, is_chat_file, kept, rows_of, turns
 from .dataloader import shuffled
 from .execution import calculator, run_code
 from .tokenizer import Tokenizer
@@ -59,7 +60,7 @@ def segments(conv): # -> (text or name of a special token, is it special, is it 
     lead = ''
     yield '<|bos|>', True, False
     for m in messages(conv):
-        role, c = m['role'], m['content']; mine = role == 'assistant'
+        role, c = m['role'], m['content']; mine = role == 'assistant' and m.get('weight') != 0
         if role == 'system': lead = c + '\n\n'; continue
         yield f'<|{role}_start|>', True, False
         for p in [dict(type='text', text=c)] if isinstance(c, str) else c:
@@ -392,16 +393,21 @@ class SmolTalk(Rows):
     def conversation(self, r): return dict(messages=r['messages'])
 
 # %% ../nbs/21_tasks.ipynb #custom
+def _conversation(row): # with what else the row says, or why it is of no use
+    try: ms = turns(row)
+    except Unusable as e: return e
+    return dict(row if isinstance(row, dict) and 'messages' in row else {}, messages=ms)
+
 class CustomJSON(Task):
-    "Your own: a conversation a line, as a list of messages or a dict with `messages`"
+    "Your own conversations, a file in any format of chapter 7b"
     def __init__(self, path:str|Path, split:str='train'):
-        self.rows = [r if isinstance(r, dict) else dict(messages=r) for r in read_jsonl(path)]
-        for i, r in enumerate(self.rows):
-            try: messages(r)
-            except ConversationError as e:
-                raise ConversationError(f'{path}, line {i+1}: {e}') from None
-        self.name, self.index = Path(path).name.split('.')[0], range(len(self.rows))
+        path = Path(path).expanduser()
+        try: self.rows = [*kept(path, ((w, _conversation(r)) for w, r in rows_of(path)))]
+        except FileError as e: raise ConversationError(str(e)) from None
+        self.name, self.index = bare_name(path), range(len(self.rows))
     def example(self, i): return self.rows[i]
+
+def bare_name(path): return Path(path).name.split('.')[0]
 
 # %% ../nbs/21_tasks.ipynb #spell
 def words(split:str='train') -> list[str]:
@@ -473,30 +479,36 @@ TASKS = dict( # name -> class or function of (split, ...)
     humaneval=HumanEval, smoltalk=SmolTalk, sums=Sums, simplespelling=SimpleSpelling,
     spellingbee=SpellingBee)
 
-def open_task(name:str,         # a key of TASKS, or the path of a .jsonl file
+def open_task(name:str,         # a key of TASKS, or the path of a file of conversations
               split:str='test',
               data:str='',      # folder with local files; '': NANO_DH_DATA, then the hub
               size:int|None=None # at most so many examples, spread over it; None: all
              ) -> Task:
     "One task by its name"
     if size is not None and size < 1: raise ValueError(f'{name}@{size}: take 1 or more, or no @')
-    if '.jsonl' in name: t = CustomJSON(name)
+    if is_chat_file(name): t = CustomJSON(name)
     elif name not in TASKS:
         raise NameError(f'unknown task {name!r}, did you mean {closest(name, TASKS)!r}? known: '
-                        f'{", ".join(TASKS)}, or a .jsonl file')
+                        f'{", ".join(TASKS)}, or a file of conversations (.jsonl, .json, .parquet)')
     else:
         make = TASKS[name]; made = isinstance(make, type) and not issubclass(make, Rows)
         t = make(split=split, **(dict(size=size) if size else {}) if made else dict(data=data))
     return t.some(size) if size else t
 
 # %% ../nbs/21_tasks.ipynb #specs
+def _words(spec): # a name with blanks is quoted, or stands alone
+    if Path(spec).expanduser().is_file(): return [spec]
+    try: return shlex.split(spec)
+    except ValueError as e:
+        raise ValueError(f'tasks {spec!r}: {e}; write a name with blanks or quotes as "my file.jsonl"') from None
+
 def open_tasks(spec:str, # such as 'gsm8k:2 sums@500 my.jsonl'
                split:str='train', data:str='') -> list[Task]:
     "Tasks of a mixture; one with :n is in the list n times"
     out = []
-    for word in spec.split():
+    for word in _words(spec):
         m = re.fullmatch(r'(.+?)(?:@(\d+))?(?::(\d+))?', word); name, size, times = m.groups()
-        if '.jsonl' not in name: name, _, own = name.partition('/')
+        if not is_chat_file(name): name, _, own = name.partition('/')
         else: own = ''
         t = open_task(name, own or split, data, None if size is None else int(size))
         out += [t]*int(times or 1)

@@ -14,6 +14,7 @@ import rustbpe, tiktoken, torch
 from torch import Tensor
 from fastcore.basics import patch
 from .core import atomic_write, base_dir, check_bounds, checked, closest, file_lock
+from .tokenizer_files import FileError, believed, read_merges, read_pickled_encoding
 
 # %% ../nbs/07_tokenizer.ipynb #split
 SPLIT = (r"'(?i:[sdmt]|ll|ve|re)"        # the end of it's, we'll, they've
@@ -188,8 +189,26 @@ def load(cls:Tokenizer, path:str|Path) -> Tokenizer: # path: the folder
 @patch(cls_method=True)
 def from_encoding(cls:Tokenizer, enc:tiktoken.Encoding) -> Tokenizer:
     "Any tiktoken encoding, with our special tokens appended"
-    ranks = sorted(enc._mergeable_ranks.items(), key=lambda r: r[1])
-    return cls([t for t, _ in ranks], enc._pat_str, enc._special_tokens, enc.name)
+    return cls.from_ranks(enc._mergeable_ranks, enc._pat_str, enc._special_tokens, enc.name)
+
+@patch(cls_method=True)
+def from_ranks(cls:Tokenizer, ranks:dict[bytes,int], pattern:str=SPLIT, # token -> id; cuts words
+               special:dict[str,int]|None=None, name:str='') -> Tokenizer:
+    "A vocabulary of another program, if it can be believed"
+    order = sorted(ranks, key=ranks.get)
+    if [ranks[t] for t in order] != list(range(len(order))):
+        raise FileError(f'{name}: ids of its tokens have gaps, which would shift the rest; take '
+                        'another, or its tokenizer.json')
+    return believed(cls(order, pattern, special, name), name)
+
+@patch(cls_method=True)
+def from_file(cls:Tokenizer, path:str|Path # a .tiktoken file or a pickled encoding of tiktoken
+             ) -> Tokenizer:
+    "A file of tiktoken's; a list of merges is cut by this book's pattern, since it has none"
+    if Path(path).suffix == '.tiktoken': return cls.from_ranks(read_merges(path), name=str(path))
+    got = read_pickled_encoding(path)
+    if isinstance(got, str): return cls.from_tiktoken(got)
+    return cls.from_ranks(got['mergeable_ranks'], got['pat_str'], got['special_tokens'], str(path))
 
 @patch(cls_method=True)
 def from_tiktoken(cls:Tokenizer, name:str,   # 'gpt2', 'cl100k_base', ...
@@ -258,7 +277,10 @@ def from_hf(cls:Tokenizer, path:str|Path) -> Tokenizer: # path: the file or its 
     p = Path(path); p = p/'tokenizer.json' if p.is_dir() else p
     if not p.exists():
         raise FileNotFoundError(f'{p} does not exist; give a tokenizer.json or the folder of one')
-    return HFTokenizer(p.read_text(), str(path))
+    try: tok = HFTokenizer(p.read_text(), str(path))
+    except ValueError as e: raise e if str(path) in str(e) else FileError(f'{p} is no tokenizer.json: {e}')
+    except Exception as e: raise FileError(f'{p}: the library tokenizers refuses it ({e})') from None
+    return believed(tok, str(path))
 
 # %% ../nbs/07_tokenizer.ipynb #open
 def open_tokenizer(name:str|Path, timeout:float=60) -> Tokenizer: # timeout: seconds for a download
@@ -268,6 +290,9 @@ def open_tokenizer(name:str|Path, timeout:float=60) -> Tokenizer: # timeout: sec
         if (p/'meta.json').exists(): return Tokenizer.load(p)
         hf = p.suffix == '.json' and p.exists() or (p/'tokenizer.json').exists()
         if hf: return Tokenizer.from_hf(p)
+        if (p/'tokenizer.pkl').exists(): p = p/'tokenizer.pkl'
+        if p.suffix in ('.tiktoken', '.pkl') and p.is_file(): return Tokenizer.from_file(p)
+        if p.is_file(): raise FileError(f'{p} is no tokenizer.json, .tiktoken or .pkl file')
     if name in tik: return Tokenizer.from_tiktoken(name, timeout)
     known = sorted(p.parent.name for p in home.glob('*/meta.json')) + tik
     near = closest(str(name), known)
@@ -281,7 +306,9 @@ def get_tokenizer(name_or_path:str='',           # '' trains one on the mixture,
                   train_bytes:int=200_000_000    # text that is enough to train on
                  ) -> Tokenizer:
     "The tokenizer of a run"
-    if name_or_path: return open_tokenizer(name_or_path)
+    if name_or_path:
+        tok = open_tokenizer(name_or_path)
+        return tok if mixture is None else believed(tok, name_or_path, next(mixture.texts('train', 1), ''))
     if mixture is None:
         raise ValueError('no tokenizer and no data given; pass a name or mixture=open_data()')
     key = json.dumps([mixture.fingerprint, vocab_size, train_bytes, SPLIT, SPECIALS])

@@ -135,7 +135,8 @@ def questions(rows, task, tok, n): # chapter 18's items, and the same as the har
     items, docs = [], []
     for i in range(min(n, len(rows))):
         it = make_item(task, rows, i, tok.encode_batch(prompts(task, rows, i), bos=True))
-        cut = [(tok.decode_bytes(r[1:s]), tok.decode_bytes(r[s:])) for r, s in zip(it.rows, it.starts)]
+        at = it.starts if task.kind == 'schema' else [min(it.starts)]*len(it.rows) # an option may be the beginning of another
+        cut = [(tok.decode_bytes(r[1:s]), tok.decode_bytes(r[s:])) for r, s in zip(it.rows, at)]
         items.append(it); docs.append(dict(contexts=[a.decode(errors='replace') for a, _ in cut], ends=[b.decode(errors='replace') for _, b in cut]))
     return items, docs
 
@@ -198,3 +199,50 @@ def test_harness(tmp_path, monkeypatch):
         f.write_text('\n'.join(map(json.dumps, rows)))
     out = compare_harness('small', 20, tmp_path/'bundle', ('piqa', 'winograd', 'lambada_openai'))
     assert all(differ == 0 and far < 1e-3 for _, differ, _, _, far in out.values()), out
+
+# ---------------------------------------------------------------------------------------------- a nanochat checkpoint, from logits to fine-tuning
+def as_nanochat(root, m, tok): # the model of preset nanochat as nanochat's training would leave it
+    c = m.cfg; theirs = {}
+    for n, t in m.state_dict().items():
+        n = 'transformer.' + n if n.startswith('wte') else n.replace('blocks.', 'transformer.h.').replace('.mixer.', '.attn.')
+        theirs['_orig_mod.' + n] = t
+    p = saved(root, dict(sequence_len=c.sequence_len, vocab_size=c.vocab_size, n_layer=c.n_layer, n_head=c.n_head, n_kv_head=c.n_kv_head,
+                         n_embd=c.d_model, window_pattern=c.pattern), theirs)
+    enc = tiktoken.Encoding('rustbpe', pat_str=tok.pattern, mergeable_ranks={t: i for i, t in enumerate(tok.tokens)}, special_tokens=tok.special)
+    (root/'tokenizer'/'tokenizer.pkl').write_bytes(pickle.dumps(enc))
+    torch.save(tok.token_bytes().int(), root/'tokenizer'/'token_bytes.pt')
+    return p
+
+def test_nanochat_to_the_end(tmp_path, monkeypatch, capsys):
+    "Imported: logits, bits per byte, chat, fine-tuning from the run and from the folder, and out again to transformers"
+    from nano_dh.dataset import open_data
+    from nano_dh.engine import Engine
+    from nano_dh.exchange import dh_export, dh_import
+    from nano_dh.loss_eval import evaluate_documents
+    from nano_dh.serve import Chat
+    from nano_dh.sft import FinetuneConfig
+    from nano_dh.train import once
+    from nano_dh.checkpoint import runs_dir
+    import tiny_run
+    monkeypatch.setenv('NANO_DH_BASE_DIR', str(tmp_path/'base')); monkeypatch.setenv('NANO_DH_DATA', tiny_run.tiny_data(tmp_path/'data'))
+    m, tok = trained(preset='nanochat')
+    p = as_nanochat(tmp_path, m, tok)
+    dh_import([str(p), 'theirs'])
+    mix, ids = open_data(''), torch.tensor([tok.encode(passages()[3], bos=True)[:100]])
+    bpb = evaluate_documents(m, tok, mix, max_docs=3).bpb
+    for name in ('theirs', p):
+        got, gtok, meta = load_model(name, device='cpu')
+        assert torch.equal(got(ids), m(ids)) and gtok.encode('Größe 12') == tok.encode('Größe 12')
+        assert evaluate_documents(got, gtok, mix, max_docs=3).bpb == bpb and meta['train']['stage'] == 'base' and meta['step'] == 1000
+    text = lambda model, t: ''.join(x.text for x in Chat(Engine(model, t, max_rows=1, prefix_bytes=0), temperature=0., max_tokens=12).ask('Who are you?'))
+    assert text(got, gtok) == text(m, tok)
+    talk = tmp_path/'my talk.json'; talk.write_text(json.dumps([dict(instruction='Who are you?', output='A mole.')]*40))
+    for i, base in enumerate(('theirs', str(p))):
+        c = FinetuneConfig(run=f'tuned{i}', base=base, tasks=f'"{talk}"', val_tasks=f'"{talk}"', stage='sft', num_iterations=3, device='cpu', total_batch_size=512,
+                           device_batch_size=4, prompts='').resolved()
+        records = once(c); assert any('loss' in r for r in records) and load_model(f'tuned{i}', device='cpu')[2]['train']['stage'] == 'sft'
+    a, b = (load_model(f'tuned{i}', device='cpu')[0] for i in (0, 1))
+    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters()))
+    dh_export(['theirs', str(tmp_path/'out')]); assert 'val' in (tmp_path/'out'/'README.md').read_text()
+    stranger(tmp_path, m, tok, tmp_path/'out')
+    with pytest.raises(SystemExit, match='run theirs exists; give another name'): dh_import([str(p), 'theirs'])
