@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['QUICKEST', 'RENAMED', 'SHAPES', 'WORDS', 'own_code', 'own_model', 'make', 'our_name', 'own_gradients', 'kind_of',
-           'by_kind', 'gradient_rows', 'batches', 'optimizer_step', 'train_on', 'compiled', 'Called', 'bits_per_byte',
+           'by_kind', 'gradient_rows', 'batches', 'optimizer_step', 'train_on', 'quick', 'Called', 'bits_per_byte',
            'learn', 'own_compiled', 'gradient_table', 'speed', 'work', 'results', 'speed_jobs', 'learn_jobs',
            'gradient_jobs', 'main', 'on_all_cards']
 
@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from .compiled import compiled
 from .core import atomic_write, file_lock, get_device, peak_flops
 from .dataloader import Loader
 from .dataset import open_data
@@ -182,9 +183,9 @@ def train_on(m, fwd, x, y,  # a model, the same compiled, (steps, rows, T) batch
 def _settle(device):
     if device.type == 'cuda': torch.cuda.synchronize()
 
-def compiled(m): # on a CPU compiling takes longer than what it saves
-    on_gpu = next(m.model.parameters()).is_cuda
-    return torch.compile(m.model, dynamic=False) if on_gpu else m.model
+def quick(m, kind='on'): # as its owner compiles it; on a CPU that takes longer than what it saves
+    if not next(m.model.parameters()).is_cuda: return m.model
+    return torch.compile(m.model, dynamic=False) if m.own else compiled(m.model, kind)
 
 # %% ../nbs/14c_beside.ipynb #bpb
 class Called(torch.nn.Module):
@@ -203,7 +204,7 @@ def learn(word:str, depth:int, seeds:list, text:tuple, # models, and what `batch
           micro:int=32, device='cuda', folder:str|Path='') -> list[dict]:
     "A row for each seed: model, depth, seed, steps, batch, val_bpb, tok_s, loss"
     x, y, val, tok = text; rows = []
-    m = make(word, depth, x.shape[-1], seeds[0], tok.vocab_size, device, folder); fwd = compiled(m)
+    m = make(word, depth, x.shape[-1], seeds[0], tok.vocab_size, device, folder); fwd = quick(m)
     for seed in seeds:
         m.init(seed); loss, speed = train_on(m, fwd, x, y, micro)
         rows.append(dict(model=word, depth=depth, seed=seed, steps=len(x), batch=x[0].numel(),
@@ -228,7 +229,7 @@ def gradient_table(word:str, depth:int, text:tuple, # a model of ours and what `
                    micro:int=32, device='cuda', folder:str|Path='') -> list[dict]:
     "Gradients of the compiled and of the uncompiled model against a float32 reference"
     x, y, _, tok = text; m = make(word, depth, x.shape[-1], 0, tok.vocab_size, device, folder)
-    fwd = compiled(m); train_on(m, fwd, x[:steps], y[:steps], micro)
+    fwd = quick(m); train_on(m, fwd, x[:steps], y[:steps], micro)
     xs, ys = (t[-1, :rows].to(device).long() for t in (x, y))
     true, _ = reference(m.model, [d for a, b in zip(xs, ys) for d in documents(a, b, None)])
     plain = {}
@@ -247,13 +248,13 @@ def gradient_table(word:str, depth:int, text:tuple, # a model of ours and what `
 
 # %% ../nbs/14c_beside.ipynb #speed
 def speed(word:str, depth:int, rows:int, seq_len:int, rounds:int=24, device='cuda',
-          folder:str|Path='', vocab_size:int=32768,
+          folder:str|Path='', vocab_size:int=32768, kind:str='on', # of compiling ours
           alone:str|Path='' # a lock of this card: others compile meanwhile, none measures
          ) -> list[dict]:
     "One row: model, depth, rows, seq_len, tok_s, spread, memory, mfu, first_s"
     if (gpu := torch.device(device).type == 'cuda'): torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter(); m = make(word, depth, seq_len, 0, vocab_size, device, folder)
-    x, y = torch.randint(0, vocab_size, (2, rows, seq_len), device=device); fwd = compiled(m)
+    x, y = torch.randint(0, vocab_size, (2, rows, seq_len), device=device); fwd = quick(m, kind)
     def step(): m.model.zero_grad(set_to_none=True); m.loss(fwd, x, y).backward()
     timed(step, device, 1, 0); first = time.perf_counter() - began
     with file_lock(alone) if alone else nullcontext(): seconds = timed(step, device, rounds)

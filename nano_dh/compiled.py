@@ -14,17 +14,18 @@ from .hybrid_model import HybridModel, layer
 # %% ../nbs/13a_compile.ipynb #apart
 def _apart(b, x, x0, ctx, *rest): return layer(b, x, x0, replace(ctx, masks={}), *rest)
 
-class Compiled:
+class Compiled(torch.nn.Module):
     "A model compiled in parts, each kind of layer once; called as the model is"
     def __init__(self, model:HybridModel,
                  **how):              # further arguments of torch.compile
+        super().__init__()
         self.model, self.made, self.how = model, {}, dict(fullgraph=True, dynamic=False) | how
         c = torch._dynamo.config; c.recompile_limit = max(c.recompile_limit, 64)
     def part(self, f):                # of the model
         "A compiled part"
         if f not in self.made: self.made[f] = torch.compile(_apart if f is layer else f, **self.how)
         return self.made[f]
-    def __call__(self, *args, **kw): return self.model(*args, part=self.part, **kw)
+    def forward(self, *args, **kw): return self.model(*args, part=self.part, **kw)
 
 # %% ../nbs/13a_compile.ipynb #compiled
 KINDS = 'on', 'whole', 'off'

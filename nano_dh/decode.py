@@ -360,7 +360,8 @@ def fits(model:HybridModel) -> bool:
     cfg, kinds = model.cfg, {type(b.mixer) for b in model.blocks}
     runs = model.wte.weight.is_cuda or os.environ.get('TRITON_INTERPRET') == '1'
     return (HAS_TRITON and runs and kinds <= {GatedDeltaNet, GatedAttention}
-            and cfg.conv_size == 4 and all(hasattr(b.mixer, 'fused') for b in model.blocks))
+            and cfg.conv_size == 4 and cfg.z_gate == 'sigmoid' and cfg.activation != 'swiglu'
+            and all(hasattr(b.mixer, 'fused') for b in model.blocks))
 
 # %% ../nbs/15b_decode.ipynb #launch
 def _pow2(n): return 1 << (n-1).bit_length()

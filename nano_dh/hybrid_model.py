@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from .core import checked, closest
 from .chunked import chunk_flops, doc_ids_from
-from .deltanet import Linear, uniform_, norm, Context, GatedDeltaNet
+from .deltanet import GATES, Linear, uniform_, norm, Context, GatedDeltaNet
 from .gated_attn import GatedAttention, Rope
 from .cross_entropy import linear_cross_entropy, softcapped
 
@@ -52,8 +52,9 @@ class HybridConfig:
     n_qk_head: int|None = None  # delta rule: query/key heads; n_v_head/2 if that is whole
     conv_size: int = 4          # delta rule: tokens that the short convolution sees
     neg_eigval: bool = False    # delta rule: write strength up to 2 instead of 1
+    z_gate: str = 'sigmoid'     # delta rule: of the output, sigmoid or silu
     mlp_ratio: float = 4.       # hidden width / d_model
-    activation: str = 'relu2'   # relu2, gelu, silu
+    activation: str = 'relu2'   # relu2, gelu, silu, swiglu
     attn_gate: str = 'headwise' # headwise, elementwise, none
     pos: str|None = None        # none, partial, full; none if a layer is G, else full
     partial_rotary: float = .25 # share of head_dim that rotates if pos is partial
@@ -125,8 +126,8 @@ def rot_dim(self:HybridConfig) -> int:
 
 # %% ../nbs/06_hybrid_model.ipynb #check
 SMEAR_CHANNELS = 24 # of the embedding, read by the smear gate
-CHOICES = dict(activation=['relu2', 'gelu', 'silu'], pos=['none', 'partial', 'full'],
-               attn_gate=['headwise', 'elementwise', 'none'])
+CHOICES = dict(activation=['relu2', 'gelu', 'silu', 'swiglu'], pos=['none', 'partial', 'full'],
+               attn_gate=['headwise', 'elementwise', 'none'], z_gate=list(GATES))
 POSITIVE = ('vocab_size sequence_len d_model n_head head_k_dim n_v_head conv_size mlp_ratio '
             'window rope_base qk_scale partial_rotary').split()
 
@@ -149,7 +150,9 @@ def _check(c):
 PRESETS = dict(
     nanochat=dict(pattern='SSSL', pos='full', attn_gate='none', smear=True, backout=True),
     conversation=dict(vocab_size=65536, tie_embeddings=True, sequence_len=1024, mlp_ratio=3.,
-                      kv_group=4, activation='silu'))
+                      kv_group=4, activation='silu'),
+    qwen=dict(value_embeds=False, resid_scalars=False, softcap=0., activation='swiglu',
+              mlp_ratio=8/3, z_gate='silu'))
 
 @patch(cls_method=True)
 def from_depth(cls:HybridConfig,
@@ -181,18 +184,21 @@ def relu2(x:Tensor) -> Tensor: # any shape, the same
     return F.relu(x).square()
 
 # %% ../nbs/06_hybrid_model.ipynb #activations-dict
-ACTIVATIONS = dict(relu2=relu2, gelu=F.gelu, silu=F.silu)
+ACTIVATIONS = dict(relu2=relu2, gelu=F.gelu, silu=F.silu, swiglu=F.silu)
 
 # %% ../nbs/06_hybrid_model.ipynb #block
 class MLP(nn.Module):
-    "Out to the hidden width, activation, back"
+    "Out to the hidden width, activation, back; swiglu: times a second way out"
     def __init__(self, cfg:HybridConfig):
         super().__init__()
-        hidden = int(cfg.mlp_ratio * cfg.d_model)
-        self.c_fc, self.c_proj = Linear(cfg.d_model, hidden), Linear(hidden, cfg.d_model)
+        d, hidden, glu = cfg.d_model, int(cfg.mlp_ratio * cfg.d_model), cfg.activation == 'swiglu'
+        if glu: hidden = max(32*round(hidden/32), 32)
+        self.c_fc, self.c_proj = Linear(d, hidden), Linear(hidden, d)
+        self.c_up = Linear(d, hidden) if glu else None
         self.act = ACTIVATIONS[cfg.activation]
     def forward(self, x:Tensor) -> Tensor: # (B, T, d), the same
-        return self.c_proj(self.act(self.c_fc(x)))
+        h = self.act(self.c_fc(x))
+        return self.c_proj(h if self.c_up is None else h*self.c_up(x))
 
 # %% ../nbs/06_hybrid_model.ipynb #block-2
 class Block(nn.Module):
@@ -255,6 +261,7 @@ def init_weights(self:HybridModel, seed:int=0): # seed: the same model on every 
     for b in self.blocks:
         b.mixer.init_weights(gen)
         uniform_(b.mlp.c_fc.weight, .4*std, gen); b.mlp.c_proj.weight.zero_()
+        if b.mlp.c_up is not None: uniform_(b.mlp.c_up.weight, std, gen)
     for e in self.value_embeds.values(): uniform_(e.weight, std, gen)
     if not cfg.tie_embeddings: normal_(self.lm_head.weight, .001)
     if cfg.resid_scalars:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np, torch, torch.distributed as dist
 from fastcore.basics import patch
-from .checkpoint import find_checkpoint, latest_step, list_runs, load_model, runs_dir
+from .checkpoint import find_checkpoint, latest_step, list_runs, load_model, read_meta, runs_dir
 from .core import compute_dtype, duration, get_device
 from .dataloader import (N_STREAMS, DocTokens, EvalPacker, Loader, Packer, Piece, Stream,
                                 shuffled)
@@ -24,7 +24,7 @@ from .launch import n_gpus
 from .tasks import TaskMixture, open_tasks, render_batch, render_for_completion
 from .tokenizer import Tokenizer
 from .train import (MFU, Plan, PlanError, PretrainConfig, Report, Trainer, _meta, _too_much,
-                           machine, most_ranks, pretrain)
+                           machine, most_ranks, pretrain, timing)
 
 # %% ../nbs/22_sft.ipynb #wholefit
 MASK = 1 << 24      # added to the id of a supervised token on its way through the packer
@@ -157,8 +157,7 @@ class ChatTrainer(Trainer):
     def restore(self): # a run that begins is judged before its first step
         super().restore()
         if self.step: return
-        began = time.perf_counter(); self.evaluate()
-        self.judged = time.perf_counter() - began
+        with timing(self.spent, 'evaluation'): self.evaluate()
 
 # %% ../nbs/22_sft.ipynb #chatstep2
 @patch
@@ -251,7 +250,7 @@ def source(self:FinetuneConfig) -> Path: # checkpoint that model and tokenizer c
 def model_config(self:FinetuneConfig) -> HybridConfig:
     return HybridConfig.from_dict(_meta_at(self.source)['model'])
 
-def _meta_at(path): return json.loads((Path(path)/'meta.json').read_text())
+def _meta_at(path): return read_meta(path)
 
 # %% ../nbs/22_sft.ipynb #settled
 SETTLED = dict(epochs='num_iterations', lr_frac='matrix_lr and the other rates')  # give instead

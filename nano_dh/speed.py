@@ -11,6 +11,7 @@ import math, shutil, time
 from dataclasses import dataclass, replace
 import torch
 from .chunked import chunk_flops
+from .compiled import compiled
 from .core import compute_dtype, get_device, human, peak_flops
 from .cross_entropy import loss_and_grad
 from .delta_rule import l2norm
@@ -136,7 +137,7 @@ def time_model(cfg:PretrainConfig, # of `job`
     dev, marks = get_device(cfg.device), [time.perf_counter()]
     settle_backend(cfg); marks.append(time.perf_counter())
     model = build_model(cfg, cfg.vocab_size, dev)
-    fwd = torch.compile(model, fullgraph=True, dynamic=False) if cfg.compile == 'on' else model
+    fwd = compiled(model, cfg.compile)
     size = cfg.device_batch_size, cfg.max_seq_len
     x, y = torch.randint(0, cfg.vocab_size, (2, *size), device=dev)
     def step(): model.zero_grad(set_to_none=True); fwd(x, targets=y).backward()

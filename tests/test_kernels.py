@@ -271,3 +271,26 @@ def test_layer_compiles_as_one_graph_for_all_documents():
         for a, b in zip(*(torch.autograd.grad(f(*xs, doc).square().sum(), xs) for f in (fast, layer))):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 1
+
+def test_a_process_that_cannot_compile_ahead_says_so():
+    "Here: no flash-qla, or no GPU of that number; the run goes on and its check decides"
+    from nano_dh.kernels import Ahead
+    call = ('flash_qla', 'forward', None, (1, 64), (1, 2, 128, 128), 'docs', 'bfloat16', 99)
+    ahead = Ahead('flash_qla', [call, call])
+    lines = ahead.wait()
+    assert len(lines) == 2 and all(l.startswith('flash_qla forward') and ': ' in l for l in lines), lines
+    assert ahead.wait() == []
+
+def test_a_backend_without_rivals_is_checked_once_for_all_shapes(tmp_path, monkeypatch):
+    "Nothing is timed, so rows of another number and length ask no new question; rivals are timed at each shape"
+    from nano_dh import kernels as k
+    monkeypatch.setenv('NANO_DH_BASE_DIR', str(tmp_path))
+    was = dict(k._chosen)
+    monkeypatch.setattr(k, 'BACKENDS', {'torch': k.BACKENDS['torch']})
+    a = k.choose_backend('cpu', 1, 1, 16, 16, seq_len=64, batch=1)
+    b = k.choose_backend('cpu', 1, 1, 16, 16, seq_len=128, batch=3)
+    assert a == b and len(list((tmp_path/'backends').glob('*.json'))) == 1 and a.table[0]['forward'] is None
+    monkeypatch.undo(); monkeypatch.setenv('NANO_DH_BASE_DIR', str(tmp_path))
+    c, d = (k.choose_backend('cpu', 1, 1, 16, 16, seq_len=T, batch=1) for T in (64, 128))
+    assert len(list((tmp_path/'backends').glob('*.json'))) == 3 and any(r['forward'] for r in c.table)
+    k._chosen.clear(); k._chosen.update(was)

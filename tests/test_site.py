@@ -41,9 +41,12 @@ def site():
     return Site(ROOT).collect()
 
 def test_every_chapter_has_its_part_and_page(site):
+    from nano_dh.site import parts
     nav = site.nav(['<chapters>'])
     listed = [at for part in nav for row in part.values() for c in row for at in c.values()]
     chapters = sorted((ROOT/'nbs').glob('*.ipynb'))
+    missing = {f'nbs/{c.name}' for c in chapters} - set(parts((ROOT/'README.md').read_text()))
+    assert not missing, f'not in the table of chapters of README.md: {missing}'
     assert len(listed) == len(chapters) and [p.origin for p in site.chapters] == [f'nbs/{c.name}' for c in chapters]
     assert listed == [p.at for p in site.chapters], 'the table of the README has another order than the numbers'
     ats = [p.at for p in site.pages]

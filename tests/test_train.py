@@ -297,6 +297,27 @@ def test_wandb_offline_resumes_the_same_run(base, data):
     runs = list((base/'runs'/'w b').glob('wandb/offline-run-*'))
     assert len(runs) == 2 and {r.name.split('-', 3)[-1] for r in runs} == {'w-b'}
 
+def test_getting_ready_changes_nothing(base, data, monkeypatch):
+    "The step that compiles model and optimizer leaves weights, optimizer, data and the run's losses as they were"
+    import functools
+    from nano_dh import compiled
+    from nano_dh.kernels import Ahead
+    from nano_dh.train import PretrainConfig, Trainer, pretrain
+    monkeypatch.setattr(torch, 'compile', functools.partial(torch.compile, backend='eager'))
+    go = dict(TINY, data=data, nproc=0, num_iterations=3, eval_every=0)
+    t = Trainer(PretrainConfig(**go, compile='on', run='ready').resolved(), print)
+    before = {n: p.clone() for n, p in t.model.named_parameters()}; at = t.loader.state_dict()
+    t.get_ready(Ahead(''))
+    assert all(torch.equal(p, before[n]) for n, p in t.model.named_parameters())
+    assert all(p.grad is None for p in t.model.parameters())
+    assert t.loader.state_dict() == at and t.opt.step_t.item() == 0
+    assert not any(v.any() for b in t.opt.buckets for k, v in b.state.items() if k != 'master')
+    assert isinstance(t.fwd, compiled.Compiled) and {'compile', 'kernels', 'choice'} <= {*t.spent}
+    for how in ('on', 'whole', 'off'):
+        torch._dynamo.reset(); pretrain(PretrainConfig(**go, compile=how, run=f'by-{how}'), lambda r: None)
+    on, off, whole = (losses(base, f'by-{how}') for how in ('on', 'off', 'whole'))
+    assert len(on) == 3 and on == pytest.approx(off, abs=1e-4) and whole == pytest.approx(off, abs=1e-4)
+
 def test_a_cut_gradient_stops_a_compiled_run(base, data, monkeypatch):
     "Compiled by Dynamo alone, which takes seconds; the fault is put into what is compiled"
     import functools
