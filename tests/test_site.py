@@ -76,6 +76,13 @@ def test_every_public_name_has_an_entry(site):
         missing = [n for n in names if f'{{ #nano_dh.{page.module}.{n} }}' not in page.text]
         assert not missing, (page.module, missing)
 
+def test_the_readmes_script_runs():
+    "The first lines of *In a script*, as they stand there"
+    script = re.search(r'^## In a script\n(.*?)\n\n +from nano_dh.checkpoint', (ROOT/'README.md').read_text(), re.S | re.M)[1]
+    names = {}
+    exec('\n'.join(l.removeprefix('    ') for l in script.strip('\n').splitlines()), names)
+    assert names['logits'].shape[:2] == (2, 64) and float(names['loss']) > 0
+
 def test_nbdev_docs_says_what_to_use():
     import tomllib
     scripts = tomllib.loads((ROOT/'pyproject.toml').read_text())['project']['scripts']
