@@ -81,7 +81,7 @@ def test_the_readmes_script_runs():
     script = re.search(r'^## In a script\n(.*?)\n\n +from nano_dh.checkpoint', (ROOT/'README.md').read_text(), re.S | re.M)[1]
     names = {}
     exec('\n'.join(l.removeprefix('    ') for l in script.strip('\n').splitlines()), names)
-    assert names['logits'].shape[:2] == (2, 64) and float(names['loss']) > 0
+    assert names['logits'].shape[:2] == (2, 64) and names['loss'].item() > 0
 
 def test_nbdev_docs_says_what_to_use():
     import tomllib
