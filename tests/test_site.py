@@ -41,9 +41,12 @@ def site():
     return Site(ROOT).collect()
 
 def test_every_chapter_has_its_part_and_page(site):
+    from nano_dh.site import parts
     nav = site.nav(['<chapters>'])
     listed = [at for part in nav for row in part.values() for c in row for at in c.values()]
     chapters = sorted((ROOT/'nbs').glob('*.ipynb'))
+    missing = {f'nbs/{c.name}' for c in chapters} - set(parts((ROOT/'README.md').read_text()))
+    assert not missing, f'not in the table of chapters of README.md: {missing}'
     assert len(listed) == len(chapters) and [p.origin for p in site.chapters] == [f'nbs/{c.name}' for c in chapters]
     assert listed == [p.at for p in site.chapters], 'the table of the README has another order than the numbers'
     ats = [p.at for p in site.pages]
@@ -72,6 +75,13 @@ def test_every_public_name_has_an_entry(site):
         names = [n for n in module.__all__ if n[0] != '_']
         missing = [n for n in names if f'{{ #nano_dh.{page.module}.{n} }}' not in page.text]
         assert not missing, (page.module, missing)
+
+def test_the_readmes_script_runs():
+    "The first lines of *In a script*, as they stand there"
+    script = re.search(r'^## In a script\n(.*?)\n\n +from nano_dh.checkpoint', (ROOT/'README.md').read_text(), re.S | re.M)[1]
+    names = {}
+    exec('\n'.join(l.removeprefix('    ') for l in script.strip('\n').splitlines()), names)
+    assert names['logits'].shape[:2] == (2, 64) and names['loss'].item() > 0
 
 def test_nbdev_docs_says_what_to_use():
     import tomllib
