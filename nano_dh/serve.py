@@ -321,6 +321,11 @@ def _where(e): # messages[0].content
     return ''.join(f'[{x}]' if isinstance(x, int) else f'.{x}' for x in loc).lstrip('.')
 
 # %% ../nbs/25_serve.ipynb #sentence-b
+def _brief(x): # a value in a few words, whatever its size
+    if isinstance(x, dict) and isinstance(x.get('type'), str): return f"type {x['type'][:40]!r}"
+    return repr(x[:40]) if isinstance(x, str) else \
+        _JSON[type(x)] if isinstance(x, (dict, list)) else str(x)[:40]
+
 def sentence(errors:list) -> ApiError: # errors of pydantic
     "The first thing that is wrong, in one sentence"
     e = max(errors, key=lambda e: (e['type'] == 'too_long', len(e['loc'])))
@@ -346,7 +351,7 @@ def _wrong(errors, where, kind, ctx, got): # a value -> sentence, code
     for k, (side, sign) in _LIMITS.items():
         if k in ctx: return (f"Invalid '{where}': {side} value. Expected a value {sign} {ctx[k]}, "
                              f'but got {str(got)[:40]} instead.'), side.replace(' ', '_') + '_value'
-    said = repr(got)[:40]
+    said = _brief(got)
     return dict(
         missing=(f"Missing required parameter: '{where}'.", 'missing_required_parameter'),
         too_long=(f"Invalid '{where}': too long. Expected at most {ctx.get('max_length')} entries.",
@@ -354,7 +359,7 @@ def _wrong(errors, where, kind, ctx, got): # a value -> sentence, code
         too_short=(f"Invalid '{where}': empty array. Expected at least one entry.", 'empty_array'),
         literal_error=(f'Invalid value: {said}. Supported values are: {ctx.get("expected")}.',
                        'invalid_value'),
-        unsupported=_unsupported(where, json.dumps(got)[:100], ctx)
+        unsupported=_unsupported(where, said, ctx)
     ).get(kind, (f"Invalid value for '{where}'.", 'invalid_value'))
 
 def _unsupported(where, said, ctx):
