@@ -77,7 +77,7 @@ FORGERS = dict( # answers to "double a number" that are wrong and want to pass
 
 @pytest.mark.parametrize('forger', FORGERS)
 def test_no_program_passes_tests_by_itself(forger):
-    check = dict(tests='assert f(888) == 1776', names=['f'], seconds=2.)
+    check = dict(tests='assert f(888) == 1776', names=['f'], seconds=5.)
     if forger == 'caught': check['tests'] = 'try: assert f(888) == 1776\nexcept BaseException as e: assert not isinstance(e, AssertionError)'
     r = run_code(FORGERS[forger], **check); assert not r.ok and r.status != 'wall', r
     assert run_code('def f(x): return 2*x', **check).ok
@@ -96,7 +96,7 @@ def test_values_cross_the_border_as_they_are():
 def test_one_program_does_not_end_a_run():
     "A thousand judged in a row would end with the first of these; each has an answer of its own, and so have its neighbours"
     names = [*HOSTILE][[*HOSTILE].index('a verdict of its own'):]
-    rs = run_many([c for n in names for c in ('pass', HEAD + HOSTILE[n])], workers=2, seconds=2.)
+    rs = run_many([c for n in names for c in ('pass', HEAD + HOSTILE[n])], workers=2, seconds=5.)
     assert all(r.ok for r in rs[::2]) and not any(r.ok for r in rs[1::2]), [(n, r) for n, r in zip(names, rs[1::2]) if r.ok]
     assert all(isinstance(r.detail, str) and '\n' not in r.detail and r.status != 'wall' for r in rs), rs
 
