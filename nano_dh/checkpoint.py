@@ -70,19 +70,22 @@ class _Slice(torch.Tensor):
     def __get_tensor_shard__(self, index): return self.shard.tensor
 
 # %% ../nbs/12_checkpoint.ipynb #plain
-_META = {'torch.distributed.checkpoint.metadata': 'Metadata MetadataIndex TensorStorageMetadata '
-         'BytesStorageMetadata ChunkStorageMetadata TensorProperties StorageMeta _MEM_FORMAT_ENCODING',
-         'torch.distributed.checkpoint.filesystem': '_StorageInfo', 'torch.serialization': '_get_layout',
+_META = {'torch.distributed.checkpoint.metadata': 'Metadata MetadataIndex '
+         'TensorStorageMetadata BytesStorageMetadata ChunkStorageMetadata TensorProperties '
+         'StorageMeta _MEM_FORMAT_ENCODING',
+         'torch.distributed.checkpoint.filesystem': '_StorageInfo',
+         'torch.serialization': '_get_layout',
          'pathlib': 'Path PosixPath WindowsPath', 'pathlib._local': 'Path PosixPath WindowsPath',
          'collections': 'OrderedDict', 'builtins': 'set'}
 
 class _Plain(pickle.Unpickler):
     "Builds what torch notes about tensors, and runs nothing"
     def find_class(self, module, name):
-        dtype = module == 'torch' and (name == 'Size' or isinstance(getattr(torch, name, 0), torch.dtype))
-        if dtype or name in _META.get(module, '').split(): return super().find_class(module, name)
-        raise CheckpointError(f'.metadata asks for {module}.{name}, which no checkpoint needs; it was '
-                              'not run; use a checkpoint whose origin you know')
+        plain = name == 'Size' or isinstance(getattr(torch, name, 0), torch.dtype)
+        if module == 'torch' and plain or name in _META.get(module, '').split():
+            return super().find_class(module, name)
+        raise CheckpointError(f'.metadata asks for {module}.{name}, which no checkpoint needs; it '
+                              'was not run; use a checkpoint whose origin you know')
 
 class _Reader(dcp.FileSystemReader):
     "torch's own, but for how it reads the metadata"
@@ -90,9 +93,9 @@ class _Reader(dcp.FileSystemReader):
         with open(Path(self.path)/'.metadata', 'rb') as f: m = _Plain(f).load()
         for k, i in m.storage_data.items():
             if Path(i.relative_path).name != i.relative_path:
-                raise CheckpointError(f'.metadata has {k.fqn} in {i.relative_path}, outside the checkpoint')
+                raise CheckpointError(f'.metadata has {k.fqn} in {i.relative_path}, elsewhere')
         for k, v in m.state_dict_metadata.items():
-            if not hasattr(v, 'size'): raise CheckpointError(f'.metadata has {k}, which is no tensor')
+            if not hasattr(v, 'size'): raise CheckpointError(f'.metadata: {k} is no tensor')
         m.storage_meta = m.storage_meta or StorageMeta(); m.storage_meta.load_id = self.load_id
         return m
 
@@ -162,18 +165,22 @@ def _sums(root): # {file: [bytes, crc32]} of this rank's share of the files
 
 # %% ../nbs/12_checkpoint.ipynb #listing
 def _seal(m): # the manifest's own checksum
-    return zlib.crc32(json.dumps({k: m[k] for k in sorted(m) if k != 'sum'}, sort_keys=True).encode())
+    m = {k: v for k, v in m.items() if k != 'sum'}
+    return zlib.crc32(json.dumps(m, sort_keys=True).encode())
 
 def _manifest(p): # of a folder; None if it has none; an error if that cannot be true
     try: text = (p/'manifest.json').read_bytes()
     except (FileNotFoundError, NotADirectoryError): return None
-    try: m = json.loads(text); files, n = m['files'], [int(m[k] + 0) for k in ('format', 'step', 'serial')]
+    try:
+        m = json.loads(text)
+        files, n = m['files'], [int(m[k] + 0) for k in ('format', 'step', 'serial')]
     except (ValueError, KeyError, TypeError):
         raise CheckpointError(f'{p}: manifest.json is damaged') from None
     if n[0] > FORMAT: return m                        # `verify` says so
-    if (m.keys() - {'format', 'step', 'serial', 'files', 'sum'} or m.get('sum', _seal(m)) != _seal(m)
-            or not isinstance(files, dict) or 'meta.json' not in files
-            or not all(isinstance(s, list) and [*map(type, s)] == [int, int] for s in files.values())):
+    pairs = isinstance(files, dict) and all(isinstance(s, list) and [*map(type, s)] == [int, int]
+                                            for s in files.values())
+    extra = m.keys() - {'format', 'step', 'serial', 'files', 'sum'}
+    if not pairs or extra or m.get('sum', _seal(m)) != _seal(m) or 'meta.json' not in files:
         raise CheckpointError(f'{p}: manifest.json is damaged')
     return m
 
@@ -264,8 +271,9 @@ def save_checkpoint(run_dir:str|Path, # folder of the run; made if missing
 def _finite(run, step, state): # a state that would not continue is not saved over one that does
     bad = [k for k, v in state.items() if v.is_floating_point() and not torch.isfinite(
            v.shard.tensor if isinstance(v, _Slice) else v).all()]
-    if bad: raise CheckpointError(f'{run}: step {step} is not saved, {len(bad)} of its tensors hold NaN or '
-                                  f'infinity: {", ".join(bad[:3])}; older checkpoints are as they were')
+    if bad:
+        raise CheckpointError(f'{run}: step {step} is not saved, {len(bad)} of its tensors hold '
+                              f'NaN or infinity: {", ".join(bad[:3])}; older ones are as they were')
 
 def _full(e, left): # was the disk full? torch's own words do not say; left: bytes after the error
     if isinstance(e, (CheckpointException, CheckpointError)): return left < 2**20
@@ -350,9 +358,10 @@ def verify(path:str|Path # folder of a checkpoint
     path = Path(path)
     def refuse(why):
         rest = [f"{c['step']}" for c in checkpoints(path.parent) if c['path'] != path]
-        way = (f'; to go on from step {rest[-1]}: python -c "from nano_dh.checkpoint import set_aside; '
-               f'set_aside({str(path)!r})"' if rest else '')
-        raise CheckpointError(f'{path}: {why}; other steps of this run: {", ".join(rest) or "none"}{way}')
+        way = (f'; to go on from step {rest[-1]}: python -c "from nano_dh.checkpoint import '
+               f'set_aside; set_aside({str(path)!r})"' if rest else '')
+        rest = ', '.join(rest) or 'none'
+        raise CheckpointError(f'{path}: {why}; other steps of this run: {rest}{way}')
     try: m = _manifest(path)
     except CheckpointError as e: refuse(str(e).split(': ')[-1])
     if not m: refuse('no manifest.json, so this is no complete checkpoint of nano_dh')
@@ -368,7 +377,7 @@ def verify(path:str|Path # folder of a checkpoint
 
 def set_aside(path:str|Path # folder of a checkpoint
              ) -> Path:     # its new name
-    "Rename a damaged checkpoint, so that its run goes on from the one before it; nothing is removed"
+    "Rename a damaged checkpoint, so that its run goes on from the one before; nothing is lost"
     path = Path(path); new, n = path.with_name(f'damaged-{path.name}'), 0
     while new.exists(): n += 1; new = path.with_name(f'damaged-{path.name}.{n}')
     os.rename(path, new); _sync(path.parent)

@@ -28,8 +28,8 @@ def _writing(p): # what the system refuses in the base folder says how to move i
     try: yield
     except OSError as e:
         if not e.errno or not Path(p).absolute().is_relative_to(_base()): raise
-        raise OSError(e.errno, f'{os.strerror(e.errno)}: {p}; NANO_DH_BASE_DIR can name another base '
-                               'folder') from None
+        raise OSError(e.errno, f'{os.strerror(e.errno)}: {p}; NANO_DH_BASE_DIR can name another '
+                               'base folder') from None
 
 def base_dir() -> Path: # exists on return
     "Folder of checkpoints, tokenizers, caches: NANO_DH_BASE_DIR, or nano_dh in the user's cache"
@@ -248,8 +248,8 @@ def checked(cls:type,  # a dataclass
         ok, out[k] = _fits(v, hints[k])
         if not ok:
             want = hints[k].__name__ if isinstance(hints[k], type) else str(hints[k])
-            tip = {'bool': '; write True or False', 'str': f'; give it as it is meant with papermill '
-                   f'-r {k} TEXT, for -p reads numbers into it'}.get(want, '')
+            tip = {'bool': '; write True or False', 'str': '; papermill reads numbers into -p, so '
+                   f'give the text itself with -r {k} TEXT'}.get(want, '')
             raise TypeError(f'{k} = {v!r} is {type(v).__name__}, {want} expected{tip}')
     load_imports(out.get('imports', ''))               # before anything looks for what they define
     return cls(**out)

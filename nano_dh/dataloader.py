@@ -84,7 +84,9 @@ class DocTokens:
         self.sizes, self.n = sizes, int(sizes.sum())
         if not self.n: raise ValueError(f'{source.name!r} has no {split} documents; give it some')
         names = repr([(Path(f).name, g, n) for f, g, n in self.groups]) + str(max_docs)
-        self.fingerprint = hashlib.sha256(names.encode()).hexdigest()[:12]
+        sum12 = lambda text: hashlib.sha256(text.encode()).hexdigest()[:12]
+        sizes = [g[3:] for g in source.groups[split]] if hasattr(source, 'files') else []
+        self.fingerprint, self.by_rows = sum12(names + repr(sizes)*bool(sizes)), sum12(names)
         self.ready, self.texts, self.orders, self.shards = {}, *(OrderedDict() for _ in range(3))
 
 def _cores(): # of this rank
@@ -280,6 +282,7 @@ class Packer:
                           cache) for i, s in enumerate(mixture.sources)]
         self.streams = {s: Stream(s, docs, self.weights, self.bos, self.size, long_docs,
                                   self.row_docs, self.once) for s in own}
+        self.by_rows = [d.by_rows for d in docs]    # as shards were known before sizes counted
         self.identity = dict(data=mixture.name, shards=[d.fingerprint for d in docs], seed=seed,
                              weights=self.weights, tokenizer=str(tokenizer.hash), seq_len=seq_len,
                              split=split, long_docs=long_docs)
@@ -418,6 +421,8 @@ def load_state_dict(self:Loader, state:dict|None): # None: from the beginning
 def _restore(self, packer, state):
     if packer.once: raise ValueError('validation always starts anew; give no state with it')
     was, now = state['identity'], packer.identity
+    if 'shards' in now and was.get('shards') == packer.by_rows:
+        was = was | dict(shards=now['shards'])
     bad = [f'{k} is {now[k]}, was {was.get(k)}' for k in now if now[k] != was.get(k)]
     if bad: raise ValueError('this loader state belongs to other batches: ' + '; '.join(bad))
     self.row, self.index = packer.row, packer.index = state['row'], state['index']

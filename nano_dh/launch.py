@@ -192,17 +192,22 @@ class Watch:
     def look(self):
         now = time.monotonic(); n, (start, step) = len(self.procs), self.limits
         if now - self.last > 5: self.awake = now     # this process slept, or its reader was busy
-        self.last, ps = now, {r: self.pulse.read(r) for r, p in enumerate(self.procs) if p.is_alive()}
+        self.last, live = now, [r for r, p in enumerate(self.procs) if p.is_alive()]
+        ps = {r: self.pulse.read(r) for r in live}
         late = [r for r, p in ps.items() if not p.joined]
-        if late and now - self.begun > start: self.fail({r: f'has not joined the others within '
-            f'{start:g} s' + f'; it is in {ps[r].place}'*bool(ps[r].place) for r in late}, n, 'start')
+        if late and now - self.begun > start:
+            at = {r: f'; it is in {ps[r].place}'*bool(ps[r].place) for r in late}
+            self.fail({r: f'has not joined the others within {start:g} s{a}'
+                       for r, a in at.items()}, n, 'start')
         ps = {r: p for r, p in ps.items() if p.joined}
         still = [r for r, p in ps.items() if now - p.moved > step]
-        if still and not late and now - self.awake > step: self.fail(_guilty(ps, now, step), n, 'step')
+        if still and not late and now - self.awake > step:
+            self.fail(_guilty(ps, now, step), n, 'step')
     def fail(self, who, n, limit):
         names = '; '.join(f'rank {r} of {n} {what}' for r, what in who.items())
-        raise RankError(f'a rank hangs: {names}. The limit is {limit}={self.limits[limit == "step"]:g} '
-                        f'seconds.\n\n{_stacks(self.procs, self.home)}')
+        s = self.limits[limit == 'step']
+        raise RankError(f'a rank hangs: {names}. The limit is {limit}={s:g} seconds.\n\n'
+                        f'{_stacks(self.procs, self.home)}')
 
 # %% ../nbs/13_launch.ipynb #watch
 def _watch(procs, outs, rec, pulse):
@@ -284,7 +289,7 @@ def run_env(fn,            # fn(cfg, emit)
             cfg,           # given to it
             emit=print,    # takes rank 0's records
             device:str='', # 'cuda', 'cpu', '' for the best there is
-            step:float|None=None # seconds until a collective call that hangs is an error; None: 1800
+            step:float|None=None # seconds until a collective that hangs is an error; None: 1800
            ):
     "Run `fn` as the rank that torchrun made of this process, or alone"
     me = join_group(device, timeout=_seconds('step', step, 1800.))

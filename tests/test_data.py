@@ -4,7 +4,7 @@ from pathlib import Path
 import pyarrow as pa, pyarrow.parquet as pq, pytest
 from nano_dh import dataset
 from nano_dh.core import package_data
-from nano_dh.dataset import download_hub, fetch, footer, open_data, repackage
+from nano_dh.dataset import Source, download_hub, fetch, footer, open_data, repackage
 from nano_dh.tokenizer import Tokenizer, get_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -336,6 +336,102 @@ def test_a_small_part_is_set_aside(base, docs, shards, groups):
 def test_a_file_asked_for_by_its_name_trains(base, capsys):
     lay(base/'d', ['wiki.valid.jsonl', 'a.txt']); train, val, said = opened(base/'d'/'wiki.valid.jsonl', capsys)
     assert 'TRAIN' in train and 'asked for by itself: it trains' in said
+
+# ---- files of every kind
+
+def packed(path, data): # bytes, written as the name's last ending says
+    import bz2, gzip, lzma
+    out = {'.gz': gzip.compress, '.bz2': bz2.compress, '.xz': lzma.compress, '.zst': lambda b: pa.compress(b, 'zstd', asbytes=True)}.get(path.suffix, bytes)(data)
+    path.write_bytes(out); return path
+
+LINES = ['one, "two"\nthree', 'vier fünf', '東京 and more', 'x'*300]
+def csv_of(delimiter):
+    import csv, io
+    f = io.StringIO(); w = csv.writer(f, delimiter=delimiter); w.writerows([['id', 'text'], *enumerate(LINES)]); return f.getvalue()
+KINDS = {'jsonl': ''.join(json.dumps({'id': i, 'text': t}) + '\n' for i, t in enumerate(LINES)), 'json': json.dumps([{'text': t} for t in LINES], indent=1), 'csv': csv_of(','), 'tsv': csv_of('\t')}
+
+@pytest.mark.parametrize('end', ['', '.gz', '.bz2', '.xz', '.zst'])
+@pytest.mark.parametrize('kind', KINDS)
+def test_every_kind_is_read(base, kind, end):
+    f = packed(base/f'd.{kind}{end}', KINDS[kind].encode())
+    assert list(dataset.read_file(f)) == LINES
+    m = open_data(str(f)); assert sorted([*m.texts('train'), *m.texts('val')]) == sorted(LINES)
+    if kind == 'json': packed(base/f'lines.json{end}', KINDS['jsonl'].encode()); assert list(dataset.read_file(base/f'lines.json{end}')) == LINES
+
+@pytest.mark.parametrize('end', ['.gz', '.bz2', '.xz', '.zst'])
+def test_damage_to_packed_files(base, end):
+    good = packed(base/f'd.txt{end}', os.urandom(3000).hex().encode()).read_bytes(); f = base/f'd.txt{end}'; n = len(good)
+    middle = [good[:n//3] + b'\x00'*9 + good[n//3 + 9:]]*(end != '.zst')          # pyarrow writes no checksum into a zstd frame
+    for bad in (good[:n//2], good[:-1], b'not packed at all', *middle):
+        f.write_bytes(bad)
+        with pytest.raises(dataset.Damaged, match=f'd.txt{end} is damaged'): list(dataset.read_file(f))
+
+@pytest.mark.parametrize('code', ['utf-16', 'utf-16-le', 'utf-16-be'])
+@pytest.mark.parametrize('errors', ['strict', 'replace'])
+def test_utf16_is_told_and_read(base, code, errors):
+    "With errors='replace', which was the advice, it became a text of signs"
+    f = base/'a.txt'; f.write_text('Some plain words, and more of them.\n\n'*9, encoding=code)
+    with pytest.raises(ValueError, match=f"encoding='{code}'") as e: list(dataset.read_file(f, errors=errors))
+    assert list(dataset.read_file(f, errors=errors, encoding=code))[0].lstrip('\ufeff').startswith('Some plain words')
+    repackage(f, base/'out', encoding=code, val_share=0); assert 'plain words' in Source('x', {'train': [(base/'out'/'shard_00000.parquet', None)]}).read('train', 0)
+
+def test_latin1_is_read_as_it_is(base):
+    f = base/'a.jsonl'; f.write_bytes('{"text": "café"}\n'.encode('latin-1')*30)
+    with pytest.raises(ValueError, match="is not UTF-8; .*encoding='latin-1'"): open_data(str(f))
+    assert list(dataset.read_file(f, encoding='latin-1')) == ['café']*30
+
+@pytest.mark.parametrize('name,text,column,says', [
+    ('a.jsonl', '{"id": 1, "body": "x"}\n', 'text', "column='body'"), ('a.jsonl', '{"id": 1, "body": "x"}\n', 'id', "'id' is int, not text; name one .*column='body'"),
+    ('a.jsonl', '{"id": 1}\n', 'text', 'none of them holds text'), ('a.csv', 'id,body\n1,x\n', 'text', "column='id'|column='body'"), ('a.json', '[{"n": 2, "body": "x"}]', 'text', "record 1 has no 'text'.*column='body'")])
+def test_advice_that_helps(base, name, text, column, says):
+    (base/name).write_text(text)
+    with pytest.raises(ValueError, match=says): list(dataset.read_file(base/name, column))
+
+def test_advice_for_parquet_names_a_column_of_text(base):
+    pq.write_table(pa.table({'id': [1, 2], 'score': [.5, 1.], 'body': ['a', 'b']}), base/'p.parquet', 1)
+    for column in ('text', 'id'):
+        with pytest.raises(ValueError, match="column='body'"): footer(base/'p.parquet', column)
+    pq.write_table(pa.table({'id': [1, 2]}), base/'q.parquet', 1)
+    with pytest.raises(ValueError, match='none of them holds text'): footer(base/'q.parquet', 'id')
+
+@pytest.mark.parametrize('where', ['folder', 'named', 'footer'])
+def test_a_pipe_named_like_data_does_not_hang(base, where):
+    code = 'import sys; from nano_dh.dataset import *\ntry: print(footer(sys.argv[1]) if sys.argv[2] == "footer" else open_data(sys.argv[1]).n_docs())\nexcept (OSError, ValueError) as e: print(type(e).__name__, e)'
+    lay(base/'d', ['p_0.parquet', 'p_val.parquet']); os.mkfifo(base/'d'/'p_1.parquet'); os.mkfifo(base/'d'/'x.jsonl')
+    out, err = run(code, base/'d' if where == 'folder' else base/'d'/'p_1.parquet', where).communicate(timeout=60)
+    assert ('left out p_1.parquet, x.jsonl' in out and out.splitlines()[-1] == '40') if where == 'folder' else 'Error' in out and 'p_1.parquet' in out, out + err
+
+@pytest.mark.parametrize('split', ['train', 'val'])
+@pytest.mark.parametrize('blank', ['', '  \n\t', None, '\u00a0\u2003'])
+def test_a_split_of_blanks_is_refused(base, split, blank):
+    "It ended in `val bpb nan`"
+    (base/'d').mkdir()
+    for s in ('train', 'val'): pq.write_table(pa.table({'text': pa.array(['words']*50 if s != split else [blank]*50, pa.string())}), base/'d'/f'p_{s}.parquet', 5)
+    with pytest.raises(ValueError, match='all its documents to .* on are blank'): open_data(str(base/'d'))
+    pq.write_table(pa.table({'text': pa.array([blank]*200 + ['word'], pa.string())}), base/'d'/f'p_{split}.parquet', 500); assert open_data(str(base/'d'))
+
+@pytest.mark.parametrize('n', [4000])
+def test_many_text_files_open_in_linear_time(base, n):
+    "10,000 took 15 s at each opening"
+    (base/'d').mkdir()
+    for i in range(n): (base/'d'/f'book {i}.txt').write_text(f'Book {i}.\n')
+    first = open_data(str(base/'d')); start = time.process_time(); again = open_data(str(base/'d')); took = time.process_time() - start
+    assert again.fingerprint == first.fingerprint and first.n_docs() + first.n_docs('val') == n and took < 1.5, took
+
+def test_a_replaced_shard_is_noticed_on_resume(base, docs):
+    "As many rows as before, but another text; a run from before sizes counted goes on"
+    from nano_dh.dataloader import Loader
+    tok = Tokenizer.train(docs, 400)
+    def load(state=None): return Loader(open_data(str(base/'d')), tok, batch_rows=8, seq_len=64, prefetch=0, state=state)
+    (base/'d').mkdir()
+    for s in ('000', '001', 'val'): pq.write_table(pa.table({'text': docs[:12]}), base/'d'/f'p_{s}.parquet', 4)
+    l = load(); next(l); state = json.loads(json.dumps(l.state_dict())); want = next(l).x
+    assert (next(load(state)).x == want).all()
+    old = json.loads(json.dumps(state)); old['identity']['shards'] = l.packer.by_rows
+    assert (next(load(old)).x == want).all()
+    for part in (docs[12:24], [t[:-1] for t in docs[:12]], docs[:11]):
+        pq.write_table(pa.table({'text': part}), base/'d'/'p_001.parquet', 4)
+        with pytest.raises(ValueError, match='belongs to other batches: shards'): load(state)
 
 # ---- a text that is one long run
 

@@ -198,7 +198,7 @@ def test_a_model_that_stays_at_guessing_is_noticed(tmp_path, monkeypatch):
 def soak(steps):
     import subprocess, sys
     from pathlib import Path
-    p = subprocess.run([sys.executable, Path(__file__).parent/'soak.py', str(steps)], capture_output=True, text=True, timeout=900)
+    p = subprocess.run([sys.executable, Path(__file__).parent/'soak.py', str(steps)], capture_output=True, text=True, timeout=2400)
     assert p.returncode == 0, p.stdout + p.stderr
     return p.stdout
 
