@@ -8,7 +8,7 @@ STAMP := $(shell date +%Y%m%d-%H%M%S)
 EXTRA := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo dev,gpu || echo dev)
 RUN    = mkdir -p runs/out && $(V)/papermill --log-output --progress-bar --cwd .
 
-.PHONY: pretrain finetune speedrun tokenizer bench inference eval figures chat serve test install docs clean-notebooks
+.PHONY: pretrain finetune speedrun tokenizer bench inference eval figures chat serve test weekly install docs clean-notebooks
 
 pretrain: .venv/.ready     ## train a model (default: depth 4 on the shipped sample) and write the executed notebook
 	$(RUN) runs/pretrain.ipynb runs/out/pretrain-$(STAMP).ipynb $(P)
@@ -45,13 +45,22 @@ figures: .venv/.ready      ## the README's measured figures and their pictures f
 test: .venv/.ready         ## every chapter and every test
 	$(V)/python -m pytest -n auto -rsfE $(P)
 
-docs: .venv/.ready         ## the chapters as HTML pages in _docs/
-	$(V)/jupyter nbconvert --to html nbs/*.ipynb --output-dir _docs
+weekly: .venv/.ready       ## the long tests too (NANO_DH_DATA=FOLDER: on the full sets), and each test against the mutant it is to notice
+	$(V)/python -m pytest -n auto -rsfE --slow $(P)
+	$(V)/python tests/mutants.py
+
+docs: .venv/.docs          ## the book as a site in _docs/ that needs no network; fails with a dead link
+	NO_MKDOCS_2_WARNING=1 $(V)/mkdocs build --strict --quiet
+	@echo "open _docs/index.html"
 
 clean-notebooks: .venv/.ready
 	$(V)/nbdev_export && $(V)/nbdev_clean && $(V)/nbdev_clean --fname runs
 
 install: .venv/.ready
+
+.venv/.docs: .venv/.ready
+	$(V)/python -m pip install -q -e '.[docs]'
+	@touch $@
 
 .venv/.ready: pyproject.toml
 	$(PY) -m venv .venv

@@ -43,6 +43,7 @@ class BenchConfig:
     vocab_size: int = 0    # GPU: 32,768, CPU: 512
     seconds: float = 150.  # after which a stage is cut short
     device: str = ''       # cuda, mps, cpu; '' takes the best
+    imports: str = ''  # code of your own, run first: 'my_mixer.py'; 'stored': what the checkpoint holds
 
 # %% ../nbs/17c_bench.ipynb #usual
 USUAL = dict(

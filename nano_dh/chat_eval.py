@@ -130,6 +130,7 @@ class ChatEvalConfig:
     keep: int = 10         # answers shown a task, the first ones
     nproc: int = -1        # ranks; -1: one a GPU, or 1; 0: inside this process
     device: str = ''       # 'cuda', 'mps', 'cpu'; '' takes the best there is
+    imports: str = ''      # code of your own, run first: 'my_mixer.py'; 'stored': what the checkpoint holds
 
     @classmethod
     def from_ns(cls, ns:dict, before:set) -> 'ChatEvalConfig':

@@ -4,22 +4,23 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'FOREIGN', 'CheckpointError', 'runs_dir', 'checkpoints', 'latest_step', 'save_checkpoint', 'register_format',
-           'foreign', 'list_runs', 'find_checkpoint', 'verify', 'load_checkpoint', 'load_model', 'read_meta',
-           'read_tokenizer', 'dh_runs']
+           'foreign', 'list_runs', 'find_checkpoint', 'verify', 'set_aside', 'load_checkpoint', 'load_model',
+           'read_meta', 'read_tokenizer', 'dh_runs']
 
 # %% ../nbs/12_checkpoint.ipynb #imp
-import errno, json, os, random, shutil, socket, time, warnings, zlib
+import errno, json, os, pickle, random, shutil, socket, time, warnings, zlib
+from functools import lru_cache
 from datetime import datetime
 from pathlib import Path
 import torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import (ChunkStorageMetadata, MetadataIndex,
+from torch.distributed.checkpoint.metadata import (ChunkStorageMetadata, MetadataIndex, StorageMeta,
     TensorProperties)
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 import nano_dh
-from .core import base_dir, compute_dtype, get_device, human, print0
+from .core import _writing, base_dir, compute_dtype, get_device, human, print0, run_stored
 from .dataloader import gather_state
-from .hybrid_model import HybridConfig, HybridModel
+from .hybrid_model import MIXERS, HybridConfig, HybridModel
 from nano_dh.nanochat import (nanochat_meta, nanochat_steps, nanochat_tokenizer,
     read_nanochat)
 from .optim import LocalShard
@@ -33,7 +34,8 @@ class CheckpointError(RuntimeError):
 
 def runs_dir() -> Path: # exists on return
     "Where runs lie: base_dir()/runs"
-    p = base_dir()/'runs'; p.mkdir(parents=True, exist_ok=True)
+    p = base_dir()/'runs'
+    with _writing(p): p.mkdir(parents=True, exist_ok=True)
     return p
 
 # %% ../nbs/12_checkpoint.ipynb #dcp
@@ -44,7 +46,11 @@ def _world(): # (rank, ranks) of the process group; (0, 1) without one
 def _dcp(fn, state, **kw): # with or without a process group
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'torch.distributed is disabled')
-        fn(state, no_dist=_world()[1] == 1, **kw)
+        try: fn(state, no_dist=_world()[1] == 1, **kw)
+        except CheckpointException as e:  # a BaseException, which passes through `except Exception`
+            r, (err, _) = min(e.failures.items(), key=lambda f: f[0])
+            text = (str(err).splitlines() or [''])[0]
+            raise CheckpointError(f'rank {r}: {type(err).__name__}: {text}') from None
 
 # %% ../nbs/12_checkpoint.ipynb #slice
 class _Slice(torch.Tensor):
@@ -63,6 +69,33 @@ class _Slice(torch.Tensor):
                           tensor_data=TensorWriteData(c, props, self.size()))]
     def __get_tensor_shard__(self, index): return self.shard.tensor
 
+# %% ../nbs/12_checkpoint.ipynb #plain
+_META = {'torch.distributed.checkpoint.metadata': 'Metadata MetadataIndex TensorStorageMetadata '
+         'BytesStorageMetadata ChunkStorageMetadata TensorProperties StorageMeta _MEM_FORMAT_ENCODING',
+         'torch.distributed.checkpoint.filesystem': '_StorageInfo', 'torch.serialization': '_get_layout',
+         'pathlib': 'Path PosixPath WindowsPath', 'pathlib._local': 'Path PosixPath WindowsPath',
+         'collections': 'OrderedDict', 'builtins': 'set'}
+
+class _Plain(pickle.Unpickler):
+    "Builds what torch notes about tensors, and runs nothing"
+    def find_class(self, module, name):
+        dtype = module == 'torch' and (name == 'Size' or isinstance(getattr(torch, name, 0), torch.dtype))
+        if dtype or name in _META.get(module, '').split(): return super().find_class(module, name)
+        raise CheckpointError(f'.metadata asks for {module}.{name}, which no checkpoint needs; it was '
+                              'not run; use a checkpoint whose origin you know')
+
+class _Reader(dcp.FileSystemReader):
+    "torch's own, but for how it reads the metadata"
+    def read_metadata(self, *a, **kw):
+        with open(Path(self.path)/'.metadata', 'rb') as f: m = _Plain(f).load()
+        for k, i in m.storage_data.items():
+            if Path(i.relative_path).name != i.relative_path:
+                raise CheckpointError(f'.metadata has {k.fqn} in {i.relative_path}, outside the checkpoint')
+        for k, v in m.state_dict_metadata.items():
+            if not hasattr(v, 'size'): raise CheckpointError(f'.metadata has {k}, which is no tensor')
+        m.storage_meta = m.storage_meta or StorageMeta(); m.storage_meta.load_id = self.load_id
+        return m
+
 # %% ../nbs/12_checkpoint.ipynb #keys
 def _state(model=None, shards=None): # names -> tensors; without torch.compile's and DDP's prefixes
     name = lambda k: 'model.' + k.replace('_orig_mod.', '').removeprefix('module.')
@@ -70,7 +103,7 @@ def _state(model=None, shards=None): # names -> tensors; without torch.compile's
     return out | {'optim.' + k: _Slice.of(s) for k, s in (shards or {}).items()}
 
 def _read(path, state, prefix): # fills `state` in place
-    reader = dcp.FileSystemReader(path/'state')
+    reader = _Reader(path/'state')
     have = reader.read_metadata().state_dict_metadata
     have = {k: v for k, v in have.items() if k.startswith(prefix)}
     want = {k for s in _gather(sorted(state)) for k in s}
@@ -128,13 +161,30 @@ def _sums(root): # {file: [bytes, crc32]} of this rank's share of the files
     return {str(p.relative_to(root)): [p.stat().st_size, _crc(p)] for p in files}
 
 # %% ../nbs/12_checkpoint.ipynb #listing
+def _seal(m): # the manifest's own checksum
+    return zlib.crc32(json.dumps({k: m[k] for k in sorted(m) if k != 'sum'}, sort_keys=True).encode())
+
+def _manifest(p): # of a folder; None if it has none; an error if that cannot be true
+    try: text = (p/'manifest.json').read_bytes()
+    except (FileNotFoundError, NotADirectoryError): return None
+    try: m = json.loads(text); files, n = m['files'], [int(m[k] + 0) for k in ('format', 'step', 'serial')]
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(f'{p}: manifest.json is damaged') from None
+    if n[0] > FORMAT: return m                        # `verify` says so
+    if (m.keys() - {'format', 'step', 'serial', 'files', 'sum'} or m.get('sum', _seal(m)) != _seal(m)
+            or not isinstance(files, dict) or 'meta.json' not in files
+            or not all(isinstance(s, list) and [*map(type, s)] == [int, int] for s in files.values())):
+        raise CheckpointError(f'{p}: manifest.json is damaged')
+    return m
+
+_note = lru_cache(print0)       # once
 def checkpoints(run_dir:str|Path) -> list[dict]: # step, serial, path, files; the newest last
     "Complete checkpoints of a run in the order they were written"
     out = []
     for p in Path(run_dir).glob('[0-9]*'):
-        try: m = json.loads((p/'manifest.json').read_text())
-        except (OSError, ValueError): continue
-        if isinstance(m, dict) and 'serial' in m: out.append(dict(m, path=p))
+        try: m = _manifest(p)
+        except CheckpointError as e: _note(f'{e}; left out'); continue
+        if m: out.append(dict(m, path=p))
     return sorted(out, key=lambda m: m['serial'])
 
 def latest_step(run_dir:str|Path # folder of a run
@@ -144,33 +194,41 @@ def latest_step(run_dir:str|Path # folder of a run
     return c[-1]['step'] if c else None
 
 # %% ../nbs/12_checkpoint.ipynb #tmp
-def _alive(host, pid):
+def _born(pid): # when a process began, as the kernel counts; '' if that cannot be known
+    try: return Path(f'/proc/{int(pid)}/stat').read_text().rsplit(')')[-1].split()[19]
+    except (OSError, ValueError, IndexError): return ''
+
+def _alive(host, pid, born=''):
     if host != socket.gethostname(): return True
     try: os.kill(int(pid), 0)
     except ProcessLookupError: return False
     except (PermissionError, ValueError): pass
-    return True
+    return not born.isdigit() or born == _born(pid)       # another process may have the number now
+
+def _sweep(run): # what dead processes left: half a checkpoint, or one that was being removed
+    for p in run.glob('.unfinished~*'):
+        try: old = time.time() - p.stat().st_mtime > 86400
+        except FileNotFoundError: continue                # another process was quicker
+        if old or not _alive(*p.name.split('~')[2:5]): shutil.rmtree(p, ignore_errors=True)
 
 def _unfinished(run, step): # an empty folder for a new checkpoint; what dead processes left goes
-    run.mkdir(parents=True, exist_ok=True)
-    for p in run.glob('.unfinished~*'):
-        old = time.time() - p.stat().st_mtime > 86400
-        if old or not _alive(*p.name.split('~')[2:4]): shutil.rmtree(p, ignore_errors=True)
-    tmp = run/f'.unfinished~{step}~{socket.gethostname()}~{os.getpid()}~{time.time_ns()}'
+    run.mkdir(parents=True, exist_ok=True); _sweep(run); pid = os.getpid()
+    tmp = run/f'.unfinished~{step}~{socket.gethostname()}~{pid}~{_born(pid)}~{time.time_ns()}'
     tmp.mkdir()
     return tmp
 
 # %% ../nbs/12_checkpoint.ipynb #publish
 def _publish(tmp, run, step, sums, keep): # manifest, sync, rename; then drop the oldest
     serial = 1 + max((c['serial'] for c in checkpoints(run)), default=0)
-    manifest = dict(format=FORMAT, step=step, serial=serial, files=sums)
-    (tmp/'manifest.json').write_text(json.dumps(manifest)); _sync(tmp/'manifest.json')
+    m = dict(format=FORMAT, step=step, serial=serial, files=sums)
+    (tmp/'manifest.json').write_text(json.dumps(m | dict(sum=_seal(m)))); _sync(tmp/'manifest.json')
     for p in [*(d for d in tmp.rglob('*') if d.is_dir()), tmp]: _sync(p)
     final, n = run/f'{step:06d}', 0
     while final.exists(): n += 1; final = run/f'{step:06d}.{n}'     # never over an older one
     os.rename(tmp, final); _sync(run)
     for c in checkpoints(run)[:-keep] if keep else []:
-        os.rename(c['path'], tmp); shutil.rmtree(tmp, ignore_errors=True)
+        gone = tmp.with_name(f'{tmp.name}-{c["serial"]}')
+        os.rename(c['path'], gone); shutil.rmtree(gone, ignore_errors=True)
     return final
 
 # %% ../nbs/12_checkpoint.ipynb #save
@@ -187,6 +245,7 @@ def save_checkpoint(run_dir:str|Path, # folder of the run; made if missing
     if keep < 0: raise ValueError(f'keep {keep}: take 0, which keeps all, or more')
     run = Path(run_dir).absolute()
     state = _state(model, optimizer.checkpoint_state() if optimizer else None)
+    _agree(lambda: _finite(run, step, state))
     tmp = _agree(lambda: _unfinished(run, step), only0=True)
     try:
         _dcp(dcp.save, state, storage_writer=dcp.FileSystemWriter(tmp/'state'))
@@ -202,8 +261,14 @@ def save_checkpoint(run_dir:str|Path, # folder of the run; made if missing
         raise
 
 # %% ../nbs/12_checkpoint.ipynb #small
+def _finite(run, step, state): # a state that would not continue is not saved over one that does
+    bad = [k for k, v in state.items() if v.is_floating_point() and not torch.isfinite(
+           v.shard.tensor if isinstance(v, _Slice) else v).all()]
+    if bad: raise CheckpointError(f'{run}: step {step} is not saved, {len(bad)} of its tensors hold NaN or '
+                                  f'infinity: {", ".join(bad[:3])}; older checkpoints are as they were')
+
 def _full(e, left): # was the disk full? torch's own words do not say; left: bytes after the error
-    if isinstance(e, CheckpointException): return left < 2**20
+    if isinstance(e, (CheckpointException, CheckpointError)): return left < 2**20
     return getattr(e, 'errno', 0) == errno.ENOSPC
 
 def _no_room(run, state):
@@ -248,12 +313,14 @@ def list_runs() -> list[dict]: # name, path, step, steps, saved, bytes, meta; th
     "Every run that has a checkpoint"
     out = []
     for d in runs_dir().iterdir():
-        cs = checkpoints(d) if d.is_dir() else []
-        try: meta = json.loads((cs[-1]['path']/'meta.json').read_text())
-        except (IndexError, OSError, ValueError): continue
+        try:
+            if not d.is_dir() or not (cs := checkpoints(d)): continue
+            meta = json.loads((cs[-1]['path']/'meta.json').read_text()); saved = meta['saved'] + ''
+        except (OSError, ValueError, KeyError, TypeError) as e:  # one bad run is one line
+            _note(f'{d}: left out, {type(e).__name__}: {e}'); continue
         size = sum(n for c in cs for n, _ in c['files'].values())
         out.append(dict(name=d.name, path=d, step=cs[-1]['step'], steps=[c['step'] for c in cs],
-                        saved=meta['saved'], bytes=size, meta=meta))
+                        saved=saved, bytes=size, meta=meta))
     return sorted(out, key=lambda r: r['saved'])
 
 # %% ../nbs/12_checkpoint.ipynb #findone
@@ -282,17 +349,30 @@ def verify(path:str|Path # folder of a checkpoint
     "Refuse a checkpoint that is damaged, foreign or of a newer format"
     path = Path(path)
     def refuse(why):
-        rest = [c['step'] for c in checkpoints(path.parent) if c['path'] != path]
-        raise CheckpointError(f'{path}: {why}; other steps of this run: {rest}')
-    try: m = json.loads((path/'manifest.json').read_text()); files, form = m['files'], m['format']
-    except (OSError, ValueError, KeyError, TypeError):
-        refuse('no readable manifest.json, so this is no complete checkpoint of nano_dh')
+        rest = [f"{c['step']}" for c in checkpoints(path.parent) if c['path'] != path]
+        way = (f'; to go on from step {rest[-1]}: python -c "from nano_dh.checkpoint import set_aside; '
+               f'set_aside({str(path)!r})"' if rest else '')
+        raise CheckpointError(f'{path}: {why}; other steps of this run: {", ".join(rest) or "none"}{way}')
+    try: m = _manifest(path)
+    except CheckpointError as e: refuse(str(e).split(': ')[-1])
+    if not m: refuse('no manifest.json, so this is no complete checkpoint of nano_dh')
+    files, form, (rank, world) = m['files'], m['format'], _world()
     if form > FORMAT: refuse(f'format {form}, this version reads up to {FORMAT}; update nano_dh')
-    rank, world = _world()
+    there = {str(f.relative_to(path)) for f in path.rglob('*') if f.is_file() and f.name[0] != '~'}
+    read = {f for f in there if f.split('/')[0] in ('rng.pt', 'loader.json', 'state', 'tokenizer')}
     mine = sorted(files.items())[rank::world]
     wrong = [w for ws in _agree(lambda: [_wrong(path/f, *s) for f, s in mine]) for w in ws if w]
+    wrong += [f'{f} is not in the manifest' for f in sorted(read - files.keys())]
     if wrong: refuse('damaged: ' + ', '.join(wrong[:3]))
     return json.loads((path/'meta.json').read_text())
+
+def set_aside(path:str|Path # folder of a checkpoint
+             ) -> Path:     # its new name
+    "Rename a damaged checkpoint, so that its run goes on from the one before it; nothing is removed"
+    path = Path(path); new, n = path.with_name(f'damaged-{path.name}'), 0
+    while new.exists(): n += 1; new = path.with_name(f'damaged-{path.name}.{n}')
+    os.rename(path, new); _sync(path.parent)
+    return new
 
 def _wrong(f, size, crc): # what is wrong with a file
     if not f.is_file(): return f'{f.name} is missing'
@@ -308,6 +388,7 @@ def load_checkpoint(path:str|Path,      # run name, folder of a run or of a chec
                    ) -> dict:           # meta, with 'path' and 'loader_state'
     "Continue from a checkpoint that any number of ranks wrote; every rank calls it"
     path = _agree(lambda: find_checkpoint(path, step), only0=True); meta = verify(path)
+    _agree(lambda: _sweep(path.parent), only0=True)
     if optimizer is not None and not meta['optimizer']:
         raise CheckpointError(f'{path} holds no optimizer state; load the model alone')
     mine = optimizer.checkpoint_state(owned=False) if optimizer is not None else {}
@@ -322,6 +403,13 @@ def load_checkpoint(path:str|Path,      # run name, folder of a run or of a chec
     return dict(meta, path=str(path), loader_state=state)
 
 # %% ../nbs/12_checkpoint.ipynb #loadmodel
+def _letters(info, path): # of the pattern: are all known here?
+    new, own = {*info['model']['pattern']} - {*MIXERS}, info.get('imports', [])
+    if new and own: raise CheckpointError(
+        f"{path}: nobody here has registered {', '.join(sorted(new))}; give imports, your own file, or "
+        f"'stored' for the code that it holds: {', '.join(o['name'] + '.py' for o in own)}. Read that "
+        'first if it is not yours (meta.json, imports)')
+
 def load_model(name:str|Path='',   # run name, folder of a run or of a checkpoint; '' the newest run
                step:int|None=None, # None: the newest
                device=None         # None: the best there is
@@ -330,7 +418,8 @@ def load_model(name:str|Path='',   # run name, folder of a run or of a checkpoin
     path, device = find_checkpoint(name, step), torch.device(device or get_device())
     if whose := foreign(path): model, tok, meta = FOREIGN[whose][1](path, step)
     else:
-        with torch.device('meta'): model = HybridModel(HybridConfig.from_dict(verify(path)['model']))
+        info = verify(path); run_stored(info.get('imports', []), path); _letters(info, path)
+        with torch.device('meta'): model = HybridModel(HybridConfig.from_dict(info['model']))
         model = model.to_empty(device=device); meta = load_checkpoint(path, model, rng=False)
         tok = Tokenizer.load(path/'tokenizer') if (path/'tokenizer').exists() else None
     model = model.to(device)

@@ -15,7 +15,7 @@ def _decays(g, doc=None): # g (N, B, HV, C) for N chunks; doc (N, B, 1, C)
     "Decays inside each chunk: D (..., C, C) from token j to i, and e (..., C) from the start to i"
     C = g.shape[-1]
     low = torch.ones(C, C, dtype=torch.bool, device=g.device).tril()
-    segments = (g[..., None] * low.tril(-1)).cumsum(-2)
+    segments = torch.where(low.tril(-1), g[..., None], 0.).cumsum(-2)
     e = g.cumsum(-1).exp()
     if doc is not None:
         low = low & (doc[..., None] == doc[..., None, :])

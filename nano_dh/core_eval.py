@@ -232,15 +232,15 @@ class ModelScorer(Scorer):
                          64 if gpu else 1)
     def at(self, x, b, t): return self.model.scores(self.model.stream(x)[b, t])
     def __call__(self, items):
-        many = [k for k, it in enumerate(items) if len(it.rows) > 1 and _shared(it) >= self.least]
+        many = [k for k, it in enumerate(items) if len(it.rows) > 1 and _shared(it) >= max(1, self.least)]
         out = dict(zip(many, self.forked([items[k] for k in many])))
         rest = [k for k in range(len(items)) if k not in out]
         out |= zip(rest, super().__call__([items[k] for k in rest]))
         return [out[k] for k in range(len(items))]
 
 # %% ../nbs/18_core_eval.ipynb #forked
-def _shared(it): # tokens all options share, at least one token before any answer
-    return max(1, min(_common(it.rows), min(it.starts) - 1))
+def _shared(it): # tokens that all options share, and before them none that is judged
+    return min(_common(it.rows), min(it.starts) - 1)
 
 @patch
 def forked(self:ModelScorer, items:list[Item]) -> list: # as `Scorer.__call__`
@@ -386,6 +386,7 @@ class BaseEvalConfig:
     shared: bool = True   # read what options share once
     nproc: int = -1       # ranks; -1: one a GPU, or 1
     device: str = ''      # 'cuda', 'cpu'; '' takes the best there is
+    imports: str = ''  # code of your own, run first: 'my_mixer.py'; 'stored': what the checkpoint holds
 
 # %% ../nbs/18_core_eval.ipynb #base-eval
 def settle(model): # choose the kernels that a GPU will use

@@ -29,7 +29,7 @@ def inference_copy(model:HybridModel,
         p.data = q.detach().to(dtype if big else q.dtype, copy=True)
     new.compute_dtype, new.exact = dtype, model.exact
     for m in new.modules():
-        if hasattr(m, 'a_proj') or hasattr(m, 'c_q'): m.fused = _fuse(m)
+        if type(m) in (GatedDeltaNet, GatedAttention): m.fused = _fuse(m)   # no subclass, no stranger
     return new.eval()
 
 # %% ../nbs/15b_decode.ipynb #fuse

@@ -83,6 +83,7 @@ GATES = dict(sigmoid=torch.sigmoid, silu=F.silu) # of the output
 class GatedDeltaNet(nn.Module):
     "Gated DeltaNet (Yang et al., 2024, arXiv:2412.06464) with a sigmoid output gate"
     adamw = ('a_proj', 'b_proj', 've_gate') # too thin for an optimizer of matrices
+    carries_order = True                    # no layer beside it needs positions
     def __init__(self, cfg,      # a HybridConfig, or anything with its names
                  layer_idx:int): # from 0
         super().__init__()
@@ -133,12 +134,12 @@ def _apply(self:GatedDeltaNet, fn, recurse=True):
 @patch
 def gates(self:GatedDeltaNet,
           x:Tensor,           # (B, T, d)
-          ab:Tensor|None=None # (B, T, 2*HV) what a_proj and b_proj make of x, if it is there
+          ab:Tensor|None=None # (B, T, ...) what a_proj and b_proj make of x, if it is there
          ) -> tuple[Tensor, Tensor]: # log decay g <= 0 and write strength beta, (B, T, HV)
     "How much each head forgets and how strongly it writes, in float32 (float64 for float64)"
     f = torch.promote_types(x.dtype, torch.float32)
     if ab is None: ab = torch.cat([self.a_proj(x), self.b_proj(x)], -1)
-    a, b = ab.to(f).chunk(2, -1)
+    a, b = ab.to(f).split([len(self.a_proj.weight), len(self.b_proj.weight)], -1)
     g = -self.A_log.to(f).exp() * F.softplus(a + self.dt_bias.to(f))
     return g, self.beta_max * b.sigmoid()
 
@@ -174,8 +175,9 @@ def forward(self:GatedDeltaNet,
     H, HV, K, V = self.n_qk_head, self.n_v_head, self.head_k_dim, self.head_v_dim
     w = torch.cat([p.weight for p in (self.q_proj, self.k_proj, self.v_proj)]).to(x.dtype)
     thin = torch.cat([p.weight for p in (self.z_proj, self.a_proj, self.b_proj)]).to(x.dtype)
-    thin = F.pad(thin, (0, 0, 0, -len(thin) % 16)) # rows of 32 bytes in bfloat16
-    z, ab, _ = F.linear(x, thin).split([HV*V, 2*HV, len(thin) - HV*(V+2)], -1)
+    n, pad = len(thin), -len(thin) % 16
+    thin = F.pad(thin, (0, 0, 0, pad))             # rows of 32 bytes in bfloat16
+    z, ab, _ = F.linear(x, thin).split([HV*V, n - HV*V, pad], -1)
     before = None if state is None else state.conv
     q, k, v, after = conv_split_norm(F.linear(x, w), self.conv_weight, H, HV, K, V,
                                      before, ctx.doc_ids, ctx.lengths)

@@ -235,6 +235,7 @@ def attend(q:Tensor, # (B, T, H, D)
 # %% ../nbs/05_gated_attn.ipynb #layer
 class GatedAttention(nn.Module):
     "Attention with QK norm and a sigmoid gate after it (Qiu et al., 2025, arXiv:2505.06708)"
+    carries_order = False  # it sees a set of tokens; rotations tell their distances
     def __init__(self, cfg,       # a HybridConfig, or anything with its names
                  layer_idx:int,   # from 0
                  window:int|None=None): # earlier tokens that a query sees; None is all

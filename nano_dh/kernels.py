@@ -6,7 +6,7 @@
 __all__ = ['BACKENDS', 'HALF', 'HAS_TRITON', 'tl', 'USES', 'Backend', 'register_backend', 'quiet', 'on_device', 'idle_kernels',
            'opaque_backend', 'hopper_trap', 'available_backends', 'set_backend', 'current_backend', 'gated_delta_rule',
            'lazy_jit', 'gated_delta_rule_step', 'check_inputs', 'outcome', 'yardstick', 'errors', 'limits',
-           'check_backends', 'gpu_ms', 'time_backend', 'Choice', 'choose_backend', 'Ahead', 'compile_ahead']
+           'check_backends', 'gpu_ms', 'time_backend', 'Choice', 'Ahead', 'choose_backend', 'compile_ahead']
 
 # %% ../nbs/03_kernels.ipynb #imports
 import hashlib, importlib.metadata, io, json, logging, math, os, platform, re, subprocess, sys
@@ -557,6 +557,14 @@ def _clock(f, device, n):
     return sorted(times)[n//2 if device.type == 'cuda' else 0]
 
 # %% ../nbs/03_kernels.ipynb #time-backend
+def _rows_call(b, device, rows, t, H, HV, K, V, dtype, packed): # a call without arguments, its inputs
+    r, f = lambda *s: torch.randn(rows, t, *s, device=device), torch.promote_types(dtype, torch.float32)
+    xs = [l2norm(r(H, K)).to(dtype), l2norm(r(H, K)).to(dtype), r(HV, V).to(dtype)]
+    xs = [x.requires_grad_() for x in (*xs, -r(HV).to(f).abs(), r(HV).to(f).sigmoid())]
+    cpu = torch.arange(0, rows*t + 1, t, dtype=torch.int32) if packed else None
+    cu = None if cpu is None else cpu.to(device)
+    return lambda: b.run(*xs, None, cu, K**-.5, False, None, cpu)[0], xs
+
 def time_backend(name:str, device, # of BACKENDS, and where
                  B:int, T:int, H:int, HV:int, K:int, V:int, # shape
                  dtype:torch.dtype, # of q, k, v
@@ -564,17 +572,12 @@ def time_backend(name:str, device, # of BACKENDS, and where
                  packed:bool=False  # rows as documents, for kernels that know their borders
                 ) -> tuple[float, float]: # milliseconds forward, backward
     "Time of a backend on whole rows, as in training; a large problem may be cut and scaled up"
-    device, b = torch.device(device), BACKENDS[name]
-    small, f = device.type != 'cuda', torch.promote_types(dtype, torch.float32)
+    device, b = torch.device(device), BACKENDS[name]; small = device.type != 'cuda'
     t, rows = min(T, b.time_at or T, 256 if small else T), min(B, 2) if small else B
-    r = lambda *s: torch.randn(rows, t, *s, device=device)
-    q, k, v, do = l2norm(r(H, K)).to(dtype), l2norm(r(H, K)).to(dtype), r(HV, V).to(dtype), r(HV, V)
-    xs = [x.requires_grad_() for x in (q, k, v, -r(HV).to(f).abs(), r(HV).to(f).sigmoid())]
-    cpu = torch.arange(0, rows*t + 1, t, dtype=torch.int32) if packed else None
-    cu = None if cpu is None else cpu.to(device)
-    run = lambda: b.run(*xs, None, cu, K**-.5, False, None, cpu)[0]
+    run, xs = _rows_call(b, device, rows, t, H, HV, K, V, dtype, packed)
+    do = torch.randn(rows, t, HV, V, device=device).to(dtype)
     forward = _clock(run, device, n)
-    both = _clock(lambda: torch.autograd.grad(run(), xs, do.to(dtype)), device, n)
+    both = _clock(lambda: torch.autograd.grad(run(), xs, do), device, n)
     scale = B*T / (rows*t)
     return forward*scale, max(both - forward, 0)*scale
 
@@ -593,13 +596,14 @@ class Choice:
         return '\n'.join('{:16}{:>9} {:6}{:>9}{:>9}  {}'.format(*l).rstrip() for l in lines)
 
 # %% ../nbs/03_kernels.ipynb #candidates
-def _tried(names, device, shape, dtype, uses): # rows of a Choice's table: errors, times
-    (B, T, *dims), packed = shape, 'docs' in uses and not {'rows', 'state'} & {*uses}
-    for n, r in check_backends(names, device, *dims, dtype, uses).items():
+def _packed(uses): return 'docs' in uses and not {'rows', 'state'} & {*uses}
+
+def _tried(names, device, shape, dtype, uses, timed): # rows of a Choice's table: errors, times
+    for n, r in check_backends(names, device, *shape[2:], dtype, uses).items():
         r |= dict(name=n, note=BACKENDS[n].note(device), forward=None, backward=None)
         try:
-            if not r['why']:
-                with quiet(): ms = time_backend(n, device, *shape, dtype, packed=packed)
+            if timed and not r['why']:
+                with quiet(): ms = time_backend(n, device, *shape, dtype, packed=_packed(uses))
                 r['forward'], r['backward'] = ms
         except torch.OutOfMemoryError: r['why'] = 'out of memory at this shape'
         except Exception as e: r['why'] = f'{type(e).__name__}: {e}'.splitlines()[0][:200]
@@ -615,21 +619,22 @@ def _candidates(device, shape, dtype, uses, everything):
                or found and f'not tried, {found} passes' for n, b in group.items()}
         ok = [n for n, w in why.items() if not w]
         table += [blank | dict(name=n, why=w) for n, w in why.items() if w]
-        if ok: table += _tried(ok, device, shape, dtype, uses)
+        if ok: table += _tried(ok, device, shape, dtype, uses, len(ok) > 1 or everything)
         good = [r['name'] for r in table if not r['why']]
         if good and not everything: found = found or good[0]
     return table
 
 # %% ../nbs/03_kernels.ipynb #decide
 def _decide(table, where): # table -> name, one line
-    good = sorted((r for r in table if not r['why']), key=lambda r: r['forward'] + r['backward'])
+    took = lambda r: (r['forward'] or 0) + (r['backward'] or 0)
+    good = sorted((r for r in table if not r['why']), key=took)
     out = [f"{r['name']} out: {r['why']}" for r in table if r['why'] and r['why'] != 'needs cuda'
            and not r['why'].startswith('not tried')]
     if not good: raise RuntimeError(f'no backend is right on {where}: ' + '; '.join(out))
-    ms = lambda r: f"{r['forward'] + r['backward']:.3g}"
-    rest = ', '.join(f"{r['name']} {ms(r)}" for r in good[1:])
+    rest = ', '.join(f"{r['name']} {took(r):.3g}" for r in good[1:])
     name, note = good[0]['name'], f" ({good[0]['note']})" if good[0]['note'] else ''
-    line = f'{where}: {name}{note}, {ms(good[0])} ms forward + backward' + f' ({rest})'*bool(rest)
+    time_ = f', {took(good[0]):.3g} ms forward + backward' if took(good[0]) else ''
+    line = f'{where}: {name}{note}' + time_ + f' ({rest})'*bool(rest)
     return name, '; '.join([f"{line}, error {good[0]['error']:.1e}", *out])
 
 def _machine(device, shape, dtype): # everything the answer may depend on
@@ -640,43 +645,19 @@ def _machine(device, shape, dtype): # everything the answer may depend on
                 backends=list(BACKENDS), versions={p: _version(p) for p in _PACKAGES},
                 code=hashlib.sha1(code).hexdigest()[:8])
 
+def _first(device, dtype, K, V): # the backends that are tried first
+    names = available_backends(device, K, V, dtype); best = min(BACKENDS[n].rank for n in names)
+    return [n for n in names if BACKENDS[n].rank == best]
+
 def _question(device, shape, dtype, uses, everything): # what is asked, the file of its answer
     if bad := [u for u in uses if u not in USES]: raise ValueError(f'uses {bad}; known: {USES}')
     long = device.type == 'cuda' and ('long' in uses or shape[1] > 4096)
+    first = _first(device, dtype, *shape[-2:])
+    if len(first) == 1 and not everything: shape = (0, 0, *shape[2:])     # nothing is timed
     uses = tuple(u for u in USES[:3] if device.type != 'cuda' or u in uses) + ('long',)*long
     what = _machine(device, shape, dtype) | dict(uses=uses, everything=everything)
     key = hashlib.sha1(json.dumps(what).encode()).hexdigest()[:16]
     return what, base_dir()/'backends'/f'{key}.json'
-
-# %% ../nbs/03_kernels.ipynb #choose
-def choose_backend(device,                        # where
-                   n_qk_head:int, n_v_head:int,   # H and HV of one layer
-                   head_k_dim:int=128, head_v_dim:int=128, # K and V
-                   seq_len:int=2048, batch:int=1, # rows and their length in training
-                   dtype:torch.dtype|None=None,   # of q, k, v; default compute_dtype(device)
-                   uses:tuple=('rows',),          # of USES, what will be asked of it on a GPU
-                   force:str|None=None,           # take it unchecked; NANO_DH_BACKEND does the same
-                   refresh:bool=False,            # check again although a result is on disk
-                   everything:bool=False          # also the backends that a better one makes needless
-                  ) -> Choice:
-    "The fastest backend that is right here; checked once a machine, set of versions and shape"
-    device = torch.device(device); dtype = dtype or compute_dtype(device)
-    shape = (batch, seq_len, n_qk_head, n_v_head, head_k_dim, head_v_dim)
-    if name := force or os.environ.get('NANO_DH_BACKEND', ''):
-        set_backend(name)
-        return Choice(name, f'{device.type}: {name}, as asked, unchecked')
-    what, path = _question(device, shape, dtype, uses, everything)
-    with file_lock(path), torch.inference_mode(False), torch.enable_grad():
-        # the first rank of a node checks, the others wait and read; gradients are checked too,
-        # also where the first to ask is a model that only answers
-        if refresh or not path.exists():
-            table = _candidates(device, shape, dtype, what['uses'], everything)
-            where = f"{what['card']}, B {batch}, T {seq_len}"
-            choice = Choice(*_decide(table, where), table)
-            atomic_write(path, json.dumps(dict(what=what, choice=asdict(choice))))
-    choice = Choice(**json.loads(path.read_text())['choice'])
-    _chosen[device.type, dtype, head_k_dim, head_v_dim] = _last[0] = choice.name
-    return choice
 
 # %% ../nbs/03_kernels.ipynb #ahead
 def _every_second(first): # of the kernels that tilelang compiles, from the first or the second
@@ -687,12 +668,14 @@ def _every_second(first): # of the kernels that tilelang compiles, from the firs
         return compile_(self, *args, **kw) if len(made) % 2 == first else lambda *args: None
     JITImpl.compile = some
 
-def _compile_call(name, way, half, dims, use, dtype, index): # what such a process does
+def _compile_call(name, way, half, rows, dims, use, dtype, index): # what such a process does
     docs, shape = _small(use); torch.cuda.set_device(index); dtype = getattr(torch, dtype)
     if half is not None: _every_second(half)
     p = check_inputs(*shape, *dims, dtype=dtype, docs=docs, state=use == 'state')
     call = BACKENDS[name].run, p, 'cuda', dtype
-    if way == 'forward': _called(*call); return
+    if way == 'forward':
+        _called(*call); _rows_call(BACKENDS[name], 'cuda', *rows, *dims, dtype, use == 'docs')[0]()
+        return
     with idle_kernels(): xs, outs, d = _called(*call)
     torch.autograd.grad(outs, xs, d)
 
@@ -719,6 +702,48 @@ class Ahead:
         self.running = []
         return lines
 
+_begun = set()
+def _begin(name, device, shape, uses, dtype) -> Ahead: # what this process has not begun before
+    (*rows, H, HV, K, V), kind = shape, str(dtype).removeprefix('torch.')
+    new = [u for u in uses if (name, H, HV, K, V, u, kind) not in _begun]
+    _begun.update((name, H, HV, K, V, u, kind) for u in new)
+    if not hasattr(torch.ops.nano_dh, f'{name}_fwd'): return Ahead(name)
+    halves, index = (0, 1) if name == 'flash_qla' else (None,), torch.cuda.current_device()
+    return Ahead(name, [(name, way, half, rows, (H, HV, K, V), use, kind, index) for use in new
+                        for way in ('backward', 'forward') for half in halves])
+
+# %% ../nbs/03_kernels.ipynb #choose
+def choose_backend(device,                        # where
+                   n_qk_head:int, n_v_head:int,   # H and HV of one layer
+                   head_k_dim:int=128, head_v_dim:int=128, # K and V
+                   seq_len:int=2048, batch:int=1, # rows and their length in training
+                   dtype:torch.dtype|None=None,   # of q, k, v; default compute_dtype(device)
+                   uses:tuple=('rows',),          # of USES, what will be asked of it on a GPU
+                   force:str|None=None,           # take it unchecked; NANO_DH_BACKEND does the same
+                   refresh:bool=False,            # check again although a result is on disk
+                   everything:bool=False          # also the backends that a better one makes needless
+                  ) -> Choice:
+    "The fastest backend that is right here; checked once a machine, set of versions and shape"
+    device = torch.device(device); dtype = dtype or compute_dtype(device)
+    shape = (batch, seq_len, n_qk_head, n_v_head, head_k_dim, head_v_dim)
+    if name := force or os.environ.get('NANO_DH_BACKEND', ''):
+        set_backend(name)
+        return Choice(name, f'{device.type}: {name}, as asked, unchecked')
+    what, path = _question(device, shape, dtype, uses, everything)
+    with file_lock(path), torch.inference_mode(False), torch.enable_grad():
+        # the first rank of a node checks, the others wait and read; gradients are checked too,
+        # also where the first to ask is a model that only answers
+        if refresh or not path.exists():
+            for n in _first(device, dtype, *shape[-2:])[:device.type == 'cuda']:
+                _begin(n, device, shape, what['uses'], dtype).wait()  # what fails, fails in the check
+            table = _candidates(device, shape, dtype, what['uses'], everything)
+            where = what['card'] + f', B {batch}, T {seq_len}'*(what['shape'][0] > 0)
+            choice = Choice(*_decide(table, where), table)
+            atomic_write(path, json.dumps(dict(what=what, choice=asdict(choice))))
+    choice = Choice(**json.loads(path.read_text())['choice'])
+    _chosen[device.type, dtype, head_k_dim, head_v_dim] = _last[0] = choice.name
+    return choice
+
 # %% ../nbs/03_kernels.ipynb #ahead-fn
 def compile_ahead(device,                        # where
                   n_qk_head:int, n_v_head:int,   # H and HV of one layer
@@ -734,11 +759,6 @@ def compile_ahead(device,                        # where
     what, path = _question(device, (batch, seq_len, *dims), dtype, uses, False)
     if path.exists() or os.environ.get('NANO_DH_BACKEND'):
         return Ahead(choose_backend(device, *dims, seq_len, batch, dtype, uses).name)
-    names = available_backends(device, head_k_dim, head_v_dim, dtype)
-    name = min(names, key=lambda n: BACKENDS[n].rank)
+    name = _first(device, dtype, head_k_dim, head_v_dim)[0]
     _chosen[device.type, dtype, head_k_dim, head_v_dim] = _last[0] = name
-    if not start or not hasattr(torch.ops.nano_dh, f'{name}_fwd'): return Ahead(name)
-    index, kind = torch.cuda.current_device(), str(dtype).removeprefix('torch.')
-    halves = (0, 1) if name == 'flash_qla' else (None,)
-    return Ahead(name, [(name, way, half, dims, use, kind, index) for use in what['uses']
-                        for way in ('backward', 'forward') for half in halves])
+    return _begin(name, device, (batch, seq_len, *dims), what['uses'], dtype) if start else Ahead(name)

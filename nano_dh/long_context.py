@@ -264,6 +264,7 @@ class LongContextConfig:
     depths: int = 5      # places of the needle
     needles: int = 16    # questions a cell
     device: str = ''     # 'cuda', 'cpu'; '' takes the best there is
+    imports: str = ''    # code of your own, run first: 'my_mixer.py'; 'stored': what the checkpoint holds
 
 # %% ../nbs/19_long_context.ipynb #run-one
 def _grids(cfg, model, tok, hay, name, emit): # kind -> {'length depth': share}

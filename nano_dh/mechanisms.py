@@ -286,6 +286,7 @@ class MechanismsConfig:
     group: int = 12     # runs at a time on a GPU
     minutes: float = 60. # begin no probe that would end later
     device: str = ''    # 'cuda', 'cpu'; '' takes the best there is
+    imports: str = ''  # code of your own, run first: 'my_mixer.py'; 'stored': what the checkpoint holds
 
 # %% ../nbs/20_mechanisms.ipynb #can-record
 def can_record(device, emit=print0, **kw) -> bool:

@@ -221,9 +221,6 @@ def continued(self:RLConfig) -> RLConfig: # total_batch_size follows from questi
 
 # %% ../nbs/23_rl.ipynb #sensible
 def _sensible(c): # refuse a run that could learn nothing, or say nothing of what it learned
-    least = dict(questions=1, samples=2, max_tokens=1, eval_questions=1, eval_samples=1, minutes=0)
-    for k, n in least.items():
-        if (v := getattr(c, k)) < n: raise ValueError(f'{k} {v}: take {n} or more')
     if c.temperature < 1e-5:
         raise ValueError(f'temperature {c.temperature:g}: all answers would be the same; take more '
                          'than 0, such as 1')

@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'LETTERS', 'TASKS', 'ConversationError', 'messages', 'segments', 'Rendered', 'render_batch', 'render',
-           'render_for_completion', 'Task', 'chat', 'tool', 'say', 'last_number', 'Sums', 'local_file', 'read_jsonl',
-           'hub_rows', 'Rows', 'ask_choice', 'ARC', 'MMLU', 'GSM8K', 'HumanEval', 'SmolTalk', 'CustomJSON', 'bare_name',
-           'words', 'SimpleSpelling', 'SpellingBee', 'TaskSequence', 'TaskMixture', 'open_task', 'open_tasks']
+           'render_for_completion', 'said_letter', 'Task', 'chat', 'tool', 'say', 'plain_number', 'last_number', 'Sums',
+           'local_file', 'read_jsonl', 'hub_rows', 'Rows', 'ask_choice', 'ARC', 'MMLU', 'GSM8K', 'code_blocks',
+           'whole_program', 'HumanEval', 'SmolTalk', 'CustomJSON', 'bare_name', 'words', 'SimpleSpelling',
+           'SpellingBee', 'TaskSequence', 'TaskMixture', 'open_task', 'open_tasks']
 
 # %% ../nbs/21_tasks.ipynb #imp
-import copy, gzip, html, json, os, random, re, shlex, zlib
+import ast, copy, gzip, html, json, os, random, re, shlex, textwrap, zlib
 from fnmatch import fnmatch
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from fastcore.basics import patch
 from .core import closest, package_data
@@ -123,6 +125,16 @@ def render_for_completion(conv, tok:Tokenizer) -> list[int]: # token ids
     if ms[-1]['role'] == 'assistant': ms = ms[:-1]
     return render(ms, tok).ids + [tok.special['<|assistant_start|>']]
 
+# %% ../nbs/21_tasks.ipynb #letter
+_LEAD = r'(?:(?:the|my)\s+)?(?:(?:right|correct|best|final)\s+)?(?:answer|letter|choice|option)\s*'
+_LETTER = re.compile(rf'[\s*_`"\'(\[]*(?:(?i:{_LEAD}(?:is)?\s*:?[\s*_`"\'(\[]*))?([A-Z])'
+                     r'(?=\s*(?:$|[^\w\s\'’+])|\s*\n|\s+(?:is|because|since)\b)')
+
+def said_letter(text:str) -> str|None: # None: it names none
+    "The choice that an answer begins with"
+    m = _LETTER.match(text.lstrip()[:200])
+    return m[1] if m else None
+
 # %% ../nbs/21_tasks.ipynb #task
 class Task:
     "Conversations, and how to judge an answer; a subclass gives `example(i)`"
@@ -138,8 +150,8 @@ class Task:
     def evaluate(self, conv:dict, # an example of this task
                  text:str         # another answer to it
                 ) -> bool:
-        "Is this answer right? The first letter counts; subclasses of kind generate say otherwise"
-        return text.strip()[:1] == conv['messages'][-1]['content']
+        "Is this answer right? Here the letter that it names counts"
+        return said_letter(text) == conv['messages'][-1]['content']
     def __repr__(self): return f'{self.name}: {len(self):,} conversations ({self.kind})'
 
 # %% ../nbs/21_tasks.ipynb #help
@@ -158,10 +170,21 @@ def say(text:str) -> dict: return dict(type='text', text=text)
 # %% ../nbs/21_tasks.ipynb #sums
 def _held(*key): return zlib.crc32(repr(key).encode()) % 8 == 0     # an eighth of everything
 
-def last_number(text:str) -> str|None: # without commas
+_SIGN = r'(?:(?<![\w.)])[-−–])?(?:[$€£]\s?[-−]?)?'                    # -5, −5, -$5, $-5; not 7-5
+_NUMBER = rf'({_SIGN}(?:\d[\d,]*(?:\.\d+)?|(?<!\d)\.\d+))'
+
+def plain_number(text:str) -> str: # '-$5.50' -> '-5.5'
+    "A number in one way of writing, so that equal ones are equal texts"
+    minus, digits = re.search('[-−–]', text), re.sub(r'[^\d.]', '', text)
+    x = Decimal(digits); whole = x == x.to_integral_value()
+    out = f'{x.to_integral_value() if whole else x:f}'
+    out = out if whole else out.rstrip('0')
+    return f'-{out}' if minus and x else out
+
+def last_number(text:str) -> str|None: # as `plain_number` writes it
     "The last number of a text"
-    found = re.findall(r'-?\d[\d,]*(?:\.\d+)?', text)
-    return found[-1].replace(',', '') if found else None
+    found = re.findall(_NUMBER, text)
+    return plain_number(found[-1]) if found else None
 
 # %% ../nbs/21_tasks.ipynb #sums-task
 class Sums(Task):
@@ -181,7 +204,7 @@ class Sums(Task):
         ask = r.choice(self.asks).format(a, r.choice(self.ops[op]), b)
         return chat(ask, [*call, say(f"{a} {op} {b} = {call[1]['text']}")])
     def evaluate(self, conv, text):
-        return last_number(text) == conv['messages'][-1]['content'][1]['text']
+        return last_number(text) == plain_number(conv['messages'][-1]['content'][1]['text'])
 
 # %% ../nbs/21_tasks.ipynb #local
 def _below(root): # its files, also those in linked folders
@@ -238,10 +261,13 @@ class Rows(Task):
     def example(self, i): return self.conversation(self.rows[i])
 
 # %% ../nbs/21_tasks.ipynb #choice
-LETTERS = 'ABCDEFGHIJ'
+LETTERS = 'ABCDEFGHIJKLMNOPQRSTUVWXYZ'
 
 def ask_choice(question:str, choices:list, gold:int) -> dict: # a conversation, with n_choices
     "A question whose answer is a letter"
+    if not 0 <= gold < len(choices) <= len(LETTERS):
+        raise ValueError(f'{len(choices)} choices, of which number {gold} is right: take 1 to '
+                         f'{len(LETTERS)} choices, and a number below theirs')
     lines = '\n'.join(f'{l}: {c}' for l, c in zip(LETTERS, choices))
     return chat(f'{question}\n\n{lines}\n\nWhich letter is right?', LETTERS[gold],
                 n_choices=len(choices))
@@ -287,8 +313,51 @@ class GSM8K(Rows):
         return want is not None and self.final(text) == want
     @staticmethod
     def final(text): # the number after ####
-        m = re.search(r'####\s*\$?\s*(-?[\d.,]*\d)', text)
-        return m[1].replace(',', '').removesuffix('.00').removesuffix('.0') if m else None
+        m = re.search(rf'####\s*{_NUMBER}', text)
+        return plain_number(m[1]) if m else None
+
+# %% ../nbs/21_tasks.ipynb #fences
+_FENCE = re.compile(r'([ \t]*+)(`{3,}+|~{3,}+)[ \t]*+([^\n`]*+)$')
+
+def code_blocks(text:str) -> list: # of (language, code), the language in small letters
+    "Fenced blocks of a text; one without an end goes on to the end of the text"
+    out, fence = [], None
+    for line in text.replace('\r\n', '\n').replace('\r', '\n').split('\n'):
+        m = _FENCE.match(line)
+        if fence is None:
+            if m: fence = m[1], m[2]; out.append(((m[3].split() or [''])[0].lower(), []))
+        elif m and not m[3].strip() and m[2][0] == fence[1][0] and len(m[2]) >= len(fence[1]):
+            fence = None
+        else: out[-1][1].append(line.removeprefix(fence[0]))
+    return [(lang.strip('{}.'), '\n'.join(lines) + '\n') for lang, lines in out]
+
+def _parsed(code): # None if it is no Python
+    try: return ast.parse(code)
+    except (SyntaxError, ValueError, RecursionError, MemoryError): return None
+
+def _definitions(code): # imports, functions and classes of a program; '' if it is none
+    kinds, tree = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef), _parsed(code)
+    nodes = [x for x in tree.body if isinstance(x, kinds)] if tree else []
+    return ast.unparse(ast.Module(nodes, [])) + '\n' if nodes else ''
+
+# %% ../nbs/21_tasks.ipynb #whole
+def whole_program(text:str,  # an answer
+                  prompt:str, # head of a function, after what it needs
+                  name:str   # of the function
+                 ) -> str:
+    "The program in an answer that gives the function, or the rest of it"
+    own = re.compile(rf'^(?:async )?def {name}\b', re.M)
+    head = own.split(prompt)[0]                      # imports and functions that it may call
+    known = '', 'python', 'python3', 'py', 'py3'
+    blocks = [c for lang, c in code_blocks(text) if lang in known]
+    if whole := [c for c in blocks if own.search(c)]:
+        others = [_definitions(c) for c in blocks if c != whole[-1]]
+        return '\n'.join([head, *others, whole[-1]])
+    code = blocks[0] if blocks else text.replace('\r\n', '\n')
+    if own.search(code): return f'{head}\n{code}'
+    body = textwrap.indent(code, '    ')             # its lines may have lost their indentation
+    flat = not code[:1].isspace() and _parsed(prompt + body)
+    return prompt + (body if flat else code)
 
 # %% ../nbs/21_tasks.ipynb #heval
 class HumanEval(Rows):
@@ -303,15 +372,16 @@ class HumanEval(Rows):
         code = r['prompt'] + r['canonical_solution']
         return chat(f"Complete this Python function.\n\n{r['prompt']}", f'```python\n{code}```',
                     row=r)
-    def program(self, conv, text): # the program that decides
-        r, m = conv['row'], re.search(r'```(?:python)?\n(.*?)```', text, re.S)
-        code = m[1] if m else text
-        own = re.compile(rf"^def {r['entry_point']}\b", re.M)
-        head = own.split(r['prompt'])[0]                 # imports and functions that it may call
-        whole = f'{head}\n{code}' if own.search(code) else r['prompt'] + code
-        return f"{whole}\n{r['test']}\ncheck({r['entry_point']})\n"
+    def answer(self, conv, text): # the program that a text holds
+        return whole_program(text, conv['row']['prompt'], conv['row']['entry_point'])
+    def tests(self, conv): # what judges it: functions that the prompt has, and the tests
+        r = conv['row']; head = re.split(rf"^def {r['entry_point']}\b", r['prompt'], flags=re.M)[0]
+        return f"{head}\n{r['test']}\ncheck({r['entry_point']})\n"
+    def program(self, conv, text): # both in one, to be run by hand
+        return self.answer(conv, text) + '\n' + self.tests(conv)
     def evaluate(self, conv, text, seconds=5.):
-        return run_code(self.program(conv, text), seconds=seconds).ok
+        return run_code(self.answer(conv, text), seconds, tests=self.tests(conv),
+                        names=[conv['row']['entry_point']]).ok
 
 # %% ../nbs/21_tasks.ipynb #talk
 class SmolTalk(Rows):

@@ -13,7 +13,7 @@ from pathlib import Path
 import rustbpe, tiktoken, torch
 from torch import Tensor
 from fastcore.basics import patch
-from .core import atomic_write, base_dir, checked, closest, file_lock
+from .core import atomic_write, base_dir, check_bounds, checked, closest, file_lock
 from .tokenizer_files import FileError, believed, read_merges, read_pickled_encoding
 
 # %% ../nbs/07_tokenizer.ipynb #split
@@ -75,7 +75,13 @@ def train(cls:Tokenizer, texts,    # iterable of str
     return cls([bytes(t) for t, _ in ranks], pattern, name=name)
 
 # %% ../nbs/07_tokenizer.ipynb #encode
-_BLANKS = re.compile(r'(\s{100000})')
+_BLANKS = re.compile(r'(?<!\s)\s{100000,}') # tried where a run begins, so each blank is seen once
+
+def _pieces(text): # the text in order, long runs of blanks cut
+    if len(text) < 100_000: return [text]
+    at = [0]
+    for m in _BLANKS.finditer(text): at += range(m.start(), m.end() + 1, 100_000)
+    return [text[a:b] for a, b in zip(at, at[1:] + [len(text)]) if a < b]
 
 @patch
 def _ids(self:Tokenizer, texts, threads): # list of str -> list of lists of ids
@@ -89,10 +95,10 @@ def encode_batch(self:Tokenizer, texts:list[str], # documents
                  threads:int=8                    # that work at once
                 ) -> list[list[int]]:
     "Token ids of many texts; whatever looks like a special token in them stays text"
-    parts = [[t] if len(t) < 100_000 else [p for p in _BLANKS.split(t) if p] for t in texts]
+    parts = list(map(_pieces, texts))
     ids = iter(self._ids([p for ps in parts for p in ps], threads))
     head = [self.bos_id] if bos else []
-    return [sum((next(ids) for _ in ps), head[:]) for ps in parts]
+    return [head + [i for _ in ps for i in next(ids)] for ps in parts]
 
 @patch
 def encode(self:Tokenizer, text:str, # one document
@@ -330,4 +336,6 @@ class TokenizerConfig:
     def from_ns(cls, ns:dict, # globals()
                 before:set):  # names that were there before the parameters
         "From a notebook's globals: what was assigned since `before` was taken"
-        return checked(cls, {k: v for k, v in ns.items() if k not in before and k[0] != '_'})
+        c = checked(cls, {k: v for k, v in ns.items() if k not in before and k[0] != '_'})
+        check_bounds(c)
+        return c

@@ -1,5 +1,5 @@
 "Data on a bad day: servers that fail, processes that are killed, ranks that arrive together. Loopback only."
-import hashlib, http.server, json, os, random, re, signal, subprocess, sys, threading, time
+import hashlib, http.server, json, os, random, re, shutil, signal, subprocess, sys, threading, time
 from pathlib import Path
 import pyarrow as pa, pyarrow.parquet as pq, pytest
 from nano_dh import dataset
@@ -29,6 +29,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         a = int(want[1]) if want and mode != 'norange' else 0
         s.log.append((self.path, mode, a))
         if mode.isdigit(): return self.send_error(int(mode))
+        if mode == 'head': # an answer whose head never ends
+            for c in b'HTTP/1.1 200 OK\r\nX-Slow: ' + b'x'*500:
+                try: self.wfile.write(bytes([c])); time.sleep(.02)
+                except OSError: return
+        if mode == 'chunked':
+            data = s.files[self.path]; self.protocol_version = 'HTTP/1.1'; self.close_connection = True
+            self.send_response(200); self.send_header('Transfer-Encoding', 'chunked'); self.end_headers()
+            for i in range(0, len(data), 9999): self.wfile.write(b'%x\r\n%s\r\n' % (len(data[i:i + 9999]), data[i:i + 9999]))
+            return self.wfile.write(b'0\r\n\r\n')
         if mode == 'redirect':
             self.send_response(302); self.send_header('X-Linked-ETag', f'"{s.tags[self.path]}"')
             self.send_header('Location', '/cdn' + self.path); self.send_header('Content-Length', '0')
@@ -43,6 +52,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         body = bytes(len(data) - at) if mode == 'garbage' else data[at:]
         if mode in ('cut', 'hang'): body = body[:len(body)//2 + 1]
+        if mode == 'drip':
+            for i in range(len(body)):
+                try: self.wfile.write(body[i:i + 1]); time.sleep(.02)
+                except OSError: return
         if mode == 'slow':
             for i in range(0, len(body), 1 << 16): self.wfile.write(body[i:i + (1 << 16)]); time.sleep(.05)
             return
@@ -71,7 +84,7 @@ def run(code, *args, **env): # a fresh process
 
 @pytest.mark.parametrize('plan', [
     ['500', '503', '429'], ['cut', 'cut'], ['hang', 'ok'], ['cut', 'norange'], ['cut', 'garbage'], ['garbage'],
-    ['cut', 'elsewhere'], ['cut', '500', 'hang', 'norange', 'garbage', 'cut']], ids='-'.join)
+    ['cut', 'elsewhere'], ['drip', 'head'], ['chunked'], ['cut', '500', 'hang', 'norange', 'garbage', 'cut']], ids='-'.join)
 def test_fetch_survives(server, tmp_path, docs, plan):
     data = server.files['/f'] = shard(tmp_path/'src', docs); server.plan['/f'] = list(plan)
     p = fetch(f'{server.url}/f', tmp_path/'out'/'f.parquet', tries=8, timeout=.3, pause=.005, check=footer)
@@ -107,6 +120,103 @@ def test_fetch_gives_up_in_one_line(server, tmp_path):
     with pytest.raises(ConnectionError, match=r'status 503 \(try 3\); run again'): fetch(f'{server.url}/f', tmp_path/'f', tries=3, pause=.005)
     with pytest.raises(ConnectionError, match='run again') as e: fetch('http://127.0.0.1:9/f', tmp_path/'f', tries=2, pause=.005)
     assert '\n' not in str(e.value) and not (tmp_path/'f').exists()
+
+def test_fetch_gives_up_on_a_server_that_drips(server, tmp_path, docs):
+    "A byte now and then kept it for ever; 20,000 of them would take 400 s"
+    server.files['/f'] = docs[0].encode()*3; start = time.time()
+    for mode in ('drip', 'head'):
+        server.plan['/f'] = [mode]*9
+        with pytest.raises(ConnectionError, match='bytes a second came|no answer in time'): fetch(f'{server.url}/f', tmp_path/mode, tries=2, timeout=.3, pause=.005)
+    assert time.time() - start < 10
+
+# ---- damage, and what is none
+
+def flips(path, n, seed): # the file n times with one bit turned over, then whole again
+    data, rng = path.read_bytes(), random.Random(seed)
+    for _ in range(n):
+        k = rng.randrange(len(data)); b = bytearray(data); b[k] ^= 1 << rng.randrange(8)
+        with open(path, 'r+b') as f: f.write(b)              # in place
+        yield k
+    with open(path, 'r+b') as f: f.write(data)
+
+def texts(folder): m = open_data(str(folder)); return [list(m.texts(s)) for s in ('train', 'val')]
+
+def outcomes(folder, path, n, seed=0, before=lambda: None): # of flipped bits: 'same', 'named', 'unnamed' or 'other text'
+    good, out = texts(folder), dict.fromkeys(('same', 'named', 'unnamed', 'other text'), 0)
+    for k in flips(path, n, seed):
+        before()
+        try: out['same' if texts(folder) == good else 'other text'] += 1
+        except (OSError, ValueError, MemoryError) as e:
+            named = path.name in str(e) and ('row group' in str(e) or 'footer' in str(e) or 'whole parquet' in str(e) or 'column' in str(e))
+            out['named' if named else 'unnamed'] += 1
+    assert texts(folder) == good
+    return out
+
+@pytest.mark.parametrize('codec', ['zstd', 'snappy', 'none', 'gzip'])
+def test_flipped_bits_in_shards_of_others(base, docs, codec):
+    "Of shards without page checksums the sums noted at the first opening find every one"
+    (base/'s').mkdir(); f = base/'s'/'wiki_000.parquet'
+    for p, t in ((f, docs[:60]), (base/'s'/'wiki_val.parquet', docs[60:70])): pq.write_table(pa.table({'text': t}), p, 20, compression=codec)
+    out = outcomes(base/'s', f, 60)
+    assert out['other text'] == out['unnamed'] == 0 and out['named'] > 50, out
+
+def test_flipped_bits_in_shards_written_here(base, docs):
+    "Page checksums find them at the first reading, without sums from before"
+    repackage(iter(docs), base/'s', group_bytes=40_000, key='k'); f = base/'s'/'shard_00000.parquet'
+    out = outcomes(base/'s', f, 80, before=lambda: shutil.rmtree(base/'base'/'sums', ignore_errors=True))
+    assert out['other text'] <= 1 and out['unnamed'] == 0 and out['named'] > 60, out
+    m = open_data(str(base/'s')); log = next((base/'base'/'sums').glob('*.jsonl'))
+    assert len(log.read_text().splitlines()) >= 1
+    for _ in flips(f, 1, 5): pass                            # whole again, with another date: no alarm
+    assert list(m.texts()) == list(open_data(str(base/'s')).texts())
+
+def test_a_shard_that_was_rewritten_is_no_damage(base, docs):
+    (base/'s').mkdir(); f = base/'s'/'a_000.parquet'
+    for part in (docs[:40], docs[5:35], docs[:40]):          # by hand, and by repackage under the same name
+        pq.write_table(pa.table({'text': part}), f, 2); assert list(open_data(str(base/'s')).texts()) == part[:-2]
+    for t in ('abc', 'abd'):
+        shutil.rmtree(base/'r', ignore_errors=True)
+        assert len(list(open_data(str(repackage(iter([t]*9), base/'r', key=t, val_share=.3))).texts())) == 6
+
+LIMITED = '''import os, resource, sys; from nano_dh.dataset import Source, footer, fetch, Damaged
+what, path, url = sys.argv[1:4]
+held = []
+def pinch():
+    if what == 'files':
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+        try:
+            while True: held.append(os.open('/dev/null', 0))
+        except OSError: pass
+    if what == 'rights' and os.geteuid() == 0: os.setegid(65534); os.seteuid(65534)
+    if what == 'memory':
+        size = int(open('/proc/self/statm').read().split()[0])*resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (size + (1 << 20),)*2)
+if what == 'fetch':
+    def check(p): raise {'e': PermissionError(13, 'Permission denied'), 'm': MemoryError('none left'), 'v': ValueError('no column')}[path]
+    fetch(url, sys.argv[4], check=check, tries=2, pause=.01)
+s = Source('x', {'train': [(path, None)]}); s.groups; pinch()
+for f in (lambda: footer(path, 'body'), lambda: s.read_group('train', 0)):
+    try: f(); print('no error')
+    except (OSError, ValueError, MemoryError) as e: print(type(e).__name__, e)
+'''
+
+@pytest.mark.parametrize('what,says', [('files', 'Too many open files'), ('rights', 'Permission denied'), ('memory', 'no memory to read it')])
+def test_only_damage_is_called_damage(base, what, says):
+    "Too many open files, no permission, no memory: the file is good, and no message tells to delete it or to fetch it again"
+    f = base/'big_000.parquet'; words = ' '.join(str(i) for i in range(100_000))
+    pq.write_table(pa.table({'text': [words]*40, 'body': ['x']*40}), f, use_dictionary=False); base.chmod(0o711); f.chmod(0o600)
+    for p in (base.parent, base.parent.parent): p.chmod(0o711)
+    out, err = run(LIMITED, what, f, '').communicate(timeout=60)
+    lines = out.splitlines(); assert len(lines) == 2, err
+    assert not any(w in out for w in ('delete', 'fetch', 'damaged', 'not a whole')) and f.name in lines[1] and says in lines[1], out
+    assert what == 'memory' or says in lines[0]
+
+@pytest.mark.parametrize('kind', 'emv')
+def test_fetch_keeps_what_came_when_it_cannot_be_checked(server, tmp_path, docs, kind):
+    data = server.files['/f'] = shard(tmp_path/'src', docs)
+    p = run(LIMITED, 'fetch', kind, f'{server.url}/f', tmp_path/'f'); assert p.wait(60) == 1
+    assert (tmp_path/'f.part').read_bytes() == data and len(server.log) == 1
+    fetch(f'{server.url}/f', tmp_path/'f', check=footer); assert len(server.log) == 1   # nothing is fetched twice
 
 # ---- a set of files
 
@@ -177,6 +287,80 @@ def test_hub_set_through_datasets(base, docs):
     with pytest.raises(ConnectionError, match='did not open') as e: open_data(f'hf:{base}/none')
     assert '\n' not in str(e.value)
 
+# ---- what trains and what is held out
+
+def lay(root, names): # files whose text says what they are: 'x' held out, 't' to train on; ? after a name: text that is neither
+    for name in names:
+        p = root/name.rstrip('x?'); p.parent.mkdir(parents=True, exist_ok=True); mark = dict(x='HELD', t='TRAIN').get('x' if name[-1] == 'x' else '?' if name[-1] == '?' else 't', 'OTHER')
+        lines = [f'{mark} {p.name} {i} ' + 'word '*20 for i in range(40)]
+        if p.suffix == '.parquet': pq.write_table(pa.table({'text': lines}), p, 2)
+        elif p.suffix == '.jsonl': p.write_text(''.join(json.dumps({'text': t}) + '\n' for t in lines))
+        else: p.write_text('\n\n'.join(lines))
+
+def opened(folder, capsys): # -> texts to train on, to validate on, what was said
+    capsys.readouterr(); dataset._say.cache_clear(); m = open_data(str(folder))
+    return [' '.join(m.texts(s)) for s in ('train', 'val')] + [capsys.readouterr().out]
+
+SAFE = {'dots': ['wiki.train.txt', 'wiki.valid.txtx'], 'spaces': ['wiki train.txt', 'wiki valid.txtx'], 'folders': ['train/a.txt', 'train/b.txt', 'valid/a.txtx'],
+    'eval': ['news.jsonl', 'eval.jsonlx'], 'eval word': ['news.jsonl', 'news_eval.jsonlx'], 'evaluation': ['a.txt', 'a-evaluation.txtx'], 'numbered': ['a1.txt', 'a2.txt', 'valid1.txtx'],
+    'capitals': ['wikiTrain.jsonl', 'wikiValidation.jsonlx'], 'upper': ['A.TXT', 'VALID.TXTx'], 'held-out': ['a.txt', 'held-out.txtx'], 'holdout': ['a.jsonl', 'a.hold_out.jsonlx'],
+    'middle': ['wiki-en.txt', 'wiki-valid-en.txtx'], 'deep': ['train/x/a.txt', 'valid/x/a.txtx'], 'test folder': ['a.txt', 'b.txt', 'test/c.txtx'], 'dev folder': ['train/a.jsonl', 'dev/a.jsonlx'],
+    'shard folders': ['train/p_000.parquet', 'train/p_001.parquet', 'valid/p_000.parquetx'], 'shard dots': ['p.000.parquet', 'p.valid.000.parquetx'], 'lone valid': ['wiki_0.parquet', 'wiki_1.parquet', 'valid.parquetx'],
+    'eval shards': ['p_0.parquet', 'p-eval.parquetx'], 'below': ['set/train/a.txt', 'set/validation/b.txtx'], 'val only beside': ['a.txt', 'b.txt', 'val/c.txtx'], 'of': ['train-00000-of-00002.parquet', 'validation-00000-of-00001.parquetx'],
+    'readme': ['a.jsonl', 'README.md?', 'LICENSE.txt?'], 'readme2': ['a.txt', 'readme.txt?', 'ATTRIBUTION.md?', 'valid.txtx']}
+
+@pytest.mark.parametrize('case', SAFE)
+def test_held_out_text_is_not_trained_on(base, capsys, case):
+    lay(base/'d', SAFE[case]); train, val, said = opened(base/'d', capsys)
+    assert 'HELD' not in train and 'OTHER' not in train + val and 'TRAIN' in train
+    if 'test' not in case and 'readme' != case: assert 'HELD' in val and 'TRAIN' not in val
+    for name in SAFE[case]: assert Path(name.rstrip('x?')).name in said, (name, said)         # each file is accounted for
+
+@pytest.mark.parametrize('files', [['train-valid.jsonl'], ['a.txt', 'train_or_eval.txt'], ['train/valid_0.parquet', 'train/p_1.parquet'], ['valid/train.txt', 'train/b.txt'],
+    ['valid.txtx'], ['a_test.jsonl', 'a_valid.jsonl'], ['valid.parquetx'], ['test/a.txt', 'test/b.txt'], ['wiki_0.parquet', 'books_0.parquet', 'valid.parquet']], ids='+'.join)
+def test_what_is_ambiguous_is_refused(base, files):
+    lay(base/'d', files)
+    with pytest.raises((ValueError, FileNotFoundError), match='its name says|by their names none|could validate') as e: open_data(str(base/'d'))
+    assert '\n' not in str(e.value) and any(Path(f).name.rstrip('x') in str(e.value) for f in files)
+
+@pytest.mark.parametrize('shards,groups', [(1, 1), (1, 2), (2, 1), (2, 2), (2, 50), (3, 20), (5, 1), (9, 4), (30, 3)])
+def test_a_small_part_is_set_aside(base, docs, shards, groups):
+    "Of two shards half became validation"
+    t = (docs*20)[:shards*60]; (base/'d').mkdir()
+    for i in range(shards): pq.write_table(pa.table({'text': t[60*i:60*(i + 1)]}), base/'d'/f'p_{i:03d}.parquet', -(-60//groups))
+    m = open_data(str(base/'d')); n, v = m.n_docs(), m.n_docs('val')
+    assert n + v == len(t) and v >= 1 and v/len(t) <= .25, (n, v)
+    if shards*groups > 12: assert v/len(t) <= .11, (n, v)
+    assert sorted([*m.texts('train'), *m.texts('val')]) == sorted(t)
+
+def test_a_file_asked_for_by_its_name_trains(base, capsys):
+    lay(base/'d', ['wiki.valid.jsonl', 'a.txt']); train, val, said = opened(base/'d'/'wiki.valid.jsonl', capsys)
+    assert 'TRAIN' in train and 'asked for by itself: it trains' in said
+
+# ---- a text that is one long run
+
+RUNS = dict(blanks=lambda n: (' '*99_999 + 'x')*(n//100_000), short=lambda n: (' '*50_000 + 'x')*(n//50_001), mixed=lambda n: '\t\u2003\n '*(n//4),
+            long=lambda n: ' '*n + 'x', separators=lambda n: '\x1c'*n, letters=lambda n: 'ab'*(n//2), signs=lambda n: '!'*n, digits=lambda n: '7'*n,
+            marks=lambda n: 'a\u0301'*(n//2), edges=lambda n: '\n'.join([' '*100_000, 'y' + ' '*100_001, ' '*200_000])*(n//400_003))
+
+@pytest.mark.parametrize('kind', RUNS)
+def test_a_run_costs_no_more_than_its_length(docs, kind):
+    "300,000 blanks held the interpreter for 46 s, because the guard against them looked from each of them anew"
+    tok = Tokenizer.train(docs, 600); text = RUNS[kind](1_000_000); start = time.time()
+    ids = tok.encode(text); took = time.time() - start
+    assert took < 4 and tok.decode(ids) == text, took
+
+@pytest.mark.parametrize('n', [99_998, 99_999, 100_000, 100_001, 200_000, 250_000])
+def test_runs_are_cut_where_they_were(docs, n):
+    "The ids of data that were tokenized before stay what they were"
+    tok = Tokenizer.train(docs, 600); enc = tok.enc.encode_ordinary
+    for blank in ' \n\t':
+        want = enc('a') if n >= 100_000 else enc('a' + blank*n + 'b c')
+        if n >= 100_000:
+            for _ in range(n//100_000): want += enc(blank*100_000)
+            want += enc(blank*(n % 100_000) + 'b c')
+        assert tok.encode('a' + blank*n + 'b c') == want
+
 # ---- ranks that share a cache
 
 RANK = '''import sys; from nano_dh.dataset import open_data; from nano_dh.tokenizer import get_tokenizer
@@ -185,7 +369,7 @@ m = open_data(sys.argv[1]); print(get_tokenizer("", m, 700).hash, m.n_docs(), m.
 def test_ranks_open_and_train_once(base, docs):
     src = base/'notes.jsonl'; src.write_text(''.join(json.dumps(t) + '\n' for t in docs))
     ranks = [run(RANK, src) for _ in range(2)]
-    said = {r.communicate(timeout=60)[0] for r in ranks}
+    said = {r.communicate(timeout=60)[0].splitlines()[-1] for r in ranks}
     assert len(said) == 1 and all(r.returncode == 0 for r in ranks)
     m = open_data(str(src)); assert said.pop().split() == [get_tokenizer('', m, 700).hash, str(m.n_docs()), m.fingerprint]
     assert len(list((base/'base'/'tokenizers').glob('*/meta.json'))) == 1

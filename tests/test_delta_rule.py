@@ -71,6 +71,18 @@ def test_finite_at_minus_1000(dtype):
         leaves = xs + ([state] if 'state' in kw else [])
         for x in (o, *torch.autograd.grad(o.sum() + (0 if S is None else S.sum()), leaves)): assert x.isfinite().all()
 
+@pytest.mark.parametrize('dtype,tol', [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_minus_infinity_wipes_the_memory(dtype, tol):
+    "At the first and last token, at chunk borders, twice in a row, everywhere; with states, documents and masks"
+    for where in ([0], [129], [31, 32, 63, 64], [*range(130)], [5, 6, 100]):
+        xs = [x.detach().to(dtype) for x in inputs(130, 2, 'init')]
+        xs[3][:, where, ::2] = -torch.inf
+        xs, cu, n = [x.requires_grad_() for x in xs], borders(130), len(borders(130)) - 1
+        state = lambda n: torch.randn(n, 4, K, V, dtype=dtype, requires_grad=True)
+        assert worst(xs) <= tol and worst(xs, state(B)) <= tol and worst(xs, state(n), n, cu_seqlens=cu) <= tol, where
+        o = recurrent_gated_delta_rule(*xs, cu_seqlens=cu)[0]
+        torch.testing.assert_close(chunk_gated_delta_rule(*xs, cu_seqlens=cu, output_state=False)[0], o, rtol=0, atol=tol)
+
 def test_float32_pieces_and_steps_agree():
     xs = [x.detach().float() for x in inputs(100, 2, '-100')]
     whole, S = chunk_gated_delta_rule(*xs)

@@ -1,7 +1,7 @@
 "Evaluations on whole bundles, on two ranks, from a server, with other people's models, and with input that is wrong."
 import functools, http.server, json, os, shutil, threading, zipfile
 from pathlib import Path
-import pytest, torch
+import mini_pack, pytest, torch
 from nano_dh import core_eval as C
 from nano_dh.core_eval import ModelScorer, Scorer, Task, core_tasks, encoder, evaluate_core, load_task, make_item, prompts
 from nano_dh.hybrid_model import HybridConfig, HybridModel
@@ -10,8 +10,10 @@ from nano_dh.tokenizer import Tokenizer
 TOY = {t.label: t for t in (Task('sums', 'world_knowledge/sums.jsonl', 'multiple_choice', 3, '\nAnswer: ', 1/3),
                             Task('pets', 'language_understanding/pets.jsonl', 'schema', 2, ' ', .5),
                             Task('capitals', 'language_understanding/capitals.jsonl', 'language_modeling', 2, ' ', 0.))}
-DATA = os.environ.get('NANO_DH_DATA', '')
-needs_bundle = pytest.mark.skipif(not DATA or C._inside(DATA) is None, reason='NANO_DH_DATA has no CORE bundle')
+FULL, DATA = bool(os.environ.get('NANO_DH_DATA')), mini_pack.data()[0]
+def needs_bundle(test): # the published one takes long; the small pack has one too
+    test = pytest.mark.skipif(C._inside(DATA) is None, reason='NANO_DH_DATA has no CORE bundle')(test)
+    return pytest.mark.slow(test) if FULL else test
 
 def write_bundle(folder):
     animals = 'dog fox owl cat hen rat bug ant'.split()
@@ -50,7 +52,6 @@ def gaps(a, b, items): # answers that differ though the two best losses are furt
 # --- the whole bundle -------------------------------------------------------------------------------------------------
 
 @needs_bundle
-@pytest.mark.slow
 def test_answer_key_and_random_answers_on_the_bundle():
     tok, bundle, seen = byte_tokenizer(), C.core_bundle(DATA), 0
     for t in core_tasks().values():
@@ -63,13 +64,13 @@ def test_answer_key_and_random_answers_on_the_bundle():
     assert seen == 21
 
 @needs_bundle
-@pytest.mark.slow
 def test_shared_prefix_gives_the_same_answers_on_the_bundle():
     from nano_dh.dataset import open_data
-    tok = Tokenizer.train(open_data('sample').texts('train', 2_000_000), 2048); bundle, m = C.core_bundle(DATA), small_model(2048)
+    n, few = (2_000_000, 32) if FULL else (200_000, 8); bundle, m = C.core_bundle(DATA), small_model(2048)
+    tok = Tokenizer.train(open_data('sample').texts('train', n), 2048)
     for t in core_tasks().values():
         if load_task(bundle, t) is None: continue
-        items = items_of(bundle, t, encoder(tok, m), 32)
+        items = items_of(bundle, t, encoder(tok, m), few)
         bad, worst = gaps(ModelScorer(m, shared=False)(items), ModelScorer(m, least=1)(items), items)
         print(f'{t.label}: largest difference of a loss {worst:.1e}')
         assert bad == 0 and worst < 1e-4, (t.label, bad, worst)
@@ -84,6 +85,12 @@ def test_shared_prefix_gives_the_same_answers(tmp_path, kw):
         for other in (ModelScorer(m, least=1), ModelScorer(m, least=1, max_tokens=400), ModelScorer(m), Scorer(lambda x: m(x)), Scorer(lambda x: m(x), multiple=64)):
             bad, worst = gaps(ModelScorer(m, shared=False)(items), other(items), items)
             assert bad == 0 and worst < 1e-4
+
+def test_options_that_share_nothing_or_everything():
+    "A token that is judged is never in the prefix that options share, though one may be all they have"
+    m = small_model(64); rows = [[0, 5, 6, 7], [0, 5, 6, 7]], [[0, 5, 6], [0, 9, 6, 8]], [[0, 5], [0, 6]]
+    items = [C.Item([*r], [1]*2, 0, i) for i, r in enumerate(rows)] + [C.Item([[0, 5, 6, 7], [0, 5, 8]], [2, 2], 1, 3)]
+    bad, worst = gaps(ModelScorer(m, shared=False)(items), ModelScorer(m, least=1)(items), items); assert bad == 0 and worst < 1e-5
 
 def on_ranks(folders, emit):
     "Everything that is said to be the same on any number of ranks, in one start of them"

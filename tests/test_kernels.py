@@ -28,8 +28,8 @@ import nano_dh.short_conv as M
 from nano_dh.short_conv import short_conv
 torch.manual_seed(0); M.TILE.update(R=2, L=8, fwd_R=2, fwd_L=8)
 worst = 0
-for B, T, H, HV, K, V, st, dc in [(2, 37, 1, 2, 16, 16, 0, 0), (1, 40, 2, 2, 8, 16, 1, 0), (2, 41, 1, 1, 16, 8, 0, 1),
-                                  (2, 37, 1, 3, 12, 20, 1, 1), (2, 1, 1, 2, 16, 16, 1, 0), (1, 3, 1, 2, 16, 16, 0, 0)]:
+for B, T, H, HV, K, V, st, dc in [(2, 19, 1, 2, 8, 8, 0, 0), (1, 24, 2, 2, 4, 8, 1, 0), (2, 17, 1, 1, 8, 4, 0, 1),
+                                  (2, 13, 1, 3, 6, 10, 1, 1), (2, 1, 1, 2, 8, 8, 1, 0), (1, 3, 1, 2, 8, 8, 0, 0)]:
     C = 2*H*K + HV*V
     x = torch.randn(B, T, C + 7)[..., 3:3+C].requires_grad_(); w = torch.randn(C, 4, requires_grad=True)
     state = torch.randn(B, C, 3) if st else None
@@ -41,7 +41,7 @@ for B, T, H, HV, K, V, st, dc in [(2, 37, 1, 2, 16, 16, 0, 0), (1, 40, 2, 2, 8, 
     ga, gb = (torch.autograd.grad(o, (x, w), up) for o in (out, ref))
     worst = max([worst] + [((a - b).norm()/b.norm()).item() for a, b in zip((*out, *ga), (*ref, *gb))])
 assert worst < 1e-6, worst
-torch.library.opcheck(torch.ops.nano_dh.conv_fwd, (x, w, None, None, 1, 2, 16, 16))
+torch.library.opcheck(torch.ops.nano_dh.conv_fwd, (x, w, None, None, 1, 2, 8, 8))
 print('fine')''', TRITON_INTERPRET='1'))
     assert out == 'fine'
 
@@ -70,15 +70,15 @@ def test_loss_kernel_interpreted():
 import torch
 import nano_dh.cross_entropy as X
 torch.manual_seed(0)
-for cols, vocab, cap in ((96, 90, 15.), (128, 128, 0.), (96, 96, 50.), (200, 190, 15.), (200, 70, 0.)):
+for cols, vocab, cap in ((96, 90, 15.), (128, 128, 0.), (96, 96, 50.), (200, 190, 15.), (200, 70, 0.), (96, 90, 100.), (96, 96, 300.)):
     X.ROW_TILE.update(columns=64)
-    z, y = 8*torch.randn(7, cols), torch.tensor([3, 0, -1, 69, 12, -1, 5])
+    z, y = (8 if cap < 99 else 500)*torch.randn(7, cols), torch.tensor([3, 0, -1, 69, 12, -1, 5])
     want, dwant = X._loss_and_grad(z.double(), y, vocab, cap)
     got = torch.ops.nano_dh.loss_and_grad_(z, y, vocab, cap)
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(z.double(), dwant, rtol=1e-4, atol=1e-6)
 print('fine')''', TRITON_INTERPRET='1'))
-    assert out == 'fine'
+    assert out.endswith('fine'), out      # lanes without a column overflow, and are not counted
 
 INTERPRET = """
 import os, sys, torch
@@ -160,6 +160,8 @@ m = make(2, pattern='GL', vocab_size=TOK.vocab_size, d_model=32, mlp_ratio=1.)
 rs = [Request(list(range(5*k, 6*k + 2)), max_tokens=3 + k % 4, seed=k, stop_tokens=tuple(range(100 + k, 130)), top_k=(0, 20)[k % 2],
               top_p=(1., .9)[k % 3 == 0], temperature=(1., 0.)[k % 5 == 4], logprobs=(None, 2)[k == 2], keep=k != 2) for k in range(6)]
 rs.append(Request([9], max_tokens=1, stop_tokens=()))
+rs += [Request([k, 7], max_tokens=5, seed=k, stop_tokens=(), logprobs=k % 2, **how) for k, how in enumerate((dict(presence=2.), dict(frequency=-1., temperature=0.), dict(bias={3: 99., 5: -99.}), dict(bias={8: 1.}, presence=-1., top_k=5)))]
+rs.append(Request([4]*70, max_tokens=2, score=2, stop_tokens=()))
 got = []
 for graphs in (False, True):
     e = Engine(m, TOK, max_rows=3, graphs=graphs, prefix_bytes=0); assert e.lag == int(graphs)
@@ -171,6 +173,7 @@ for i, (a, b) in enumerate(zip(*got)):
     assert len({a.reason, b.reason}) == 1 or i == 5, (i, a.reason, b.reason)
     k = min(len(a.tokens), len(b.tokens)); assert a.tokens[:k] == b.tokens[:k] and (i == 5 or len(a.tokens) == len(b.tokens)), i
     if a.logprobs: torch.testing.assert_close(torch.tensor(a.logprobs), torch.tensor(b.logprobs), rtol=1e-4, atol=1e-4)
+    if a.scores: torch.testing.assert_close(torch.tensor([x for x, _ in a.scores[1:]]), torch.tensor([x for x, _ in b.scores[1:]]), rtol=1e-4, atol=1e-4); assert len(a.scores) == len(b.scores) == 70
     if a.state and i != 5:
         assert a.state.n == b.state.n
         for x, y in zip(a.state.tensors(), b.state.tensors()): torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
@@ -182,10 +185,15 @@ def interpreted(code, *args):
     assert p.returncode == 0 and out.endswith('fine\n'), out
 
 @needs_triton
-@pytest.mark.parametrize('kind', ['GL', 'nanochat', 'odd', 'room'])
+@pytest.mark.parametrize('kind', ['GL', 'nanochat'])
 def test_decoding_step_interpreted(kind):
-    "Few rows and many, of different lengths, one asleep; sizes that fill no block"
+    "Few rows and many, of different lengths, one asleep"
     interpreted(STEP, '1,3', kind)
+
+@needs_triton
+def test_decoding_step_interpreted_odd():
+    "Sizes that fill no block"
+    interpreted(STEP, '3', 'odd')
 
 @needs_triton
 def test_sampling_interpreted(): interpreted(SAMPLE)
@@ -197,7 +205,7 @@ def test_engine_on_kernels_interpreted():
 
 @pytest.mark.slow
 @needs_triton
-@pytest.mark.parametrize('kind', ['GL', 'nanochat', 'odd', 'conversation', 'GGGL', 'gelu', 'wide', 'bfloat16'])
+@pytest.mark.parametrize('kind', ['GL', 'nanochat', 'odd', 'room', 'conversation', 'GGGL', 'gelu', 'wide', 'bfloat16'])
 def test_decoding_step_interpreted_long(kind): interpreted(STEP, '1,2,3,6', kind)
 
 def test_checked_once_a_node(tmp_path):
@@ -271,3 +279,26 @@ def test_layer_compiles_as_one_graph_for_all_documents():
         for a, b in zip(*(torch.autograd.grad(f(*xs, doc).square().sum(), xs) for f in (fast, layer))):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 1
+
+def test_a_process_that_cannot_compile_ahead_says_so():
+    "Here: no flash-qla, or no GPU of that number; the run goes on and its check decides"
+    from nano_dh.kernels import Ahead
+    call = ('flash_qla', 'forward', None, (1, 64), (1, 2, 128, 128), 'docs', 'bfloat16', 99)
+    ahead = Ahead('flash_qla', [call, call])
+    lines = ahead.wait()
+    assert len(lines) == 2 and all(l.startswith('flash_qla forward') and ': ' in l for l in lines), lines
+    assert ahead.wait() == []
+
+def test_a_backend_without_rivals_is_checked_once_for_all_shapes(tmp_path, monkeypatch):
+    "Nothing is timed, so rows of another number and length ask no new question; rivals are timed at each shape"
+    from nano_dh import kernels as k
+    monkeypatch.setenv('NANO_DH_BASE_DIR', str(tmp_path))
+    was = dict(k._chosen)
+    monkeypatch.setattr(k, 'BACKENDS', {'torch': k.BACKENDS['torch']})
+    a = k.choose_backend('cpu', 1, 1, 16, 16, seq_len=64, batch=1)
+    b = k.choose_backend('cpu', 1, 1, 16, 16, seq_len=128, batch=3)
+    assert a == b and len(list((tmp_path/'backends').glob('*.json'))) == 1 and a.table[0]['forward'] is None
+    monkeypatch.undo(); monkeypatch.setenv('NANO_DH_BASE_DIR', str(tmp_path))
+    c, d = (k.choose_backend('cpu', 1, 1, 16, 16, seq_len=T, batch=1) for T in (64, 128))
+    assert len(list((tmp_path/'backends').glob('*.json'))) == 3 and any(r['forward'] for r in c.table)
+    k._chosen.clear(); k._chosen.update(was)

@@ -62,3 +62,104 @@ def test_a_killed_rank_is_named_and_prints_arrive_whole(start):
 def test_an_error_ends_a_rank_that_waits(start):
     t = time.time(); out, err = start('hangs').communicate(timeout=60)
     assert 'rank 1 of 2 failed' in err and 'ValueError: the cause' in err and time.time() - t < 40
+
+# ---- ranks that hang
+
+HANGS = '''
+import ctypes, os, signal, threading, time, torch, torch.distributed as dist
+me = lambda: int(os.environ['RANK'])
+def meet(): dist.all_reduce(torch.ones(1))
+def work(n=3):
+    for _ in range(n): meet()
+def lock(cfg, emit):
+    work()
+    if me() == cfg: threading.Lock().acquire() and THE.acquire()
+    meet()
+THE = threading.Lock(); THE.acquire()
+def loop(cfg, emit):
+    work()
+    while me() == cfg: time.sleep(.01)
+    meet()
+def stopped(cfg, emit):
+    work()
+    if me() == cfg: os.kill(os.getpid(), signal.SIGSTOP)
+    meet()
+def held(cfg, emit):            # C code that holds the interpreter
+    work()
+    if me() == cfg: ctypes.PyDLL(None).sleep(60)
+    meet()
+def pipe(cfg, emit):
+    work()
+    if me() == cfg: os.read(os.pipe()[0], 1)
+    meet()
+def early(cfg, emit):           # gone to the end without the last call
+    work()
+    if me() == cfg: time.sleep(60)
+    else: meet()
+def other(cfg, emit):           # both wait, for different things
+    work()
+    if me() == cfg: dist.recv(torch.ones(1), 1 - cfg)
+    else: dist.recv(torch.ones(1), cfg)
+def busy(cfg, emit):            # slow, but it moves: computes, sleeps a little, prints
+    for i in range(8):
+        end = time.time() + .7
+        while time.time() < end: torch.ones(200, 200) @ torch.ones(200, 200)
+        meet()
+        if me() == 0: emit(i)
+def big(cfg, emit):             # one long call that computes
+    meet(); emit(1) if me() == 0 else None
+    torch.linalg.eigh(torch.randn(cfg, cfg, dtype=torch.float64)); meet()
+'''
+HANG_SCRIPT = '''
+import os, sys, time; sys.path.insert(0, {folder!r})
+import hangs; from nano_dh.launch import run_ranks
+if __name__ == '__main__':
+    t = time.time()
+    try:
+        for r in run_ranks(hangs.{job}, {cfg}, nproc=2, device='cpu', **{kw}): time.sleep({slow})
+        print('done')
+    except Exception as e: print(type(e).__name__, time.time() - t, e, sep='|')
+'''
+
+def hang(tmp_path, job, cfg, slow=0, **kw):
+    (tmp_path/'hangs.py').write_text(HANGS)
+    p = subprocess.run([PY, '-c', HANG_SCRIPT.format(folder=str(tmp_path), job=job, cfg=cfg, kw=kw, slow=slow)], capture_output=True, text=True, timeout=150, env=environ(tmp_path))
+    assert not p.stderr.strip() or 'Error' not in p.stderr, p.stderr
+    return p.stdout
+
+slow = lambda *a: pytest.param(*a, marks=pytest.mark.slow)
+
+@pytest.mark.parametrize('job,who', [('lock', 0), ('loop', 1), ('stopped', 1), ('held', 1), slow('lock', 1), slow('loop', 0), slow('stopped', 0), slow('held', 0),
+                                     slow('pipe', 0), slow('pipe', 1), slow('early', 0), slow('early', 1)])
+def test_the_rank_that_hangs_is_named(tmp_path, job, who):
+    "Not the one that waits for it; with the stacks of both, within seconds of the limit"
+    out = hang(tmp_path, job, who, step=2); first = out.splitlines()[0]
+    assert first.startswith('RankError|') and f'a rank hangs: rank {who} of 2 ' in first and f'rank {1 - who} of 2' not in first, out
+    assert 'step=2 seconds' in first and 'rank 0:' in out and 'rank 1:' in out
+    waits = out.split(f'rank {1 - who}:\n')[1].split('\n\nrank')[0]
+    assert 'all_reduce' in waits and 'in meet' in waits, out
+    mine = out.split(f'rank {who}:\n')[1].split('\n\nrank')[0]
+    assert 'no answer' in mine if job == 'stopped' else f'in {job}' in mine, out
+
+def test_two_that_wait_for_each_other_are_both_named(tmp_path):
+    out = hang(tmp_path, 'other', 0, step=2)
+    assert 'rank 0 of 2 has been in other' in out and 'rank 1 of 2 has been in other' in out, out
+
+def test_a_rank_that_never_arrives_is_named(tmp_path):
+    "It hangs while its module is imported, on one rank only"
+    (tmp_path/'late.py').write_text("import os, time\nif os.path.exists('%s'): time.sleep(90)\nelse: open('%s', 'w')\ndef job(cfg, emit): pass" % ((tmp_path/'flag',)*2))
+    (tmp_path/'s.py').write_text(f'''
+import sys; sys.path.insert(0, {str(tmp_path)!r})
+from nano_dh.launch import run_ranks
+if __name__ == '__main__':
+    import os, late; os.remove({str(tmp_path/'flag')!r})
+    try: list(run_ranks(late.job, None, nproc=2, device='cpu', start=12))
+    except Exception as e: print(type(e).__name__, e)
+''')
+    p = subprocess.run([PY, tmp_path/'s.py'], capture_output=True, text=True, timeout=150, env=environ(tmp_path))
+    assert p.stdout.startswith('RankError a rank hangs: rank ') and 'has not joined the others within 12 s' in p.stdout, p.stdout + p.stderr
+
+@pytest.mark.parametrize('job,cfg,slow', [('busy', 0, 0), slow('busy', 0, 3), ('big', 2500, 0)])
+def test_slow_is_not_hanging(tmp_path, job, cfg, slow):
+    "Work longer than the limit, one long call, and a reader who does something else for longer than the limit"
+    assert hang(tmp_path, job, cfg, slow, step=2) == 'done\n'

@@ -158,3 +158,145 @@ def test_console_command(tmp_path):
                          capture_output=True, text=True)
     assert out.returncode == 0 and 'alpha' in out.stdout and '12' in out.stdout and str(tmp_path) in out.stdout, out
     with pytest.raises(CheckpointError, match='no checkpoint of step 3'): find_checkpoint(tmp_path/'runs'/'alpha', 3)
+
+# ---- damage around a checkpoint
+
+import pickle, random, shutil, zlib
+from nano_dh.checkpoint import list_runs, set_aside, verify
+from nano_dh.core import dist_info
+
+@pytest.fixture
+def saved(tmp_path, monkeypatch):
+    "A run in the base folder, with checkpoints at steps 1 and 2; -> its folder, its model and optimizer"
+    monkeypatch.setenv('NANO_DH_BASE_DIR', str(tmp_path)); m, opt = model(); run = tmp_path/'runs'/'alpha'
+    for s in (1, 2): save_checkpoint(run, s, m, opt, TOK(), meta=dict(mark=s))
+    return run, m, opt
+
+def reseal(p, change=lambda m: None): # as somebody would who writes right checksums too
+    m = json.loads((p/'manifest.json').read_text())
+    for f in m['files']:
+        if (p/f).exists(): m['files'][f] = [(p/f).stat().st_size, zlib.crc32((p/f).read_bytes())]
+    change(m); m.pop('sum', None)
+    (p/'manifest.json').write_text(json.dumps(m | dict(sum=zlib.crc32(json.dumps(m, sort_keys=True).encode()))))
+
+MANIFESTS = {'no files': lambda m: m.update(files={}), 'no meta': lambda m: m['files'].pop('meta.json'), 'list': lambda m: m.update(files=[]), 'step': lambda m: m.update(step='two'),
+    'serial': lambda m: m.update(serial=None), 'pairs': lambda m: m['files'].update({'meta.json': [1]}), 'text': lambda m: m['files'].update({'meta.json': 'ab'}), 'null': lambda m: m.update(format=None),
+    'one less': lambda m: m['files'].pop('rng.pt'), 'no data': lambda m: [m['files'].pop(f) for f in list(m['files']) if f.startswith('state')]}
+
+@pytest.mark.parametrize('case', MANIFESTS)
+def test_a_manifest_that_does_not_hold_is_refused(saved, case):
+    "With a right checksum or without one, which old checkpoints lack; the other checkpoint and the listing stay"
+    run, m, opt = saved; p = run/'000002'
+    for old in (False, True):
+        reseal(p, MANIFESTS[case]) if not old else (p/'manifest.json').write_text(json.dumps({k: v for k, v in json.loads((p/'manifest.json').read_text()).items() if k != 'sum'}))
+        with pytest.raises(CheckpointError, match='damaged') as e: verify(p)
+        assert 'set_aside' in str(e.value) and 'step 1' in str(e.value)
+        assert [r['name'] for r in list_runs()] == ['alpha']
+
+def test_every_flipped_bit_of_the_small_files_is_found(saved):
+    run, m, opt = saved; p, rng = run/'000002', random.Random(0)
+    for name in ('manifest.json', 'meta.json', 'rng.pt', 'state/.metadata'):
+        f = p/name; data = f.read_bytes()
+        for _ in range(40):
+            k = rng.randrange(len(data)); b = bytearray(data); b[k] ^= 1 << rng.randrange(8); f.write_bytes(b)
+            with pytest.raises(CheckpointError): verify(p)
+        f.write_bytes(data)
+    assert verify(p)['step'] == 2
+
+def test_one_bad_run_does_not_hide_the_others(saved):
+    run, m, opt = saved
+    for i, how in enumerate((lambda p: reseal(p, lambda m: m.update(files={'meta.json': None})), lambda p: (p/'meta.json').write_text('[1]'), lambda p: (p/'meta.json').write_text('{}'),
+                             lambda p: (p/'meta.json').write_bytes(b'\xff'), lambda p: (p/'manifest.json').write_text('null'), lambda p: (p/'meta.json').unlink())):
+        bad = run.parent/f'bad{i}'; shutil.copytree(run/'000002', bad/'000002'); how(bad/'000002')
+    (run.parent/'a file').write_text('x'); (run.parent/'bad9'/'000001'/'manifest.json').mkdir(parents=True)
+    assert 'alpha' in [r['name'] for r in list_runs()]
+    assert find_checkpoint('alpha') == run/'000002'
+
+def test_the_checkpoint_before_a_damaged_one_is_one_command_away(saved):
+    run, m, opt = saved; f = next((run/'000002'/'state').glob('*.distcp')); b = bytearray(f.read_bytes()); b[len(b)//2] ^= 1; f.write_bytes(b)
+    with pytest.raises(CheckpointError, match='wrong checksum') as e: load_checkpoint(run, *model(1))
+    cmd = str(e.value).split('python -c ')[1].strip('"')
+    assert subprocess.run([sys.executable, '-c', cmd], env=ENV, capture_output=True).returncode == 0
+    assert load_checkpoint(run, *model(1))['step'] == 1 and (run/'damaged-000002'/'manifest.json').exists()
+    save_checkpoint(run, 2, m, opt); assert latest_step(run) == 2 and (run/'damaged-000002'/'manifest.json').exists()
+
+@pytest.mark.parametrize('value', [float('inf'), float('-inf'), float('nan')])
+def test_a_state_that_could_not_continue_is_not_saved(saved, value):
+    run, m, opt = saved
+    s = next(s for k, s in opt.checkpoint_state().items() if s.tensor.numel() > 1); old = s.tensor.flatten()[0].item(); s.tensor.view(-1)[0] = value
+    with pytest.raises(CheckpointError, match='step 3 is not saved, 1 of its tensors hold NaN or infinity: optim'): save_checkpoint(run, 3, m, opt)
+    assert latest_step(run) == 2 and not list(run.glob('.unfinished*'))
+    s.tensor.view(-1)[0] = old; save_checkpoint(run, 3, m, opt); assert latest_step(run) == 3
+
+class Evil:
+    def __init__(self, path): self.path = path
+    def __reduce__(self): return Path.touch, (self.path,)
+
+@pytest.mark.parametrize('how', ['whole', 'inside', 'bytes', 'eval', 'path'])
+def test_metadata_is_read_and_not_run(saved, how):
+    "A pickle with a program in it, whose checksums fit"
+    run, m, opt = saved; p, ran = run/'000002', run/'ran'; f = p/'state'/'.metadata'; good = pickle.loads(f.read_bytes())
+    if how == 'whole': f.write_bytes(pickle.dumps(Evil(ran)))
+    if how == 'inside': good.planner_data = [Evil(ran)]; f.write_bytes(pickle.dumps(good))
+    if how == 'eval': f.write_bytes(b'cbuiltins\neval\n(S"open(%r, \'w\')"\ntR.' % str(ran).encode())
+    if how == 'path':
+        for i in good.storage_data.values(): i.relative_path = '../../../x'
+        f.write_bytes(pickle.dumps(good))
+    if how == 'bytes': # an entry that torch unpickles by itself
+        from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+        k = next(iter(good.state_dict_metadata)); good.state_dict_metadata[k] = BytesStorageMetadata(); f.write_bytes(pickle.dumps(good))
+    reseal(p)
+    with pytest.raises(CheckpointError, match='.metadata'): load_checkpoint(p, *model(1))
+    assert not ran.exists()
+
+def test_what_is_left_of_a_kill_while_pruning_goes(saved):
+    "A process killed while it removes an old checkpoint; its number is given to another meanwhile. Loading alone cleans up"
+    run, m, opt = saved; host = __import__('socket').gethostname()
+    code = '''
+import shutil; run = Path(sys.argv[1]); m, opt = model()
+def rmtree(p, **kw): print('removing', flush=True); time.sleep(60)
+shutil.rmtree = rmtree                                   # the moment of the kill
+save_checkpoint(run, 3, m, opt, keep=1)'''
+    p = subprocess.Popen([sys.executable, '-c', f'from test_loader_checkpoint import *\n{code}', str(run)], env=ENV, stdout=subprocess.PIPE, text=True)
+    assert p.stdout.readline(); p.kill(); p.wait()
+    left = list(run.glob('.unfinished*')); assert left
+    for l in left: # as if its number belonged to this process now
+        parts = l.name.split('~'); parts[3] = str(os.getpid()); l.rename(run/'~'.join(parts))
+    assert load_checkpoint(run, *model(1))['step'] == 3 and not list(run.glob('.unfinished*'))
+
+def test_a_write_that_fails_is_an_exception(tmp_path):
+    "torch's CheckpointException is no Exception: it passed through every `except Exception`"
+    r = python('''
+import resource; m, opt = model(); resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16,)*2); __import__('signal').signal(signal.SIGXFSZ, signal.SIG_IGN)
+try: save_checkpoint(Path(sys.argv[1])/'run', 1, m, opt)
+except Exception as e: print(type(e).__name__, str(e))''', tmp_path)
+    assert r.returncode == 0 and r.stdout.startswith('CheckpointError rank 0: ') and r.stdout.count('\n') == 1, r.stdout + r.stderr
+    assert not list((tmp_path/'run').glob('*'))
+
+def test_a_bad_line_of_metrics_costs_that_line(tmp_path):
+    from nano_dh.train import read_metrics
+    good = [json.dumps(dict(step=i, loss=1.)) for i in range(6)]
+    (tmp_path/'metrics.jsonl').write_bytes('\n'.join(good[:2] + ['{"step": 2, "lo', '[]', 'null', '{"loss": 1}'] + good[2:4]).encode() + b'\n\xff\xfe{"\x85\n' + '\n'.join(good[4:]).encode() + b'\n{"st')
+    assert [r['step'] for r in read_metrics(tmp_path)] == list(range(6))
+
+# ---- what the environment says
+
+@pytest.mark.parametrize('env,want', [(dict(RANK='3'), (0, 0, 1)), (dict(RANK='1', LOCAL_RANK='1'), (0, 0, 1)), (dict(RANK='x'), (0, 0, 1)), (dict(RANK='', WORLD_SIZE=''), (0, 0, 1)),
+    (dict(RANK='1', LOCAL_RANK='1', WORLD_SIZE='2'), (1, 1, 2)), (dict(RANK='2', WORLD_SIZE='2'), None), (dict(RANK='-1', WORLD_SIZE='2'), None), (dict(RANK='one', WORLD_SIZE='2'), None),
+    (dict(LOCAL_RANK='7', WORLD_SIZE='2'), None), (dict(RANK='0', WORLD_SIZE='zwei'), None)])
+def test_what_the_environment_says_of_ranks(monkeypatch, env, want):
+    "A stale RANK without WORLD_SIZE made this process rank 3 of 1: silent, and without a checkpoint"
+    for k in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE'): monkeypatch.delenv(k, raising=False)
+    for k, v in env.items(): monkeypatch.setenv(k, v)
+    if want: i = dist_info(); assert (i.rank, i.local_rank, i.world_size) == want
+    else:
+        with pytest.raises(ValueError, match='a rank is 0 to WORLD_SIZE-1; unset'): dist_info()
+
+@pytest.mark.parametrize('what', ['missing', 'file', 'rights', 'lock', 'write'])
+def test_errors_of_the_base_folder_name_its_variable(tmp_path, what):
+    for p in (tmp_path, tmp_path.parent, tmp_path.parent.parent): p.chmod(0o755)
+    (tmp_path/'file').write_text(''); base = dict(missing='/proc/none/b', file=str(tmp_path/'file')).get(what, str(tmp_path))
+    do = dict(lock='file_lock(base_dir()/"x"/"y").__enter__()', write='atomic_write(base_dir()/"x.json", "")', rights='runs_dir()').get(what, 'base_dir()')
+    code = f'import os; from nano_dh.core import *; from nano_dh.checkpoint import runs_dir\nif os.geteuid() == 0: os.setegid(65534); os.seteuid(65534)\ntry: {do}\nexcept OSError as e: print(type(e).__name__, e)'
+    r = subprocess.run([sys.executable, '-c', code], env=ENV | dict(NANO_DH_BASE_DIR=base), capture_output=True, text=True)
+    assert 'NANO_DH_BASE_DIR can name another base folder' in r.stdout and base in r.stdout, r.stdout + r.stderr

@@ -141,3 +141,68 @@ def test_two_ranks_to_one(two):
         assert sum(x.tensor.numel() for x in shards[k]) == s.tensor.numel(), k
     opt.load_checkpoint_state(shards)
     assert off(third(model, opt), out[0]['third']) < 1e-5
+
+# ---- values that no run can have
+
+NAN, INF = float('nan'), float('inf')
+WRONG = [*((k, v) for k in ('clip', 'embedding_lr', 'unembedding_lr', 'matrix_lr', 'scalar_lr', 'weight_decay', 'final_lr_frac', 'warmdown_ratio', 'gpu_hour_price') for v in (-.5, NAN, INF, -INF)),
+         *((k, v) for k in ('target_flops', 'target_param_data_ratio', 'max_hours') for v in (0., -2., NAN, INF)), ('final_lr_frac', -5.), ('final_lr_frac', 1.5), ('warmdown_ratio', 9.),
+         ('warmup_steps', -3), ('seed', 2**70), ('seed', -2**64), ('depth', 0), ('depth', 10**6), ('eval_tokens', 0), ('keep', -2), ('nproc', -2), ('total_batch_size', 0), ('num_iterations', 10**18),
+         ('max_seq_len', 2**40), ('matrix_lr', 1e9), ('weight_decay', 1e9)]
+CHAT, RL = [('epochs', v) for v in (0., -3., NAN, INF)] + [('lr_frac', v) for v in (-.5, NAN, INF)], \
+    [('temperature', v) for v in (0., -1., NAN, INF)] + [('top_k', -1), ('minutes', NAN), ('minutes', -1.), ('samples', 1), ('questions', 0), ('max_tokens', 0), ('eval_samples', 0)]
+
+@pytest.mark.parametrize('k,v', WRONG, ids=lambda x: str(x))
+def test_numbers_that_no_run_can_have(k, v):
+    "One table for every stage: what pretraining refuses, fine-tuning and reinforcement learning refuse in the same words"
+    from nano_dh.rl import RLConfig
+    from nano_dh.sft import FinetuneConfig
+    from nano_dh.train import PretrainConfig
+    said = set()
+    for cls in (PretrainConfig, FinetuneConfig, RLConfig):
+        with pytest.raises(ValueError, match=f'{k} .*: take ') as e: cls(**{k: v}).check()
+        said.add(str(e.value)); assert '\n' not in str(e.value)
+    assert len(said) == 1
+
+@pytest.mark.parametrize('stage,k,v', [('sft', *x) for x in CHAT] + [('rl', *x) for x in CHAT + RL], ids=lambda x: str(x))
+def test_numbers_of_one_stage(stage, k, v):
+    from nano_dh import rl, sft
+    with pytest.raises(ValueError, match=f'{k} .*: take '): (rl.RLConfig if stage == 'rl' else sft.FinetuneConfig)(**{k: v}).check()
+
+def test_every_number_of_a_stage_has_bounds():
+    "A field that is added is bounded too, or this fails; the values at the bounds themselves are allowed"
+    from dataclasses import fields
+    from nano_dh.core import BOUNDS, check_bounds
+    from nano_dh.rl import RLConfig
+    from nano_dh.tokenizer import TokenizerConfig
+    for cls in (RLConfig, TokenizerConfig):
+        numbers = [f.name for f in fields(cls) if type(f.default) in (int, float)]
+        assert not set(numbers) - set(BOUNDS)
+        for k in numbers:
+            for v in BOUNDS[k]:
+                if abs(v) != INF: check_bounds(cls(**{k: v}))
+        check_bounds(cls())
+
+def test_a_model_that_stays_at_guessing_is_noticed(tmp_path, monkeypatch):
+    "Without learning rates the loss stays ln V; with them, nothing is said"
+    from nano_dh.train import PretrainConfig, pretrain
+    from tiny_run import TINY, tiny_data
+    monkeypatch.setenv('NANO_DH_BASE_DIR', str(tmp_path)); data = tiny_data(tmp_path/'d')
+    off = dict.fromkeys(('matrix_lr', 'embedding_lr', 'unembedding_lr', 'scalar_lr'), 0.)
+    for kw, want in ((off, 2), ({}, 0)):
+        recs = []; pretrain(PretrainConfig(**TINY, data=data, run=f'r{want}', num_iterations=60, warmup_steps=10, nproc=0, **kw), recs.append)
+        notes = [r for r in recs if 'what guessing gives' in r.get('note', '')]
+        assert [r['step'] for r in notes] == [50, 60][:want], notes
+        assert not want or f'ln {TINY["vocab_size"]} = 5.951' in notes[0]['note']
+
+def soak(steps):
+    import subprocess, sys
+    from pathlib import Path
+    p = subprocess.run([sys.executable, Path(__file__).parent/'soak.py', str(steps)], capture_output=True, text=True, timeout=900)
+    assert p.returncode == 0, p.stdout + p.stderr
+    return p.stdout
+
+def test_the_same_weights_on_both_ranks_for_200_steps(): assert '200 steps' in soak(200)
+
+@pytest.mark.slow
+def test_the_same_weights_on_both_ranks_for_20000_steps(): assert '40 times the same weights' in soak(20_000)

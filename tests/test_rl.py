@@ -167,13 +167,16 @@ def test_engine_forgets_old_weights(start, device):
 @pytest.mark.slow
 def test_two_ranks_and_resume(start):
     from nano_dh.launch import run_ranks
-    kw = dict(base=start, questions=8, samples=8, eval_questions=20, eval_every=2, device='cpu', lr_frac=.1)
+    kw = dict(base=start, questions=8, samples=8, eval_questions=20, eval_every=2, device='cpu', lr_frac=.1, warmdown_ratio=.6)
     two = [*run_ranks(rl, RLConfig(**kw, run='two', num_iterations=2, nproc=2), 2, 'cpu')]
     a = [r for r in two if 'reward' in r]; assert [r['step'] for r in a] == [1, 2] and all(r['kept'] > 0 and r['drift_max'] < 1e-3 for r in a)
     whole, cut = [], []
     rl(RLConfig(**kw, run='whole', num_iterations=3, nproc=0), whole.append)
-    rl(RLConfig(**kw, run='cut', num_iterations=2, nproc=0), lambda r: None)
-    rl(RLConfig(run='cut', resume=True, num_iterations=3, nproc=0), cut.append)
+    class Cut(Exception): pass
+    def stop(r): # in its third step: what was planned is the whole run
+        if 'reward' in r and r['step'] == 3: raise Cut
+    with pytest.raises(Cut): rl(RLConfig(**kw, run='cut', num_iterations=3, save_every=2, nproc=0), stop)
+    rl(RLConfig(run='cut', resume=True, nproc=0), cut.append)
     pick = lambda rs: [(r['reward'], r['drift']) for r in rs if 'reward' in r]
     assert pick(cut) == pick(whole)[2:]
 

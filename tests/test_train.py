@@ -297,6 +297,15 @@ def test_wandb_offline_resumes_the_same_run(base, data):
     runs = list((base/'runs'/'w b').glob('wandb/offline-run-*'))
     assert len(runs) == 2 and {r.name.split('-', 3)[-1] for r in runs} == {'w-b'}
 
+def test_a_metric_of_ones_own_is_recorded(base, data):
+    from nano_dh.train import PretrainConfig, pretrain
+    seen = []
+    pretrain(PretrainConfig(**dict(TINY, data=data, nproc=0, num_iterations=4, eval_every=0), run='healthy', metrics='nano_dh.train:health',
+                            metrics_every=2), seen.append)
+    mine = [r for r in seen if 'half_life_50' in r]
+    assert [r['step'] for r in mine] == [2, 4] and mine[1]['moved'] > 0 and mine[0]['lr'] > 0
+    assert all(r['grad_norm'] > 0 for r in seen if 'loss' in r)
+
 def test_getting_ready_changes_nothing(base, data, monkeypatch):
     "The step that compiles model and optimizer leaves weights, optimizer, data and the run's losses as they were"
     import functools

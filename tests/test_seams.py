@@ -1,0 +1,97 @@
+"A mixer, a task and a metric in a file of one's own: trained on two ranks, resumed, evaluated, talked to; no line of the package touched"
+import json, os, subprocess, sys
+from pathlib import Path
+import pytest, torch
+
+HERE = Path(__file__).parent.parent
+KDA = '''
+"Kimi Delta Attention's rule (Kimi team, 2025, arXiv:2510.26692): a decay for each channel instead of each head"
+import torch, torch.nn.functional as F
+from nano_dh.deltanet import GatedDeltaNet, Linear
+from nano_dh.hybrid_model import register_mixer
+
+class KDA(GatedDeltaNet):
+    def __init__(self, cfg, layer_idx):
+        super().__init__(cfg, layer_idx)
+        self.a_proj = Linear(cfg.d_model, self.n_v_head*self.head_k_dim)
+    def gates(self, x, ab=None):
+        if ab is None: ab = torch.cat([self.a_proj(x), self.b_proj(x)], -1)
+        f, n = torch.promote_types(x.dtype, torch.float32), self.n_v_head
+        a, b = ab.to(f).split([n*self.head_k_dim, n], -1)
+        g = -self.A_log.to(f).exp()[:, None]*F.softplus(a.unflatten(-1, (n, -1)) + self.dt_bias.to(f)[:, None])
+        return g, self.beta_max*b.sigmoid()
+    def recur(self, q, k, v, g, beta, ctx, state=None):
+        (B, T, H, K), HV, V, out = q.shape, v.shape[2], v.shape[3], []
+        q, k = (x.repeat_interleave(HV//H, 2).to(g.dtype) for x in (q*K**-.5, k))
+        if (ok := ctx.valid()) is not None: g, beta = g.where(ok[..., None], 0), beta.where(ok, 0)
+        S = g.new_zeros(B, HV, K, V) if state is None else state.S
+        for t in range(T):
+            if ctx.doc_ids is not None and t: S = S*(ctx.doc_ids[:, t] == ctx.doc_ids[:, t-1])[:, None, None, None]
+            S = S*g[:, t].exp()[..., None]
+            miss = v[:, t].to(g.dtype) - torch.einsum('bhkv,bhk->bhv', S, k[:, t])
+            S = S + torch.einsum('bhk,bhv->bhkv', k[:, t], miss*beta[:, t, :, None])
+            out.append(torch.einsum('bhkv,bhk->bhv', S, q[:, t]))
+        if state is not None: state.S.copy_(S.detach())
+        return torch.stack(out, 1).to(v.dtype)
+
+register_mixer('K', KDA)
+
+def letters(model, tokenizer, step): return dict(recurrent_layers=model.cfg.layer_types.count('K'))
+'''
+
+@pytest.fixture(scope='module')
+def work(tmp_path_factory):
+    d = tmp_path_factory.mktemp('seams'); (d/'my_kda.py').write_text(KDA); return d
+
+def papermill(work, notebook, name, **params):
+    env = os.environ | dict(NANO_DH_BASE_DIR=str(work/'base'), OMP_NUM_THREADS='1', PYTHONPATH=str(HERE))
+    words = [x for k, v in params.items() for x in ('-p', k, str(v))]
+    p = subprocess.run([sys.executable, '-m', 'papermill', '--no-progress-bar', '--cwd', str(work), str(HERE/'runs'/f'{notebook}.ipynb'),
+                        str(work/f'{name}.ipynb'), *words], capture_output=True, text=True, env=env, cwd=work, timeout=400)
+    cells = json.loads((work/f'{name}.ipynb').read_text())['cells']
+    said = ''.join(''.join(o.get('text', '')) for c in cells for o in c.get('outputs', []) if o.get('output_type') == 'stream')
+    return p, said
+
+TINY = dict(depth=2, pattern='KL', vocab_size=512, max_seq_len=32, total_batch_size=256, device_batch_size=4, num_iterations=4, eval_tokens=1024,
+            eval_every=0, save_every=2, prompts='The', device='cpu', model='head_k_dim:16 head_v_dim:16')
+
+def test_a_mixer_of_ones_own_from_training_to_chat(work, monkeypatch):
+    p, said = papermill(work, 'pretrain', 'first', run='kda', imports='my_kda.py', nproc=2, core_metric='my_kda:letters', **TINY)
+    assert p.returncode == 0, p.stderr[-2000:]
+    assert "{'recurrent_layers': 1}" in said and 'step     4/4' in said
+    p, said = papermill(work, 'pretrain', 'more', run='kda', imports='my_kda.py', resume=True, num_iterations=6, nproc=2)
+    assert p.returncode == 0 and 'step     6/6' in said, p.stderr[-2000:]
+    p, said = papermill(work, 'pretrain', 'without', run='kda', resume=True, num_iterations=8)
+    assert p.returncode and 'parameter imports' in p.stderr
+    p, _ = papermill(work, 'base_eval', 'eval', model='kda', core='none', max_docs=2, imports='stored', nproc=1, device='cpu')
+    assert p.returncode == 0, p.stderr[-2000:]
+    env = os.environ | dict(NANO_DH_BASE_DIR=str(work/'base'), OMP_NUM_THREADS='1', PYTHONPATH=str(HERE))
+    ask = [sys.executable, '-c', 'from nano_dh.serve import dh_chat; dh_chat()', '--model', 'kda', '-p', 'Hello', '--max-tokens', '4', '--device', 'cpu']
+    bad = subprocess.run(ask, capture_output=True, text=True, env=env, cwd=work)
+    assert bad.returncode and "'stored'" in bad.stderr + bad.stdout and 'my_kda.py' in bad.stderr + bad.stdout
+    good = subprocess.run([*ask, '--imports', 'stored'], capture_output=True, text=True, env=env, cwd=work)
+    assert good.returncode == 0, good.stderr[-1000:]
+
+def test_its_state_is_right_and_nothing_is_fused_or_rotated(work, monkeypatch):
+    from nano_dh import core, hybrid_model as hm
+    from nano_dh.decode import inference_copy
+    core.load_imports(str(work/'my_kda.py'))
+    try:
+        cfg = hm.HybridConfig.from_depth(2, 'KL', vocab_size=64, sequence_len=32, d_model=64, head_dim=32, head_k_dim=16, head_v_dim=16)
+        assert cfg.pos == 'none' and hm.HybridConfig.from_depth(2, 'L').pos == 'full'
+        m = hm.HybridModel(cfg).double(); gen = torch.Generator().manual_seed(0)
+        for p in m.parameters():
+            if not p.any(): p.data.normal_(0, .1, generator=gen)
+        x = torch.randint(0, 64, (2, 12), generator=gen); whole, state = m(x), m.init_state(2, 12)
+        parts = torch.cat([m(x[:, :5], state=state), *(m(x[:, t:t+1], state=state) for t in range(5, 12))], 1)
+        assert (whole - parts).abs().max() < 1e-9 and m.init_state(2, 12).nbytes() == m.state_bytes(12, 2)
+        two = m(x.reshape(1, -1), cu_seqlens=torch.tensor([0, 12, 24]))
+        assert (two.view(whole.shape) - whole).abs().max() < 1e-9
+        copy = inference_copy(m, torch.float64)
+        assert not hasattr(copy.blocks[0].mixer, 'fused') and (copy(x) - whole).abs().max() < 1e-9
+    finally: hm.MIXERS.pop('K', None); hm.ORDERED.discard('K'); sys.modules.pop('my_kda', None); core.OWN.pop('my_kda', None)
+
+def test_a_mixer_says_whether_it_knows_the_order():
+    from nano_dh.hybrid_model import MIXERS, register_mixer
+    with pytest.raises(ValueError, match='does it know the order of tokens'): register_mixer('X', lambda cfg, i: None)
+    assert 'X' not in MIXERS
