@@ -748,14 +748,14 @@ def _shards_of(name, files): # files of one prefix (split -> list) -> Source
     if train[0].parent.parent != base_dir()/'data': _became(name, train, val, [])
     return Source(name, dict(train=[(f, None) for f in train], val=[(f, None) for f in val]))
 
-def _owner(path, by): # a file that is called just valid.parquet validates the one source there is
-    val = by.get('', {}).get('val')
-    if not val or 'train' in by['']: return
+def _owner(path, by): # one file to validate, one source without: valid.parquet and wiki.parquet
+    val = [p for p in by if 'val' in by[p] and 'train' not in by[p]]
     of = [p for p in by if 'train' in by[p] and 'val' not in by[p]]
-    if len(of) > 1:
-        raise ValueError(f'{path/val[0].name} could validate {_shown(of)}; put the name of one '
-                         f'before it, as in {of[0]}_{val[0].name}')
-    if of: by[of[0]]['val'] = by.pop('')['val']
+    if val == [''] and len(of) > 1:
+        name = by['']['val'][0].name
+        raise ValueError(f'{path/name} could validate {_shown(of)}; put the name of one before it, '
+                         f'as in {of[0]}_{name}')
+    if len(val) == len(of) == 1: by[of[0]]['val'] = by.pop(val[0])['val']
 
 def _pick(path, files, name='', want=''): # shards [(file, split)] -> list of Source
     by = {}
