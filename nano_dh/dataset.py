@@ -817,10 +817,12 @@ def _entries(spec): # 'a:45,b:55' -> [('a', 45.), ('b', 55.)]; a lone name has w
 def _any_text(s, split): # is there text in it? The first batch says so, as a rule
     for f, keep in s.files[split]:
         groups = range(len(footer(f, s.column))) if keep is None else keep
-        with _reading(f):
-            for b in pq.ParquetFile(f).iter_batches(64, [*groups], [s.column]):
-                texts = b[0].cast(pa.large_binary()).to_pylist()
-                if any(t and not t.decode(errors='replace').isspace() for t in texts): return True
+        for g in groups:
+            with _reading(f'{f}, row group {g}'):
+                p = pq.ParquetFile(f, page_checksum_verification=True)
+                for b in p.iter_batches(64, [g], [s.column]):
+                    texts = b[0].cast(pa.large_binary()).to_pylist()
+                    if any(t and t.decode(errors='replace').strip() for t in texts): return True
     return False
 
 # %% ../nbs/08_dataset.ipynb #open
