@@ -185,11 +185,13 @@ def _manifest(p): # of a folder; None if it has none; an error if that cannot be
     return m
 
 _note = lru_cache(print0)       # once
-def checkpoints(run_dir:str|Path) -> list[dict]: # step, serial, path, files; the newest last
+def checkpoints(run_dir:str|Path,   # folder of a run
+                but:Path|None=None  # one that is not looked at
+               ) -> list[dict]:     # step, serial, path, files; the newest last
     "Complete checkpoints of a run in the order they were written"
     out = []
     for p in Path(run_dir).glob('[0-9]*'):
-        try: m = _manifest(p)
+        try: m = None if p == but else _manifest(p)
         except CheckpointError as e: _note(f'{e}; left out'); continue
         if m: out.append(dict(m, path=p))
     return sorted(out, key=lambda m: m['serial'])
@@ -357,7 +359,7 @@ def verify(path:str|Path # folder of a checkpoint
     "Refuse a checkpoint that is damaged, foreign or of a newer format"
     path = Path(path)
     def refuse(why):
-        rest = [f"{c['step']}" for c in checkpoints(path.parent) if c['path'] != path]
+        rest = [f"{c['step']}" for c in checkpoints(path.parent, path)]
         way = (f'; to go on from step {rest[-1]}: python -c "from nano_dh.checkpoint import '
                f'set_aside; set_aside({str(path)!r})"' if rest else '')
         rest = ', '.join(rest) or 'none'

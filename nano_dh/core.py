@@ -256,7 +256,7 @@ def checked(cls:type,  # a dataclass
 
 # %% ../nbs/00_core.ipynb #bounds
 MORE, MANY = math.ulp(0.), math.inf            # the least number above 0; no limit but to be finite
-RATE, COUNT, EVERY, SHARE = (0, 100), (1, 10**15), (0, 10**15), (0, 1)
+RATE, COUNT, EVERY, SHARE = (0, MANY), (1, 10**15), (0, 10**15), (0, 1)
 BOUNDS = dict( # field -> least and greatest value; for every stage that has the field
     depth=(1, 10_000), vocab_size=(1, 2**31 - 1), max_seq_len=(1, 2**31 - 1), nproc=(0, 65_536),
     seed=(-2**63, 2**63 - 1), num_iterations=COUNT, target_flops=(MORE, MANY),
@@ -275,9 +275,9 @@ def check_bounds(cfg): # a configuration; fields that are not in the table are l
     for k, (least, most) in BOUNDS.items():
         v, derived = getattr(cfg, k, None), getattr(type(cfg), k, None) == -1
         if v is None or v == -1 and derived or least <= v <= most and abs(v) < MANY: continue
-        want = (f'{least:g} to {most:g}' if most <= 100 and least != MORE else 'more than 0'
-                if least == MORE and not v > most else f'at most {most:,}' if v > most
-                else f'{least:,} or more')
+        want = (f'{least:g} to {most:g}' if most == 1 else f'at most {most:,}' if v > most else
+                'more than 0' if least == MORE else f'{least:,} or more')
+        if not math.isfinite(v): want = f'a finite number, {want}'
         shown = f'{v:g}' if least == MORE else v
         raise ValueError(f'{k} {shown}: take {want}' + ', or -1 to derive it'*derived)
 

@@ -752,14 +752,14 @@ def _shards_of(name, files): # files of one prefix (split -> list) -> Source
     if train[0].parent.parent != base_dir()/'data': _became(name, train, val, [])
     return Source(name, dict(train=[(f, None) for f in train], val=[(f, None) for f in val]))
 
-def _owner(path, by): # a file that is called just valid.parquet validates the one source there is
-    val = by.get('', {}).get('val')
-    if not val or 'train' in by['']: return
+def _owner(path, by): # one file to validate, one source without: valid.parquet and wiki.parquet
+    val = [p for p in by if 'val' in by[p] and 'train' not in by[p]]
     of = [p for p in by if 'train' in by[p] and 'val' not in by[p]]
-    if len(of) > 1:
-        raise ValueError(f'{path/val[0].name} could validate {_shown(of)}; put the name of one '
-                         f'before it, as in {of[0]}_{val[0].name}')
-    if of: by[of[0]]['val'] = by.pop('')['val']
+    if val == [''] and len(of) > 1:
+        name = by['']['val'][0].name
+        raise ValueError(f'{path/name} could validate {_shown(of)}; put the name of one before it, '
+                         f'as in {of[0]}_{name}')
+    if len(val) == len(of) == 1: by[of[0]]['val'] = by.pop(val[0])['val']
 
 def _pick(path, files, name='', want=''): # shards [(file, split)] -> list of Source
     by = {}
@@ -822,10 +822,12 @@ def _entries(spec): # 'a:45,b:55' -> [('a', 45.), ('b', 55.)]; a lone name has w
 def _any_text(s, split): # is there text in it? The first batch says so, as a rule
     for f, keep in s.files[split]:
         groups = range(len(footer(f, s.column))) if keep is None else keep
-        with _reading(f):
-            for b in pq.ParquetFile(f).iter_batches(64, [*groups], [s.column]):
-                texts = b[0].cast(pa.large_binary()).to_pylist()
-                if any(t and not t.decode(errors='replace').isspace() for t in texts): return True
+        for g in groups:
+            with _reading(f'{f}, row group {g}'):
+                p = pq.ParquetFile(f, page_checksum_verification=True)
+                for b in p.iter_batches(64, [g], [s.column]):
+                    texts = b[0].cast(pa.large_binary()).to_pylist()
+                    if any(t and t.decode(errors='replace').strip() for t in texts): return True
     return False
 
 # %% ../nbs/08_dataset.ipynb #open

@@ -158,7 +158,7 @@ def _look(pulse, r, main, cuda, every): # the thread that looks, for as long as 
         sig, place, waits = _standing(sys._current_frames().get(main))
         try: now, used = time.monotonic(), time.clock_gettime(clock)
         except OSError: return                       # the thread has ended
-        if sig != last or not (cuda or waits) and used - spent > .2*every: moved = now
+        if sig != last or not (cuda or waits) and used - spent > 1e-4: moved = now
         last, spent = sig, used; pulse.note(r, now, moved, waits, place); time.sleep(every)
 
 # %% ../nbs/13_launch.ipynb #judge

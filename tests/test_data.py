@@ -306,7 +306,7 @@ SAFE = {'dots': ['wiki.train.txt', 'wiki.valid.txtx'], 'spaces': ['wiki train.tx
     'capitals': ['wikiTrain.jsonl', 'wikiValidation.jsonlx'], 'upper': ['A.TXT', 'VALID.TXTx'], 'held-out': ['a.txt', 'held-out.txtx'], 'holdout': ['a.jsonl', 'a.hold_out.jsonlx'],
     'middle': ['wiki-en.txt', 'wiki-valid-en.txtx'], 'deep': ['train/x/a.txt', 'valid/x/a.txtx'], 'test folder': ['a.txt', 'b.txt', 'test/c.txtx'], 'dev folder': ['train/a.jsonl', 'dev/a.jsonlx'],
     'shard folders': ['train/p_000.parquet', 'train/p_001.parquet', 'valid/p_000.parquetx'], 'shard dots': ['p.000.parquet', 'p.valid.000.parquetx'], 'lone valid': ['wiki_0.parquet', 'wiki_1.parquet', 'valid.parquetx'],
-    'eval shards': ['p_0.parquet', 'p-eval.parquetx'], 'below': ['set/train/a.txt', 'set/validation/b.txtx'], 'val only beside': ['a.txt', 'b.txt', 'val/c.txtx'], 'of': ['train-00000-of-00002.parquet', 'validation-00000-of-00001.parquetx'],
+    'other name': ['prose_0.parquet', 'prose_1.parquet', 'books_val.parquetx'], 'eval shards': ['p_0.parquet', 'p-eval.parquetx'], 'below': ['set/train/a.txt', 'set/validation/b.txtx'], 'val only beside': ['a.txt', 'b.txt', 'val/c.txtx'], 'of': ['train-00000-of-00002.parquet', 'validation-00000-of-00001.parquetx'],
     'readme': ['a.jsonl', 'README.md?', 'LICENSE.txt?'], 'readme2': ['a.txt', 'readme.txt?', 'ATTRIBUTION.md?', 'valid.txtx']}
 
 @pytest.mark.parametrize('case', SAFE)

@@ -148,7 +148,7 @@ NAN, INF = float('nan'), float('inf')
 WRONG = [*((k, v) for k in ('clip', 'embedding_lr', 'unembedding_lr', 'matrix_lr', 'scalar_lr', 'weight_decay', 'final_lr_frac', 'warmdown_ratio', 'gpu_hour_price') for v in (-.5, NAN, INF, -INF)),
          *((k, v) for k in ('target_flops', 'target_param_data_ratio', 'max_hours') for v in (0., -2., NAN, INF)), ('final_lr_frac', -5.), ('final_lr_frac', 1.5), ('warmdown_ratio', 9.),
          ('warmup_steps', -3), ('seed', 2**70), ('seed', -2**64), ('depth', 0), ('depth', 10**6), ('eval_tokens', 0), ('keep', -2), ('nproc', -2), ('total_batch_size', 0), ('num_iterations', 10**18),
-         ('max_seq_len', 2**40), ('matrix_lr', 1e9), ('weight_decay', 1e9)]
+         ('max_seq_len', 2**40), ('max_seq_len', 0)]
 CHAT, RL = [('epochs', v) for v in (0., -3., NAN, INF)] + [('lr_frac', v) for v in (-.5, NAN, INF)], \
     [('temperature', v) for v in (0., -1., NAN, INF)] + [('top_k', -1), ('minutes', NAN), ('minutes', -1.), ('samples', 1), ('questions', 0), ('max_tokens', 0), ('eval_samples', 0)]
 
