@@ -173,7 +173,8 @@ def _words(tok, ends:tuple): # once: it takes a while for a large vocabulary
 # %% ../nbs/17_engine.ipynb #json-grammar
 _RULES = dict(whitespace_flexible=True, whitespace_pattern=r'[ \t\n\r]{1,32}', lenient=False)
 
-def _line(text): return ' '.join(text.split('<state>')[0].split())[:200] # of llguidance: one line
+def _line(text): # of what llguidance says: its last line, without the dump of its state
+    return text.split('<state>')[0].strip().split('\n')[-1].removeprefix('error: ')[:200]
 
 class Grammar:
     "What an answer must be"
