@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['OPEN', 'EVENTS', 'ROUTES', 'HELP', 'Place', 'ServeConfig', 'ApiError', 'parse_json', 'Part', 'Message', 'dialog',
-           'StreamOptions', 'Common', 'Sampling', 'ChatRequest', 'CompletionRequest', 'ReplyRequest', 'StateRequest',
-           'TextRequest', 'sentence', 'Guard', 'Down', 'Worker', 'Memory', 'seal', 'sealed', 'write_state', 'opened',
-           'read_state', 'Answer', 'Metrics', 'Service', 'ChatForm', 'TextForm', 'sse', 'Events', 'ReplyForm',
-           'make_app', 'ErrorBody', 'Connection', 'handles', 'Server', 'listen', 'serving', 'Got', 'load', 'summary',
-           'find_model', 'open_engines', 'dh_serve', 'Chat', 'ChatConfig', 'show', 'command', 'talk', 'dh_chat']
+           'StreamOptions', 'Common', 'Sampling', 'Shape', 'Format', 'ReplyFormat', 'ReplyText', 'ChatRequest',
+           'CompletionRequest', 'ReplyRequest', 'StateRequest', 'TextRequest', 'sentence', 'Guard', 'Down', 'Worker',
+           'Memory', 'seal', 'sealed', 'write_state', 'opened', 'read_state', 'Answer', 'Metrics', 'Service',
+           'ChatForm', 'TextForm', 'sse', 'Events', 'ReplyForm', 'make_app', 'ErrorBody', 'Connection', 'handles',
+           'Server', 'listen', 'serving', 'Got', 'load', 'summary', 'find_model', 'open_engines', 'dh_serve', 'Chat',
+           'ChatConfig', 'show', 'command', 'talk', 'dh_chat']
 
 # %% ../nbs/25_serve.ipynb #imports
 import asyncio, codecs, errno, gc, h11, hmac, json, math, os, re, resource, secrets, signal
@@ -36,7 +37,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from .cache import PrefixCache, StateError, _keys, prefill, read_prompt
 from .checkpoint import CheckpointError, load_model
 from .core import atomic_write, base_dir, closest, get_device, human, options
-from .engine import Engine, Request, Salted, Shelves, bucket, no_memory
+from .engine import Engine, Grammar, GrammarError, Request, Salted, Shelves, bucket, no_memory
 from .sft import newest
 from .tasks import ConversationError, messages, render
 from .train import PlanError
@@ -217,6 +218,35 @@ class Sampling(Common):
     repetition_penalty: _only(1) = None
     logit_bias: _few(Annotated[float, Field(ge=-100, le=100)], 1024)|None = None
 
+# %% ../nbs/25_serve.ipynb #schema-j
+class Shape(_Strict):
+    "A JSON Schema and its name"
+    name: str
+    schema_: dict|None = Field(None, alias='schema')
+    description: str|None = None
+    strict: bool|None = None           # it is followed in either case
+
+class Format(_Strict):
+    "response_format of a chat"
+    type: Literal['text', 'json_object', 'json_schema']
+    json_schema: Shape|None = None
+    @property
+    def shape(self) -> dict|None: # None: nothing is asked of the text
+        if self.type == 'text': return None
+        return dict(type='object') if self.type == 'json_object' else self.json_schema.schema_
+
+class ReplyFormat(_Strict):
+    "text.format of /v1/responses"
+    type: Literal['text', 'json_object', 'json_schema']
+    name: str|None = None
+    schema_: dict|None = Field(None, alias='schema')
+    description: str|None = None
+    strict: bool|None = None
+
+class ReplyText(_Strict):
+    format: ReplyFormat|None = None
+    verbosity: str|None = None
+
 # %% ../nbs/25_serve.ipynb #schema3
 class ChatRequest(Sampling):
     "POST /v1/chat/completions"
@@ -230,7 +260,7 @@ class ChatRequest(Sampling):
     function_call: _only('none', 'auto') = None
     tool_choice: str|dict|None = None
     parallel_tool_calls: bool|None = None
-    response_format: _only(dict(type='text')) = None
+    response_format: Format|None = None
     modalities: _only(['text']) = None
     audio: _only() = None
     prediction: _only() = None
@@ -276,7 +306,7 @@ class ReplyRequest(Common):
     tools: list|None = None
     tool_choice: str|dict|None = None
     parallel_tool_calls: bool|None = None
-    text: _only({}, dict(format=dict(type='text'))) = None
+    text: ReplyText|None = None
     background: _only(False) = None
     previous_response_id: _only() = None
     conversation: _only() = None
@@ -292,6 +322,9 @@ def as_chat(self:ReplyRequest) -> ChatRequest:
     ms = [Message(role='user', content=self.input)] if isinstance(self.input, str) else self.input
     if self.instructions: ms = [Message(role='system', content=self.instructions), *ms]
     same = {k: getattr(self, k) for k in (*Common.model_fields, 'tools', 'tool_choice')}
+    if (f := self.text and self.text.format):
+        shape = f.type == 'json_schema' and Shape(name=f.name or '', schema=f.schema_)
+        same['response_format'] = Format(type=f.type, json_schema=shape or None)
     return ChatRequest(messages=ms, max_tokens=self.max_output_tokens, **same)
 
 class StateRequest(_Strict):
@@ -940,6 +973,24 @@ def callable(self:Service, body): # refuses tools that nobody would call
         raise ApiError(400, "Invalid value for 'tool_choice': 'tool_choice' is only allowed when "
                        "'tools' are specified.", 'tool_choice', 'invalid_value')
 
+# %% ../nbs/25_serve.ipynb #shape
+@patch
+async def shape(self:Service, chat:ChatRequest, param='response_format') -> dict: # of Request
+    "What the answer must be, and what that rules out"
+    def bad(why, code='invalid_value', at=param): raise ApiError(400, why, at, code)
+    engine, f = self.workers[0].engine, chat.response_format
+    if f and f.type == 'json_schema' and not (f.json_schema and f.json_schema.schema_ is not None):
+        at = f'{param}.json_schema.schema' if param == 'response_format' else f'{param}.schema'
+        bad(f"Missing required parameter: '{at}'.", 'missing_required_parameter', at)
+    schema = f and f.shape
+    if schema is None: return dict(tools=chat.calculator and engine.tool_ids is not None)
+    if chat.goes_on:
+        bad(f"'{param}' begins a new answer, and the last message is the assistant's already; end "
+            "with the user's, or send add_generation_prompt true.")
+    try: g = await asyncio.to_thread(Grammar, self.tok, schema, engine.stop_tokens)
+    except GrammarError as e: bad(f"Invalid '{param}': {e}"[:300])
+    return dict(grammar=g)
+
 # %% ../nbs/25_serve.ipynb #done
 @patch
 def done(self:Service, a:Answer):
@@ -1154,8 +1205,14 @@ class ReplyForm:
             max_output_tokens=b.max_output_tokens, metadata=b.metadata or {}, user=b.user, tools=[],
             tool_choice='auto', parallel_tool_calls=True, previous_response_id=None, store=False,
             temperature=1. if b.temperature is None else b.temperature, truncation='disabled',
-            top_p=1. if b.top_p is None else b.top_p, text=dict(format=dict(type='text')),
+            top_p=1. if b.top_p is None else b.top_p, text=self.text,
             reasoning=dict(effort=None, summary=None), usage=usage)
+
+    @property
+    def text(self): # the format that was asked for
+        f = self.body.text and self.body.text.format
+        given = f.model_dump(by_alias=True, exclude_none=True) if f else dict(type='text')
+        return dict(format=given)
 
     def event(self, kind, **fields):
         self.number += 1
@@ -1264,20 +1321,18 @@ _SAYS = {k: dict(model=ErrorBody) for k in (400, 401, 403, 404, 408, 413, 429, 5
 
 # %% ../nbs/25_serve.ipynb #routes
 def _answers(app, s):
-    def ask(ids, chat):
-        return s.ask([ids], chat, tools=chat.calculator and s.workers[0].engine.tool_ids is not None)
-
     @app.post('/v1/chat/completions', responses=_SAYS)
     async def chat(body:ChatRequest, http:HTTP):
         ids, _ = await s.ids(body.messages, s.salt(http, body), body.goes_on)
-        a, form = ask(ids, body), ChatForm(s.tok)
+        a, form = s.ask([ids], body, **await s.shape(body)), ChatForm(s.tok)
         return await s.reply(http, a, (s.stream if body.stream else s.whole)(a, body, form))
 
     @app.post('/v1/responses', responses=_SAYS)
     async def responses(body:ReplyRequest, http:HTTP):
         as_chat = body.as_chat()
         ids, _ = await s.ids(as_chat.messages, s.salt(http, body), as_chat.goes_on)
-        a, form = ask(ids, as_chat), ReplyForm(s.name, body)
+        how = await s.shape(as_chat, 'text.format')
+        a, form = s.ask([ids], as_chat, **how), ReplyForm(s.name, body)
         return await s.reply(http, a, (s.reply_events if body.stream else s.reply_whole)(a, form))
 
     @app.post('/v1/completions', responses=_SAYS)

@@ -1,10 +1,10 @@
 "Inference beyond the chapters: exactness in any company, random schedules, fresh processes, hostile tool calls, long streams."
-import copy, math, os, random, re, subprocess, sys, threading, time, tracemalloc, weakref
+import copy, json, math, os, random, re, subprocess, sys, threading, time, tracemalloc, weakref
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import lru_cache
 from pathlib import Path
-import nbformat, pytest, torch
+import jsonschema, nbformat, pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from nano_dh.bench import TABLES, BenchConfig
 import nano_dh.cache as C
@@ -969,3 +969,94 @@ def test_bias_and_penalties(lag):
     for _ in range(9): e.step()
     e._halve(RuntimeError('on purpose')); e.run(ss)
     assert [s.tokens for s in ss] == [plain(r.prompt, r) for r in rs] and ss[2].tokens == [3]*30
+
+SHORT = dict(type='string', maxLength=6)
+SCHEMAS = [dict(type='boolean'), dict(type='null'), dict(type='integer', minimum=-3, maximum=40), dict(type='number', exclusiveMinimum=0, maximum=1), SHORT, dict(enum=['red', 'green', 3, None, 'né']), dict(const={'a': [1]}),
+    dict(type='string', pattern='^[a-c]{2,4}$'), dict(type='string', format='date'), dict(type=['integer', 'null'], minimum=0, maximum=9), dict(type='array', items=dict(type='boolean'), minItems=2, maxItems=4),
+    dict(type='array', prefixItems=[SHORT, dict(type='boolean')], items=False, minItems=2), dict(anyOf=[dict(type='boolean'), SHORT]), dict(type='object', additionalProperties=False),
+    dict(type='object', properties=dict(name=SHORT, age=dict(type='integer', minimum=0, maximum=120), more=dict(type='boolean')), required=['name', 'age'], additionalProperties=False),
+    dict(type='object', properties={'a "quoted" \\ é': dict(type='null')}, required=['a "quoted" \\ é'], additionalProperties=False),
+    {'$defs': dict(tree=dict(type='object', properties=dict(v=dict(type='boolean'), next=dict(anyOf=[dict(type='null'), {'$ref': '#/$defs/tree'}])), required=['v', 'next'], additionalProperties=False)), '$ref': '#/$defs/tree'}]
+
+def fits(s, schema): # a finished stream
+    assert s.reason in ('stop', 'length') and s.error is None, (s.reason, s.error)
+    if s.reason == 'length': assert len(s.tokens) == s.limit; return False
+    assert s.tokens[-1] in s.engine.stop_tokens and not {*s.tokens[:-1]} & {*TOK.special.values()}
+    jsonschema.validate(json.loads(s.text), schema)
+    return True
+
+def schemas(): # small ones, nested
+    leaf = st.sampled_from(SCHEMAS[:10])
+    names = st.lists(st.text(st.characters(codec='utf-8', exclude_categories=['Cs']), max_size=4), unique=True, min_size=1, max_size=3)
+    def deeper(inner):
+        objects = names.flatmap(lambda ns: st.tuples(st.fixed_dictionaries({n: inner for n in ns}), st.sets(st.sampled_from(ns))))
+        lists = st.builds(lambda x, n: dict(type='array', items=x, minItems=n, maxItems=n + 1), inner, st.integers(0, 2))
+        return lists | objects.map(lambda o: dict(type='object', properties=o[0], required=sorted(o[1]), additionalProperties=False))
+    return st.recursive(leaf, deeper, max_leaves=4)
+
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(schemas(), st.integers(0, 2**32), st.sampled_from([dict(temperature=0.), dict(), dict(temperature=2.), dict(top_k=3), dict(top_p=.5), dict(min_p=.5, bias={34: 100., 123: -100., 256: 100.}), dict(presence=2., frequency=-1.)]))
+def test_json_fits_any_schema(schema, seed, how):
+    e = json_engine()
+    try: g = e.grammar(schema)
+    except E.GrammarError as error: assert '\n' not in str(error); return
+    s = e.run([e.submit(Request([seed % 200], 300, seed=seed, grammar=g, **how))])[0]
+    fits(s, schema)
+
+@lru_cache
+def json_engine(): return Engine(make(vocab_size=320), TOK, exact=True)   # a vocabulary padded beyond the tokenizer's
+
+def test_json_ends_right_and_disturbs_nobody():
+    "All schemas, greedy and drawn, in one batch with others: those that end by themselves fit, the others are the same to the bit"
+    e, n = json_engine(), len(SCHEMAS)
+    gs = [e.grammar(x) for x in SCHEMAS]
+    ask = [Request([i], 250, seed=i, temperature=t, grammar=gs[i]) for i in range(n) for t in (0., 1., 1.5)]
+    plain = [Request([i, 7], 30, seed=i, temperature=i % 2, logprobs=2, bias={5: 1.} if i % 3 == 0 else None) for i in range(8)]
+    alone = [e.run([e.submit(replace(r))])[0] for r in plain]
+    mixed = ask + plain; order = random.Random(0).sample(range(len(mixed)), len(mixed))
+    got = dict(zip(order, e.run([e.submit(replace(mixed[i])) for i in order])))
+    for i, a in enumerate(alone):
+        b = got[len(ask) + i]; assert (a.tokens, a.logprobs, a.tops) == (b.tokens, b.logprobs, b.tops)
+    ended = [fits(got[k], SCHEMAS[k//3]) for k in range(len(ask))]
+    assert sum(ended) > .6*len(ended) and all(any(ended[3*i:3*i + 3]) for i in range(n)), ended
+    for k in range(0, len(ask), 5): assert e.run([e.submit(replace(ask[k]))])[0].tokens == got[k].tokens    # and they are the same alone
+
+def test_json_cut_says_length():
+    e = json_engine(); g = e.grammar(SCHEMAS[14]); whole = e.run([e.submit(Request([3], 400, seed=1, grammar=g))])[0]
+    assert fits(whole, SCHEMAS[14])
+    for k in (1, 5, len(whole.tokens) - 1): # the last: complete, but it has not said so
+        s = e.run([e.submit(Request([3], k, seed=1, grammar=g))])[0]; assert (s.reason, s.tokens) == ('length', whole.tokens[:k])
+    s = e.run([e.submit(Request([3], len(whole.tokens), seed=1, grammar=g))])[0]; assert s.reason == 'stop'
+
+def test_json_goes_on_after_an_error(monkeypatch):
+    "A step fails after tokens were followed: they are followed again, from the start if the place is ahead"
+    e = Engine(make().double(), TOK); g = e.grammar(SCHEMAS[14]); ask = [Request([i], 60, seed=i, grammar=g) for i in range(3)]
+    want = [e.run([e.submit(replace(r))])[0].tokens for r in ask]; steps = 0
+    def unlucky(*_):
+        nonlocal steps; steps += 1
+        if steps == 9: raise MemoryError('no room')
+    hook = e.model.blocks[2].register_forward_pre_hook(unlucky); ss = [e.submit(replace(r)) for r in ask]
+    with pytest.raises(MemoryError): e.run(ss)
+    e.run(ss); hook.remove(); assert [s.tokens for s in ss[:2]] == want[:2] and ss[2].reason == 'error'
+    guide, text = E.Guide(g), [*b'{"name": "Ada", "age": 36}']; z = torch.zeros(TOK.vocab_size)
+    guide.follow(text); guide.follow(text[:9]); a = guide.mask(z); other = E.Guide(g); other.follow(text[:9]); assert a.equal(other.mask(z)) and a.isfinite().sum() == 1 + 4
+    ends = torch.tensor(sorted(e.stop_tokens)); guide.follow(text); assert guide.mask(z).isfinite().nonzero()[:, 0].equal(ends)
+    guide.follow([*text, ends[0].item()]); guide.mask(z); guide.check()          # an end that was drawn and is not read back yet
+
+def test_json_that_outgrows_its_parser_ends_alone():
+    e = json_engine(); g = e.grammar(SCHEMAS[14]); other = Request([5], 30, seed=5); alone = e.run([e.submit(replace(other))])[0].tokens
+    s, o = e.submit(Request([3], 200, grammar=g)), e.submit(other)
+    while len(s.tokens) < 3: e.step()
+    s.guide.at.consume_token(0); assert s.guide.at.is_error()                    # as llguidance is when a limit is met
+    e.run([s, o]); assert s.reason == 'error' and 'too large' in s.error and '\n' not in s.error and o.tokens == alone
+
+def test_json_refusals(monkeypatch):
+    e = json_engine(); g = e.grammar({})
+    for kw, words in ((dict(tools=True), 'tools speak outside'), (dict(stop_tokens=(1,)), 'leave out stop_tokens')):
+        with pytest.raises(ValueError, match=words): Request([1], grammar=g, **kw)
+    for bad in (dict(type='wish'), dict(uniqueItems=True, type='array'), {'$ref': 'http://localhost/x'}, dict(type='string', pattern='(?=a)b'), {'not': {}}, {'x-guidance': dict(lenient=True), 'not': {}}, dict(type='integer', minimum=2, maximum=1), 3):
+        with pytest.raises(E.GrammarError) as said: e.grammar(bad)
+        assert '\n' not in str(said.value) and len(str(said.value)) < 300
+    with pytest.raises(E.GrammarError, match='needs a tokenizer'): Engine(make(), None).grammar({})
+    monkeypatch.setitem(sys.modules, 'llguidance', None); E._words.cache_clear()
+    with pytest.raises(E.GrammarError, match='pip install llguidance'): e.grammar({})

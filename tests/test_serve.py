@@ -3,7 +3,8 @@ import http.client, io, json, os, random, re, resource, shutil, signal, socket, 
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
-import openai, pytest, torch
+from typing import Literal
+import jsonschema, openai, pytest, torch
 from openai import OpenAI
 import nano_dh.engine as E, nano_dh.serve as S
 from nano_dh.checkpoint import load_model, save_checkpoint
@@ -200,7 +201,7 @@ WRONG = [dict(messages=x) for x in (None, 'hi', [], [1], [{}], [dict(content='x'
          [dict(role='user', content=[dict(type='image_url', text='x')])], [dict(role='user', content=[dict(type='python', text='1')])])]
 WRONG += [dict(messages=ask('x'), **{k: v}) for k, v in dict(temperature='1', top_p=-.1, top_k=-2, min_p=2, n=0, seed=2**70, seed2=1, stop=['a']*5, stop_=1, stream='yes', max_tokens=0,
           max_completion_tokens=1.5, top_logprobs=21, logprobs='true', presence_penalty=2.1, frequency_penalty='1', repetition_penalty=1.2, logit_bias={'1': 101}, tools=[{}], model=3, stream_options=[],
-          response_format=dict(type='json_object'), calculator=None, modalities=['audio'], audio={}, tool_choice='required', functions=[{}], service_tier='flex', metadata={'a': 1}, best_of=1).items()]
+          response_format=dict(type='xml'), calculator=None, modalities=['audio'], audio={}, tool_choice='required', functions=[{}], service_tier='flex', metadata={'a': 1}, best_of=1).items()]
 WRONG += [dict(messages=ask('x'), **x) for x in (dict(stop=''), dict(n=17), dict(max_tokens=5000), dict(logit_bias={'x': 1}), dict(logit_bias={'265': 1}), dict(logit_bias={'-1': 1}), dict(tools=[{}], tool_choice='auto'))]
 
 @pytest.mark.parametrize('what', BAD)
@@ -219,7 +220,7 @@ def test_wrong_types_and_values(srv):
     for x in (dict(), dict(prompt=[]), dict(prompt=[[]]), dict(prompt=[1, 'a']), dict(prompt=[-1]), dict(prompt=[10**9]), dict(prompt=[True]), dict(prompt='x', max_tokens=0), dict(prompt='x', logprobs=6),
               dict(prompt='x', best_of=3), dict(prompt='x', suffix='y'), dict(prompt='x', echo=1)):
         status, _, body = call(srv.url, '/v1/completions', x); in_api_words(refused(status, body, 400)['message'])
-    for x in (dict(), dict(input=[]), dict(input=3), dict(input='x', messages=[]), dict(input='x', tools=[{}]), dict(input='x', previous_response_id='resp_1'), dict(input='x', text=dict(format=dict(type='json_object'))),
+    for x in (dict(), dict(input=[]), dict(input=3), dict(input='x', messages=[]), dict(input='x', tools=[{}]), dict(input='x', previous_response_id='resp_1'), dict(input='x', text=dict(format=dict(type='xml'))), dict(input='x', text=dict(format=dict(type='json_schema', name='a'))),
               dict(input=[dict(type='function_call', role='user', content='x')]), dict(input='x', max_output_tokens=0)):
         status, _, body = call(srv.url, '/v1/responses', x); in_api_words(refused(status, body, 400)['message'])
 
@@ -676,7 +677,7 @@ def test_parameters_of_all_kinds(srv):
     assert chat(srv.url, messages=ask('Hello'), logit_bias={'65': 100}) == 'A'*8 and set(chat(srv.url, messages=ask('Hello'), logit_bias={str(ord(plain[0])): -100})).isdisjoint(plain[0])
     for k in ('presence', 'frequency'):
         kw = {f'{k}_penalty': 2.}; assert chat(srv.url, messages=ask('Hello'), max_tokens=30, **kw) == alone(ask('Hello'), 30, **{k: 2.}).text
-    for kw, code, words in ((dict(tools=[dict(type='function', function=dict(name='f'))]), 'unsupported_parameter', "Unsupported parameter: 'tools' is not supported with this model"), (dict(response_format=dict(type='json_object')), 'unsupported_value', "'response_format' does not support"),
+    for kw, code, words in ((dict(tools=[dict(type='function', function=dict(name='f'))]), 'unsupported_parameter', "Unsupported parameter: 'tools' is not supported with this model"), (dict(response_format=dict(type='xml')), 'invalid_value', "Invalid value: 'xml'. Supported values are: 'text', 'json_object' or 'json_schema'"),
                             (dict(messages=[dict(role='user')]*2, temperature='1'), 'invalid_type', "Invalid type for 'temperature': expected a number, but got a string instead."), (dict(temperature=-1), 'below_minimum_value', 'Expected a value >= 0'), (dict(messages=[]), 'empty_array', "Invalid 'messages': empty array"),
                             (dict(messages=[dict(role='user', content=[dict(type='image_url', image_url=dict(url='x'))])]), 'invalid_value', "Invalid value: 'image_url'. Supported values are: 'text'"), (dict(max_token=1), 'unknown_parameter', "Unknown parameter: 'max_token'. Did you mean 'max_tokens'?"),
                             (dict(messages=[dict(role='robot', content='x')]), 'invalid_value', "Invalid value: 'robot'. Supported values are: 'system', 'developer'"), (dict(messages=[dict(role='user', content=3)]), 'invalid_type', "'messages[0].content': expected a string or an array")):
@@ -1005,3 +1006,65 @@ def test_kill_and_start_again(base, srv): # the last one: srv is gone afterwards
         p.send_signal(signal.SIGTERM); time.sleep(.2); p.send_signal(signal.SIGTERM)
         assert p.wait(10) == 0 and time.time() - start < 4; t.join(); stalled.close()
         assert all('going down' in g.error and g.text for g in t.got) and not any('Traceback' in l for l in p.lines)
+
+PERSON = dict(type='object', properties=dict(name=dict(type='string', maxLength=8), age=dict(type='integer', minimum=0, maximum=120)), required=['name', 'age'], additionalProperties=False)
+def as_format(schema): return dict(type='json_schema', json_schema=dict(name='it', schema=schema, strict=True))
+
+def fits(text, why, schema): # -> whether it ended by itself
+    if why == 'length': return False
+    assert why == 'stop', why
+    jsonschema.validate(json.loads(text), schema); return True
+
+def test_json_of_every_kind(client):
+    "OpenAI's client: whole and streamed, several choices, a pydantic model, the Responses API; what ends by itself fits"
+    from pydantic import BaseModel
+    class Person(BaseModel): name: Literal['Ada', 'Zoë']; age: Literal[1, 2]
+    ended = 0
+    for how, schema in ((dict(type='json_object'), dict(type='object')), (as_format(PERSON), PERSON), (as_format(dict(type='boolean')), dict(type='boolean'))):
+        kw = dict(model='tiny', messages=ask('Who?'), response_format=how, max_tokens=150, seed=4)
+        for t in (0, 1):
+            whole = [(c.message.content, c.finish_reason) for c in client.chat.completions.create(**kw, temperature=t, n=3).choices]
+            ended += sum(fits(*x, schema) for x in whole)
+            text, why = '', None
+            for x in client.chat.completions.create(**kw, temperature=t, stream=True, logprobs=True, top_logprobs=2): text += x.choices[0].delta.content or ''; why = x.choices[0].finish_reason
+            assert (text, why) == whole[0]
+    assert ended > 6, ended
+    p = client.chat.completions.parse(model='tiny', messages=ask('Who?'), response_format=Person, max_tokens=300, seed=1).choices[0]
+    assert p.finish_reason == 'stop' and p.message.parsed.name in ('Ada', 'Zoë')
+    flat = dict(type='json_schema', name='it', schema=dict(type='boolean'), strict=True)
+    r = client.responses.create(model='tiny', input='Who?', text=dict(format=flat), temperature=0); assert r.output_text in ('true', 'false') and r.status == 'completed'
+    assert r.text.format.type == 'json_schema' and r.text.format.name == 'it' and r.text.format.schema_ == dict(type='boolean')
+    events = list(client.responses.create(model='tiny', input='Who?', text=dict(format=flat, verbosity='low'), temperature=0, stream=True)); assert events[-1].response.output_text == r.output_text
+    r = client.responses.create(model='tiny', input='Who?', text=dict(format=dict(type='json_object')), max_output_tokens=20); assert r.status == 'completed' and isinstance(json.loads(r.output_text), dict) or r.incomplete_details.reason == 'max_output_tokens'
+
+def test_json_is_cut_and_refused_in_words(srv):
+    def said(path='/v1/chat/completions', **kw):
+        status, _, body = call(srv.url, path, dict(dict(messages=ask('x')) if 'chat' in path else dict(input='x'), **kw)); return status, json.loads(body)
+    _, x = said(response_format=as_format(PERSON), max_tokens=5); c = x['choices'][0]; assert c['finish_reason'] == 'length' and c['message']['content'].lstrip().startswith('{')
+    for kw, param, words in ((dict(response_format=as_format(dict(type='wish'))), 'response_format', 'cannot be followed: Invalid type: wish'), (dict(response_format=as_format(dict(type='array', uniqueItems=True))), 'response_format', 'uniqueItems'),
+                             (dict(response_format=as_format(dict(type='string', pattern='(?=a)b'))), 'response_format', 'look-around'), (dict(response_format=as_format({'$ref': 'http://127.0.0.1/x'})), 'response_format', 'not present'),
+                             (dict(response_format=dict(type='json_schema')), 'response_format.json_schema.schema', 'Missing required'), (dict(response_format=dict(type='json_schema', json_schema=dict(name='a'))), 'response_format.json_schema.schema', 'Missing required'),
+                             (dict(response_format=dict(type='json_object'), messages=[*ask('x'), dict(role='assistant', content='{')]), 'response_format', 'begins a new answer'), (dict(response_format=dict(type='json_object', schema={})), 'response_format.schema', 'Unknown parameter')):
+        status, x = said(**kw); e = x['error']; assert status == 400 and e['param'] == param and words in e['message'] and '\n' not in e['message'], e
+        in_api_words(e['message'])
+    status, x = said('/v1/responses', text=dict(format=dict(type='json_schema', name='a', schema=dict(type='wish')))); assert status == 400 and x['error']['param'] == 'text.format'
+    status, x = said('/v1/responses', text=dict(format=dict(type='json_schema', name='a'))); assert status == 400 and x['error']['param'] == 'text.format.schema'
+    assert said(messages=[*ask('x'), dict(role='assistant', content='{')], add_generation_prompt=True, response_format=dict(type='json_object'))[0] == 200
+    assert said(response_format=dict(type='text'), max_tokens=8, seed=3)[1]['choices'] == said(max_tokens=8, response_format=None, seed=3)[1]['choices']
+
+def test_json_without_llguidance(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'llguidance', None); E._words.cache_clear()
+    with serving(Engine(model(), TOK)) as url:
+        status, _, body = call(url, '/v1/chat/completions', dict(messages=ask('x'), response_format=dict(type='json_object'))); e = refused(status, body, 400)
+        assert 'pip install llguidance' in e['message'] and e['param'] == 'response_format'
+        assert call(url, '/v1/chat/completions', dict(messages=ask('x'), max_tokens=4))[0] == 200
+    E._words.cache_clear()
+
+def test_json_beside_others_and_the_calculator():
+    "Answers of others are the same while JSON is written, and no tool speaks in it"
+    with serving(Engine(model(), TOK, max_rows=6, exact=True)) as url:
+        def body(i, **kw): return dict(messages=ask(f'{i}'), max_tokens=40, seed=i, **kw)
+        plain = [body(i) for i in range(6)]; alone = [g.text for g in load(url, plain, 1)]
+        mixed = [x for i, p in enumerate(plain) for x in (p, body(i, response_format=as_format(PERSON), calculator=True))]
+        got = load(url, mixed, 6); assert [g.text for g in got[::2]] == alone and not any(g.error for g in got)
+        assert all(g.text.lstrip()[:1] == '{' for g in got[1::2])
