@@ -119,3 +119,24 @@ def test_interrupted_in_jupyter(base, data):
     assert 'interrupted after step' in said['run'] and 'runs/stopped/0000' in said['run']
     assert '| train loss |' in said['table'] and 'to finish it' in said['next'] and 'no samples yet' in said['samples']
     assert not any('Traceback' in s for s in said.values()), said
+
+# ---- dh_run
+
+def dh_run(base, *args, **kw): return [PY, '-c', 'from nano_dh.terminal import dh_run; dh_run()', *map(str, args)], dict(env=environ(base), text=True, stdin=subprocess.DEVNULL, **kw)
+
+def test_dh_run_shows_the_log_and_names_its_output(base, data, tmp_path):
+    cmd, kw = dh_run(base, 'pretrain', '-o', tmp_path/'o.ipynb', *parameters(**SMALL, data=data, run='007'), capture_output=True)
+    r = subprocess.run(cmd, **kw)
+    assert r.returncode == 0, r.stderr
+    assert 'step     6/6' in r.stdout and f'done; the executed notebook: {tmp_path/"o.ipynb"}' in r.stdout
+    assert 'Executing' not in r.stdout and 'Executing' not in r.stderr and '\n\n\n' not in r.stdout
+    assert (base/'runs'/'007'/'000006').is_dir()                    # text, though it looks like a number
+    again = subprocess.run(cmd, **kw)
+    assert again.returncode == 1 and again.stderr.startswith('dh_run: ') and 'exists; give another name' in again.stderr
+
+@pytest.mark.parametrize('args, said', [(['pretrian'], "did you mean 'pretrain'?"), (['pretrain', '-p', 'depht', '4'], "did you mean 'depth'?"),
+                                        (['pretrain', '-p', 'depth', 'six'], 'int expected')])
+def test_dh_run_refuses_in_one_line(base, args, said):
+    cmd, kw = dh_run(base, *args, capture_output=True)
+    r = subprocess.run(cmd, **kw)
+    assert r.returncode == 1 and said in r.stderr and r.stderr.count('\n') == 1, r.stderr
