@@ -140,3 +140,21 @@ def test_dh_run_refuses_in_one_line(base, args, said):
     cmd, kw = dh_run(base, *args, capture_output=True)
     r = subprocess.run(cmd, **kw)
     assert r.returncode == 1 and said in r.stderr and r.stderr.count('\n') == 1, r.stderr
+
+def test_one_rate_and_no_texts(base, tmp_path):
+    "papermill makes a number of `-p lrs 3e-3` and of `-p lengths 160`; without `texts` there are the sample's books"
+    import torch
+    from nano_dh.checkpoint import save_checkpoint
+    from nano_dh.hybrid_model import HybridConfig, HybridModel
+    from nano_dh.tokenizer import Tokenizer
+    tok = Tokenizer.train(['It was a long day, and nothing happened.'], 280)
+    size = dict(vocab_size=tok.vocab_size, sequence_len=80, d_model=64, head_dim=32, head_k_dim=32, head_v_dim=32)
+    save_checkpoint(tmp_path/'run', 5, HybridModel(HybridConfig.from_depth(2, 'GL', **size)), tokenizer=tok)
+    given = dict(mechanisms=dict(probes='parity', patterns='L', lrs='3e-3', seeds=1, steps=2, depth=1, d_model=32, device='cpu'),
+                 long_context=dict(models=tmp_path/'run', factor=2, per_doc=1, kinds='number', learn_steps=0, lengths='160', depths=1, needles=1, device='cpu'))
+    for name, kw in given.items():
+        r = subprocess.run([PAPERMILL, '--no-progress-bar', ROOT/'runs'/f'{name}.ipynb', tmp_path/f'{name}.ipynb', *parameters(**kw)],
+                           env=environ(base), cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        assert r.returncode == 0, r.stderr[-1500:]
+    curve = json.loads(next((base/'records').glob('long_context*')).read_text())['figures']['curve']
+    assert curve['rows'] == 2
