@@ -158,3 +158,19 @@ def test_one_rate_and_no_texts(base, tmp_path):
         assert r.returncode == 0, r.stderr[-1500:]
     curve = json.loads(next((base/'records').glob('long_context*')).read_text())['figures']['curve']
     assert curve['rows'] == 2
+
+@pytest.mark.parametrize('nproc', [1, 2])
+def test_ctrl_c_saves_and_says_how_to_go_on(base, data, tmp_path, nproc):
+    "The last saved step is the last trained one, though save_every is far away; the command that is named goes on from there"
+    name, kw = f'ctrl{nproc}', SMALL | dict(num_iterations=4000, save_every=0, eval_every=0, nproc=nproc)
+    cmd, env = dh_run(base, 'pretrain', '-o', tmp_path/'o.ipynb', *parameters(**kw, data=data, run=name), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    p = subprocess.Popen(cmd, **env, start_new_session=True); f = base/'runs'/name/'metrics.jsonl'
+    wait_for(f, lambda f: f.exists() and f.read_text().count('"loss"') > 25, 120)
+    os.killpg(p.pid, signal.SIGINT)                                  # as a terminal does
+    out, err = p.communicate(timeout=90)
+    assert p.returncode == 130, out + err
+    done = [json.loads(l) for l in f.read_text().splitlines()]
+    last = max(r['step'] for r in done if 'loss' in r)
+    assert (base/'runs'/name/f'{last:06d}'/'manifest.json').exists() and not any(r.get('done') for r in done)
+    assert 'saving after this step' in out and f'interrupted after step {last}' in out and f'dh_run pretrain -p run {name} -p resume True' in out
+    assert 'to finish it' in text(outputs(nbformat.read(tmp_path/'o.ipynb', 4))['next'])
