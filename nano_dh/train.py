@@ -34,7 +34,7 @@ from .checkpoint import (checkpoints, latest_step, load_checkpoint, runs_dir,
                                 save_checkpoint)
 from .compiled import KINDS, compiled
 from .gradient_check import check_gradients
-from .launch import LiveCurve, n_cores, n_gpus, run_env, run_ranks
+from .launch import Leave, LiveCurve, n_cores, n_gpus, run_env, run_ranks
 
 # %% ../nbs/14_train.ipynb #c-run
 @dataclass
@@ -905,13 +905,13 @@ def pretrain(cfg:PretrainConfig, # may have fields left open
         t.restore(); t.wb = start_wandb(c, t.rank)
         if t.rank == 0: atomic_write(c.run_dir/'config.json', json.dumps(asdict(c), indent=1))
         t.loop(began)
-        t.log(done=True)
+        if t.step >= c.num_iterations: t.log(done=True)
         if t.wb: t.wb.finish()
 
 @patch
 def loop(self:Trainer, began:float): # by time.perf_counter
     "Step after step, with what the calendar asks for in between"
-    t, c, waiting = self, self.cfg, []
+    t, c, waiting, leave = self, self.cfg, [], Leave()
     every = [c.eval_every, c.save_every, c.sample_every, c.core_metric_every]
     if c.metrics: every.append(c.metrics_every)
     gc.collect(); gc.freeze(); gc.disable(); t.clock = t.mark()
@@ -927,7 +927,15 @@ def loop(self:Trainer, began:float): # by time.perf_counter
             pause = any(t.due(e) for e in every)
             while len(waiting) > (t.device.type == 'cuda' and not pause): t.account(*waiting.pop(0))
             if pause: t.events()
+            if leave.now() and t.step < c.num_iterations: t.leave(waiting); break
     finally: gc.enable(); gc.unfreeze(); sys.setswitchinterval(patience); t.loader.close()
+
+# %% ../nbs/14_train.ipynb #leave
+@patch
+def leave(self:Trainer, waiting:list): # (step, Late) of steps that are not logged yet
+    "Save, if that has not just been done, before the run is left"
+    while waiting: self.account(*waiting.pop(0))
+    if not self.good or int(Path(self.good).name) != self.step: self.save()
 
 # %% ../nbs/14_train.ipynb #wandb
 def start_wandb(c:PretrainConfig, rank:int): # resolved; rank 0 alone starts one
@@ -983,11 +991,17 @@ class Report:
         if 'note' in rec: print(rec['note'])
 
 # %% ../nbs/14_train.ipynb #report2
+@patch(as_prop=True)
+def command(self:Report) -> str:
+    "What continues the run"
+    stage = getattr(self.cfg, 'stage', 'pretrain'); nb = dict(mid='midtrain').get(stage, stage)
+    return f'dh_run {nb} -p run {self.cfg.run} -p resume True'
+
 @patch
 def interrupted(self:Report) -> str:
     "What is left of a run that was stopped"
     ck = self.last('checkpoint')
-    left = (f'the last checkpoint is {ck}; continue with -p run {self.cfg.run} -p resume True' if ck
+    left = (f'the last checkpoint is {ck}; to go on:\n  {self.command}' if ck
             else 'no checkpoint was written yet')
     return f"interrupted after step {self.last('step', 0)}; {left}"
 

@@ -119,3 +119,58 @@ def test_interrupted_in_jupyter(base, data):
     assert 'interrupted after step' in said['run'] and 'runs/stopped/0000' in said['run']
     assert '| train loss |' in said['table'] and 'to finish it' in said['next'] and 'no samples yet' in said['samples']
     assert not any('Traceback' in s for s in said.values()), said
+
+# ---- dh_run
+
+def dh_run(base, *args, **kw): return [PY, '-c', 'from nano_dh.terminal import dh_run; dh_run()', *map(str, args)], dict(env=environ(base), text=True, stdin=subprocess.DEVNULL, **kw)
+
+def test_dh_run_shows_the_log_and_names_its_output(base, data, tmp_path):
+    cmd, kw = dh_run(base, 'pretrain', '-o', tmp_path/'o.ipynb', *parameters(**SMALL, data=data, run='007'), capture_output=True)
+    r = subprocess.run(cmd, **kw)
+    assert r.returncode == 0, r.stderr
+    assert 'step     6/6' in r.stdout and f'done; the executed notebook: {tmp_path/"o.ipynb"}' in r.stdout
+    assert 'Executing' not in r.stdout and 'Executing' not in r.stderr and '\n\n\n' not in r.stdout
+    assert (base/'runs'/'007'/'000006').is_dir()                    # text, though it looks like a number
+    again = subprocess.run(cmd, **kw)
+    assert again.returncode == 1 and again.stderr.startswith('dh_run: ') and 'exists; give another name' in again.stderr
+
+@pytest.mark.parametrize('args, said', [(['pretrian'], "did you mean 'pretrain'?"), (['pretrain', '-p', 'depht', '4'], "did you mean 'depth'?"),
+                                        (['pretrain', '-p', 'depth', 'six'], 'int expected')])
+def test_dh_run_refuses_in_one_line(base, args, said):
+    cmd, kw = dh_run(base, *args, capture_output=True)
+    r = subprocess.run(cmd, **kw)
+    assert r.returncode == 1 and said in r.stderr and r.stderr.count('\n') == 1, r.stderr
+
+def test_one_rate_and_no_texts(base, tmp_path):
+    "papermill makes a number of `-p lrs 3e-3` and of `-p lengths 160`; without `texts` there are the sample's books"
+    import torch
+    from nano_dh.checkpoint import save_checkpoint
+    from nano_dh.hybrid_model import HybridConfig, HybridModel
+    from nano_dh.tokenizer import Tokenizer
+    tok = Tokenizer.train(['It was a long day, and nothing happened.'], 280)
+    size = dict(vocab_size=tok.vocab_size, sequence_len=80, d_model=64, head_dim=32, head_k_dim=32, head_v_dim=32)
+    save_checkpoint(tmp_path/'run', 5, HybridModel(HybridConfig.from_depth(2, 'GL', **size)), tokenizer=tok)
+    given = dict(mechanisms=dict(probes='parity', patterns='L', lrs='3e-3', seeds=1, steps=2, depth=1, d_model=32, device='cpu'),
+                 long_context=dict(models=tmp_path/'run', factor=2, per_doc=1, kinds='number', learn_steps=0, lengths='160', depths=1, needles=1, device='cpu'))
+    for name, kw in given.items():
+        r = subprocess.run([PAPERMILL, '--no-progress-bar', ROOT/'runs'/f'{name}.ipynb', tmp_path/f'{name}.ipynb', *parameters(**kw)],
+                           env=environ(base), cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        assert r.returncode == 0, r.stderr[-1500:]
+    curve = json.loads(next((base/'records').glob('long_context*')).read_text())['figures']['curve']
+    assert curve['rows'] == 2
+
+@pytest.mark.parametrize('nproc', [1, 2])
+def test_ctrl_c_saves_and_says_how_to_go_on(base, data, tmp_path, nproc):
+    "The last saved step is the last trained one, though save_every is far away; the command that is named goes on from there"
+    name, kw = f'ctrl{nproc}', SMALL | dict(num_iterations=4000, save_every=0, eval_every=0, nproc=nproc)
+    cmd, env = dh_run(base, 'pretrain', '-o', tmp_path/'o.ipynb', *parameters(**kw, data=data, run=name), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    p = subprocess.Popen(cmd, **env, start_new_session=True); f = base/'runs'/name/'metrics.jsonl'
+    wait_for(f, lambda f: f.exists() and f.read_text().count('"loss"') > 25, 120)
+    os.killpg(p.pid, signal.SIGINT)                                  # as a terminal does
+    out, err = p.communicate(timeout=90)
+    assert p.returncode == 130, out + err
+    done = [json.loads(l) for l in f.read_text().splitlines()]
+    last = max(r['step'] for r in done if 'loss' in r)
+    assert (base/'runs'/name/f'{last:06d}'/'manifest.json').exists() and not any(r.get('done') for r in done)
+    assert 'saving after this step' in out and f'interrupted after step {last}' in out and f'dh_run pretrain -p run {name} -p resume True' in out
+    assert 'to finish it' in text(outputs(nbformat.read(tmp_path/'o.ipynb', 4))['next'])
