@@ -18,23 +18,36 @@ MARKUP = 'x <img src=x onerror="window.hacked=1"> <script>window.hacked=2</scrip
 
 def policy(html): # the page with the hashes of its style and script
     for tag in ('style', 'script'):
-        inside = re.search(rf'<{tag}[^>]*>(.*?)</{tag}>', html, re.S)[1]
+        inside = re.search(rf'<{tag}(?: type="module")?>(.*?)</{tag}>', html, re.S)[1]
         digest = base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()
-        html = re.sub(rf"{tag}-src 'sha256-[^']*'", f"{tag}-src 'sha256-{digest}'", html)
-    return html
+        html = re.sub(rf"({tag}-src .*?)'sha256-[^']*'", rf"\1'sha256-{digest}'", html)
+    def pinned(m): return f'{m[1]}"sha384-{base64.b64encode(hashlib.sha384((PAGE.parent.parent/m[2]).read_bytes()).digest()).decode()}"'
+    return re.sub(r'((?:src|href)="(web/[^"]+)" integrity=)"[^"]*"', pinned, html)
 
 def test_policy_is_strict_and_up_to_date():
     html = PAGE.read_text()
     assert policy(html) == html, 'the page was changed: python tests/test_web.py'
     csp = dict(d.strip().split(' ', 1) for d in re.search(r'Content-Security-Policy" content="([^"]*)"', html)[1].split(';'))
     assert csp['default-src'] == csp['base-uri'] == csp['form-action'] == "'none'" and csp['connect-src'] == "'self'"
-    assert csp['require-trusted-types-for'] == "'script'" and 'unsafe' not in str(csp) and '*' not in str(csp)
+    assert csp['trusted-types'] == 'dompurify' and csp['require-trusted-types-for'] == "'script'" and 'unsafe' not in str(csp) and '*' not in str(csp)
 
-def test_one_file_that_asks_nobody_else():
+def test_asks_nobody_else():
     html = PAGE.read_text()
     assert not re.search(r'innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function|srcdoc', html)
-    assert not re.search(r'\son\w+="|\sstyle="|<(link|script|img|iframe)[^>]*(src|href)="(?!data:)', html)
+    assert not re.search(r'\son\w+="|\sstyle="|<(img|iframe)[^>]*(src|href)="(?!data:)', html)
     assert set(re.findall(r'https?://[^\s\'"]+', html)) == {'http://www.w3.org/2000/svg'}      # a name, not an address
+    asked = re.findall(r'<(?:link|script)[^>]*(?:src|href)="(?!data:)([^"]*)" integrity="sha384-.{64}"', html)
+    assert len(asked) == 4 == len(re.findall(r'<(?:link|script)[^>]*(?:src|href)="(?!data:)', html))
+    files = {f'web/{p.name}' for p in PAGE.parent.iterdir()} - {'web/index.html'}
+    assert files == {*asked, 'web/Temml.woff2'}                                 # the style's font
+
+def test_libraries_are_named_and_licensed():
+    root = PAGE.parent.parent.parent
+    said = (root/'ATTRIBUTION.md').read_text()
+    for p in PAGE.parent.iterdir():
+        if p.suffix == '.html': continue
+        name = p.stem.partition('-')[0].lower()
+        assert f'`nano_dh/web/{p.name}`' in said and f'licenses/{name}.txt' in said and (root/'licenses'/f'{name}.txt').stat().st_size > 500
 
 # ---- a server and a browser
 
@@ -231,6 +244,85 @@ def test_markup_stays_text(page):
     assert words(page)[0] == MARKUP                                             # from storage
     for t in ('img', 'script', 'b', 'iframe'): assert page.locator(f'main {t}').count() == 0
     with pytest.raises(Exception, match='TrustedHTML|Trusted'): page.evaluate("document.body.innerHTML = '<img src=x>'")
+
+DOCUMENT = r"""# A heading
+
+Some *emphasis*, **strong**, ~~gone~~, `code` and a [link](https://example.org/a "there").
+A second line, it costs $5 or $10.
+
+## Lists
+
+1. one
+   - within
+   - [x] done
+2. two
+
+| name | value |
+|:-----|------:|
+| a    |     1 |
+| b    |  `2`  |
+
+> quoted
+
+The sum $\sum_{i=1}^n i = \frac{n(n+1)}{2}$ and \(e^{i\pi} = -1\), shown:
+
+$$\int_0^1 x^2\,dx = \tfrac13$$
+
+\[ \begin{pmatrix} a & b \\ c & d \end{pmatrix} \]
+
+---
+
+```python
+def f(x):
+    return x**2
+```
+
+Not mathematics: $\nosuch{x}$. See [1].
+
+[1]: https://example.org/ref
+"""
+
+@browsing
+def test_markdown_whole(page, tmp_path):
+    script(page, *[dict(body=events(*[dict(content=DOCUMENT[i:i + 7]) for i in range(0, len(DOCUMENT), 7)]))]*2)
+    ask(page, DOCUMENT)
+    a, n = page.locator('.assistant .body'), lambda css: page.locator(f'.assistant .body {css}').count()
+    assert [n(t) for t in ('h1', 'h2', 'ol > li', 'ul > li', 'table', 'td', 'blockquote', 'hr', 'em', 'strong', 'del')] == \
+        [1, 1, 2, 2, 1, 4, 1, 1, 1, 1, 1]
+    assert n('math') == 4 and n('mfrac') == 2 and n('mtable') == 1 and n('math[display=block]') == 2
+    assert '$5 or $10' in a.inner_text() and r'\nosuch{x}' in a.inner_text() and '☑ done' in a.inner_text()
+    assert a.locator('td').nth(1).get_attribute('align') == 'right'
+    links = [(x.get_attribute('href'), x.get_attribute('rel'), x.get_attribute('target')) for x in a.locator('a').all()]
+    assert links == [(u, 'noopener noreferrer', '_blank') for u in ('https://example.org/a', 'https://example.org/ref')]
+    assert a.locator('figure.code pre').inner_text() == 'def f(x):\n    return x**2'
+    assert page.locator('.user h1, .user math').count() == 0                    # what a person writes is shown as it was written
+    before = a.inner_html(); page.reload(); assert a.inner_html() == before
+    looks(page, tmp_path, 'markdown'); page.emulate_media(color_scheme='dark'); looks(page, tmp_path, 'markdown-dark')
+    page.set_viewport_size(dict(width=375, height=800)); looks(page, tmp_path, 'markdown-phone')
+    assert page.evaluate('document.getElementById("scroll").scrollWidth <= innerWidth')
+
+HOSTILE = ['[a](javascript:window.hacked=1)', '[a](JaVaScRiPt&colon;window.hacked=1)', '[a](data:text/html,<script>window.hacked=1</script>)',
+    '![x](https://evil.example/pixel.png)', '<img src=x onerror=window.hacked=1>', '<svg><a xlink:href="javascript:window.hacked=1">x</a></svg>',
+    '<style>body{display:none}</style>', '<form action=https://evil.example><button>go</button></form>', r'$\href{javascript:window.hacked=1}{x}$',
+    r'$\includegraphics{https://evil.example/x.png}$', r'$\class{x}{y}\style{position:fixed}{z}$', '[x]: javascript:window.hacked=1\n\n[x]',
+    '<math><mtext><table><mglyph><style><!--</style><img title="--&gt;&lt;img src=1 onerror=window.hacked=1&gt;">', '<https://evil.example/"onmouseover="window.hacked=1>',
+    '`<img src=x onerror=window.hacked=1>`', '| <img src=x onerror=window.hacked=1> |\n|---|\n| <script>window.hacked=1</script> |',
+    r'$\def\a{\a\a}\a$', r'$\rule{9999em}{9999em}$', '>'*3000 + 'x', '*'*3000 + 'x', '['*3000, '- '*1500 + 'x', '```\n</pre><script>window.hacked=1</script>',
+    '<a id=now name=log>clobber</a>', '<iframe srcdoc="<script>parent.hacked=1</script>"></iframe>', '$' * 2001, r'\(' * 1000]
+
+@browsing
+def test_hostile_markdown(page):
+    for text in HOSTILE:
+        script(page, dict(body=events(dict(content=f'{text}\n\nafter'))))
+        ask(page, 'go'); page.unroute_all()
+    body = page.locator('.assistant .body')
+    assert body.count() == len(HOSTILE) and body.locator('img, script, style, form, iframe, svg, object, [id], [name]').count() == 0
+    for link in body.locator('a').all(): # pressing none of them leads anywhere but out
+        assert re.match('https?://|mailto:', link.get_attribute('href') or 'https://'), link.evaluate('e => e.outerHTML')
+    names = page.evaluate("[...document.querySelectorAll('.assistant .body *')].flatMap(e => e.getAttributeNames())")
+    assert not [n for n in names if n.startswith('on')] and page.evaluate('window.hacked') is None
+    wide = page.evaluate("Math.max(...[...document.querySelectorAll('.assistant .body math')].map(e => e.getBoundingClientRect().width), 0)")
+    assert wide < 1280
 
 @browsing
 def test_tools_apart(page):
