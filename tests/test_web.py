@@ -290,7 +290,9 @@ def test_markdown_whole(page, tmp_path):
     assert [n(t) for t in ('h1', 'h2', 'ol > li', 'ul > li', 'table', 'td', 'blockquote', 'hr', 'em', 'strong', 'del')] == \
         [1, 1, 2, 2, 1, 4, 1, 1, 1, 1, 1]
     assert n('math') == 4 and n('mfrac') == 2 and n('mtable') == 1 and n('math[display=block]') == 2
-    assert '$5 or $10' in a.inner_text() and r'\nosuch{x}' in a.inner_text() and '☑ done' in a.inner_text()
+    tops = [a.locator('math[display=block]').nth(i).bounding_box() for i in (0, 1)]
+    assert tops[1]['y'] >= tops[0]['y'] + tops[0]['height']                     # shown: each on its own line
+    assert '$5 or $10' in a.inner_text() and r'$\nosuch{x}$' in a.inner_text() and '☑ done' in a.inner_text()
     assert a.locator('td').nth(1).get_attribute('align') == 'right'
     links = [(x.get_attribute('href'), x.get_attribute('rel'), x.get_attribute('target')) for x in a.locator('a').all()]
     assert links == [(u, 'noopener noreferrer', '_blank') for u in ('https://example.org/a', 'https://example.org/ref')]
@@ -300,6 +302,36 @@ def test_markdown_whole(page, tmp_path):
     looks(page, tmp_path, 'markdown'); page.emulate_media(color_scheme='dark'); looks(page, tmp_path, 'markdown-dark')
     page.set_viewport_size(dict(width=375, height=800)); looks(page, tmp_path, 'markdown-phone')
     assert page.evaluate('document.getElementById("scroll").scrollWidth <= innerWidth')
+
+@browsing
+def test_copy_answers_where_one_looks(page):
+    code = 'a = 1\n\nb = "<tag> & more"'
+    script(page, dict(body=events(dict(content=f'Here:\n\n```\n{code}\n```\n'))))
+    ask(page, 'code?')
+    button = page.get_by_role('button', name='Copy this code')
+    for allowed in (True, False): # False: http from another machine has no clipboard at all
+        if allowed: page.context.grant_permissions(['clipboard-read', 'clipboard-write'])
+        else: page.evaluate("Object.defineProperty(navigator, 'clipboard', {value: undefined, configurable: true})")
+        button.click()
+        expect(button).to_have_text('Copied'); expect(button).to_have_text('Copy')
+        if not allowed: page.evaluate('delete navigator.clipboard')
+        assert page.evaluate('navigator.clipboard.readText()') == code
+        page.evaluate("navigator.clipboard.writeText('something else')")
+    page.evaluate("document.execCommand = () => false; Object.defineProperty(navigator, 'clipboard', {value: undefined})")
+    button.click(); expect(button).to_have_text('Not allowed here')
+
+@browsing
+def test_touch(browser, url, tmp_path):
+    context = browser.new_context(viewport=dict(width=390, height=844), has_touch=True, is_mobile=True)
+    page = context.new_page(); page.goto(url)
+    expect(page.locator('.keys')).to_be_hidden()                                # no hints about keys it lacks
+    expect(page.locator('#hello')).to_contain_text('Ask something'); looks(page, tmp_path, 'touch')
+    assert box(page).get_attribute('enterkeyhint') == 'enter'
+    sample(page, max_tokens=5); box(page).tap()
+    page.keyboard.type('one'); page.keyboard.press('Enter'); page.keyboard.type('two')
+    body = sent(page, lambda: page.locator('#send').tap())
+    assert body['messages'][-1]['content'] == 'one\ntwo'
+    context.close()
 
 HOSTILE = ['[a](javascript:window.hacked=1)', '[a](JaVaScRiPt&colon;window.hacked=1)', '[a](data:text/html,<script>window.hacked=1</script>)',
     '![x](https://evil.example/pixel.png)', '<img src=x onerror=window.hacked=1>', '<svg><a xlink:href="javascript:window.hacked=1">x</a></svg>',
