@@ -445,16 +445,36 @@ def test_full_queue_counts_down(page):
 
 @browsing
 def test_errors_are_said_and_can_be_retried(page):
-    bad = dict(status=400, content_type='application/json', body=json.dumps(dict(error=dict(message='prompt of 9 tokens; shorten it'))))
+    bad = dict(status=503, content_type='application/json', body=json.dumps(dict(error=dict(message='the engine rests'))))
     script(page, bad, dict(body=events(dict(content='half '), error='The engine stopped.')), dict(body=events(dict(content='half '), end=False)),
            dict(body=events(dict(content='whole'))))
     said, retry = page.locator('.problem'), page.get_by_role('button', name='Retry')
-    for i, sentence in enumerate(['prompt of 9 tokens; shorten it', 'The engine stopped.', 'The connection broke in the middle of the answer.']):
+    for i, sentence in enumerate(['the engine rests', 'The engine stopped.', 'The connection broke in the middle of the answer.']):
         say(page, 'Well?') if i == 0 else retry.click()
         expect(said).to_contain_text(sentence)
         assert words(page) == ['Well?', 'half' if i else '']
     retry.click(); done(page)
     assert words(page) == ['Well?', 'whole']; expect(said).to_have_count(0)
+
+@browsing
+@pytest.mark.parametrize('length', [70_000, 450_000, 3_000_000]) # more than the context, more characters than are taken, a larger body
+def test_too_long_message_does_not_block(page, tmp_path, length):
+    sample(page, max_tokens=5)
+    ask(page, 'Short'); box(page).fill('0123456789'*(length//10)); box(page).press('Enter')
+    said = page.locator('article.refused .problem')
+    expect(said).to_contain_text(re.compile(r'Not part of the chat: .*\d')); expect(page.locator('#send')).to_be_visible()
+    assert page.locator('article').count() == 3 and 'answer from the server' not in said.inner_text()
+    body = sent(page, lambda: say(page, 'Next')); done(page)
+    assert [m['content'] for m in body['messages'] if m['role'] == 'user'] == ['Short', 'Next']
+    assert page.locator('article').count() == 5 and len(words(page)[4]) > 0
+    page.reload(); expect(page.locator('article')).to_have_count(5)
+    looks(page, tmp_path, f'refused-{length}')
+    said.get_by_role('button', name='Change it').click()
+    assert len(page.get_by_label('Edit the message').input_value()) == length   # nothing written is lost
+    page.get_by_label('Edit the message').fill('Shorter')
+    body = sent(page, lambda: page.locator('.edit').get_by_role('button', name='Send').click()); done(page)
+    assert [m['content'] for m in body['messages'] if m['role'] == 'user'] == ['Short', 'Next', 'Shorter']
+    assert page.locator('article.refused').count() == 0 and [words(page)[i] for i in (0, 2, 4)] == ['Short', 'Next', 'Shorter']
 
 @pytest.mark.slow
 @browsing
