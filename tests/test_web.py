@@ -177,6 +177,59 @@ def test_regenerate(page):
     assert words(page) == third and len(third) == 4                             # the same seed
 
 @browsing
+def test_regenerate_says_why_it_repeats(page):
+    note = page.locator('.remembered')
+    ask(page, 'Once', max_tokens=20, seed=7); before = words(page)
+    page.get_by_role('button', name='Regenerate').click(); done(page)
+    expect(note).to_contain_text('the seed is 7, and the same seed gives the same answer')
+    sample(page, seed='', temperature=0); page.get_by_role('button', name='Regenerate').click(); done(page)
+    expect(note).to_have_count(0); assert words(page)[1] != before[1]
+    page.get_by_role('button', name='Regenerate').click(); done(page)
+    expect(note).to_contain_text('temperature 0 always takes the likeliest token')
+    expect(page.locator('.foot')).to_contain_text(['', '2 of 2'])               # a repetition is no version
+
+@browsing
+def test_answer_versions(page, tmp_path):
+    script(page, *[dict(body=events(dict(content=f'Answer {i}.'))) for i in 'abc'], dict(status=503, body='{}'), dict(body=events(dict(content='Go on.'))))
+    ask(page, 'Which?')
+    for i in 'bc': page.get_by_role('button', name='Regenerate').click(); done(page); assert words(page) == ['Which?', f'Answer {i}.']
+    back, on = page.get_by_role('button', name='Answer before'), page.get_by_role('button', name='Answer after')
+    assert on.is_disabled(); back.click(); back.click(); assert back.is_disabled() and words(page)[1] == 'Answer a.'
+    on.click(); looks(page, tmp_path, 'versions')
+    page.reload(); assert words(page)[1] == 'Answer b.'
+    page.get_by_role('button', name='Regenerate').click()                       # fails: nothing of the others is lost
+    expect(page.locator('.problem')).to_be_visible(); expect(page.locator('.foot').last).to_contain_text('4 of 4')
+    back.click(); assert words(page)[1] == 'Answer c.'; back.click()
+    expect(page.locator('.foot').last).to_contain_text('2 of 3'); expect(page.locator('.problem')).to_have_count(0)
+    body = sent(page, lambda: say(page, 'And?')); done(page)
+    assert [m['content'] for m in body['messages']] == ['Which?', 'Answer b.', 'And?']   # what is shown is what the model reads
+
+@browsing
+def test_failed_regenerate_gives_way(page):
+    script(page, dict(body=events(dict(content='Good.'))), dict(status=503, body='{}'), dict(body=events(dict(content='On.'))))
+    ask(page, 'One'); page.get_by_role('button', name='Regenerate').click(); expect(page.locator('.problem')).to_be_visible()
+    body = sent(page, lambda: say(page, 'Two')); done(page)
+    assert [m['content'] for m in body['messages']] == ['One', 'Good.', 'Two']
+
+@browsing
+def test_continue(page):
+    more = page.get_by_role('button', name='Continue', exact=True)
+    ask(page, 'Tell me', max_tokens=6, temperature=0); first = words(page)[1]
+    expect(page.locator('.facts')).to_contain_text('cut at the longest answer')
+    body = sent(page, lambda: more.click()); done(page)
+    assert body['messages'][-1]['role'] == 'assistant' and len(words(page)) == 2
+    both = words(page)[1]; assert both.startswith(first) and len(both) > len(first)
+    expect(page.locator('.facts')).to_contain_text('12 tokens')
+    page.get_by_role('button', name='New chat').click(); ask(page, 'Tell me', max_tokens=12)
+    assert words(page)[1] == both                                               # as if it had never been cut
+    page.unroute_all()
+    script(page, dict(body=events(dict(content='Half'), end=False)), dict(body=events(dict(content=' and half.'))))
+    page.get_by_role('button', name='New chat').click(); say(page, 'Well?')
+    expect(page.locator('.problem')).to_contain_text('broke in the middle')
+    more.click(); done(page); assert words(page)[1] == 'Half and half.'
+    expect(page.locator('.problem')).to_have_count(0); expect(more).to_have_count(0)
+
+@browsing
 def test_edit(page):
     sample(page, max_tokens=10)
     for t in ('first', 'second'): ask(page, t)
