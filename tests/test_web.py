@@ -18,23 +18,36 @@ MARKUP = 'x <img src=x onerror="window.hacked=1"> <script>window.hacked=2</scrip
 
 def policy(html): # the page with the hashes of its style and script
     for tag in ('style', 'script'):
-        inside = re.search(rf'<{tag}[^>]*>(.*?)</{tag}>', html, re.S)[1]
+        inside = re.search(rf'<{tag}(?: type="module")?>(.*?)</{tag}>', html, re.S)[1]
         digest = base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()
-        html = re.sub(rf"{tag}-src 'sha256-[^']*'", f"{tag}-src 'sha256-{digest}'", html)
-    return html
+        html = re.sub(rf"({tag}-src .*?)'sha256-[^']*'", rf"\1'sha256-{digest}'", html)
+    def pinned(m): return f'{m[1]}"sha384-{base64.b64encode(hashlib.sha384((PAGE.parent.parent/m[2]).read_bytes()).digest()).decode()}"'
+    return re.sub(r'((?:src|href)="(web/[^"]+)" integrity=)"[^"]*"', pinned, html)
 
 def test_policy_is_strict_and_up_to_date():
     html = PAGE.read_text()
     assert policy(html) == html, 'the page was changed: python tests/test_web.py'
     csp = dict(d.strip().split(' ', 1) for d in re.search(r'Content-Security-Policy" content="([^"]*)"', html)[1].split(';'))
     assert csp['default-src'] == csp['base-uri'] == csp['form-action'] == "'none'" and csp['connect-src'] == "'self'"
-    assert csp['require-trusted-types-for'] == "'script'" and 'unsafe' not in str(csp) and '*' not in str(csp)
+    assert csp['trusted-types'] == 'dompurify' and csp['require-trusted-types-for'] == "'script'" and 'unsafe' not in str(csp) and '*' not in str(csp)
 
-def test_one_file_that_asks_nobody_else():
+def test_asks_nobody_else():
     html = PAGE.read_text()
     assert not re.search(r'innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function|srcdoc', html)
-    assert not re.search(r'\son\w+="|\sstyle="|<(link|script|img|iframe)[^>]*(src|href)="(?!data:)', html)
+    assert not re.search(r'\son\w+="|\sstyle="|<(img|iframe)[^>]*(src|href)="(?!data:)', html)
     assert set(re.findall(r'https?://[^\s\'"]+', html)) == {'http://www.w3.org/2000/svg'}      # a name, not an address
+    asked = re.findall(r'<(?:link|script)[^>]*(?:src|href)="(?!data:)([^"]*)" integrity="sha384-.{64}"', html)
+    assert len(asked) == 4 == len(re.findall(r'<(?:link|script)[^>]*(?:src|href)="(?!data:)', html))
+    files = {f'web/{p.name}' for p in PAGE.parent.iterdir()} - {'web/index.html'}
+    assert files == {*asked, 'web/Temml.woff2'}                                 # the style's font
+
+def test_libraries_are_named_and_licensed():
+    root = PAGE.parent.parent.parent
+    said = (root/'ATTRIBUTION.md').read_text()
+    for p in PAGE.parent.iterdir():
+        if p.suffix == '.html': continue
+        name = p.stem.partition('-')[0].lower()
+        assert f'`nano_dh/web/{p.name}`' in said and f'licenses/{name}.txt' in said and (root/'licenses'/f'{name}.txt').stat().st_size > 500
 
 # ---- a server and a browser
 
@@ -164,6 +177,59 @@ def test_regenerate(page):
     assert words(page) == third and len(third) == 4                             # the same seed
 
 @browsing
+def test_regenerate_says_why_it_repeats(page):
+    note = page.locator('.remembered')
+    ask(page, 'Once', max_tokens=20, seed=7); before = words(page)
+    page.get_by_role('button', name='Regenerate').click(); done(page)
+    expect(note).to_contain_text('the seed is 7, and the same seed gives the same answer')
+    sample(page, seed='', temperature=0); page.get_by_role('button', name='Regenerate').click(); done(page)
+    expect(note).to_have_count(0); assert words(page)[1] != before[1]
+    page.get_by_role('button', name='Regenerate').click(); done(page)
+    expect(note).to_contain_text('temperature 0 always takes the likeliest token')
+    expect(page.locator('.foot')).to_contain_text(['', '2 of 2'])               # a repetition is no version
+
+@browsing
+def test_answer_versions(page, tmp_path):
+    script(page, *[dict(body=events(dict(content=f'Answer {i}.'))) for i in 'abc'], dict(status=503, body='{}'), dict(body=events(dict(content='Go on.'))))
+    ask(page, 'Which?')
+    for i in 'bc': page.get_by_role('button', name='Regenerate').click(); done(page); assert words(page) == ['Which?', f'Answer {i}.']
+    back, on = page.get_by_role('button', name='Answer before'), page.get_by_role('button', name='Answer after')
+    assert on.is_disabled(); back.click(); back.click(); assert back.is_disabled() and words(page)[1] == 'Answer a.'
+    on.click(); looks(page, tmp_path, 'versions')
+    page.reload(); assert words(page)[1] == 'Answer b.'
+    page.get_by_role('button', name='Regenerate').click()                       # fails: nothing of the others is lost
+    expect(page.locator('.problem')).to_be_visible(); expect(page.locator('.foot').last).to_contain_text('4 of 4')
+    back.click(); assert words(page)[1] == 'Answer c.'; back.click()
+    expect(page.locator('.foot').last).to_contain_text('2 of 3'); expect(page.locator('.problem')).to_have_count(0)
+    body = sent(page, lambda: say(page, 'And?')); done(page)
+    assert [m['content'] for m in body['messages']] == ['Which?', 'Answer b.', 'And?']   # what is shown is what the model reads
+
+@browsing
+def test_failed_regenerate_gives_way(page):
+    script(page, dict(body=events(dict(content='Good.'))), dict(status=503, body='{}'), dict(body=events(dict(content='On.'))))
+    ask(page, 'One'); page.get_by_role('button', name='Regenerate').click(); expect(page.locator('.problem')).to_be_visible()
+    body = sent(page, lambda: say(page, 'Two')); done(page)
+    assert [m['content'] for m in body['messages']] == ['One', 'Good.', 'Two']
+
+@browsing
+def test_continue(page):
+    more = page.get_by_role('button', name='Continue', exact=True)
+    ask(page, 'Tell me', max_tokens=6, temperature=0); first = words(page)[1]
+    expect(page.locator('.facts')).to_contain_text('cut at the longest answer')
+    body = sent(page, lambda: more.click()); done(page)
+    assert body['messages'][-1]['role'] == 'assistant' and len(words(page)) == 2
+    both = words(page)[1]; assert both.startswith(first) and len(both) > len(first)
+    expect(page.locator('.facts')).to_contain_text('12 tokens')
+    page.get_by_role('button', name='New chat').click(); ask(page, 'Tell me', max_tokens=12)
+    assert words(page)[1] == both                                               # as if it had never been cut
+    page.unroute_all()
+    script(page, dict(body=events(dict(content='Half'), end=False)), dict(body=events(dict(content=' and half.'))))
+    page.get_by_role('button', name='New chat').click(); say(page, 'Well?')
+    expect(page.locator('.problem')).to_contain_text('broke in the middle')
+    more.click(); done(page); assert words(page)[1] == 'Half and half.'
+    expect(page.locator('.problem')).to_have_count(0); expect(more).to_have_count(0)
+
+@browsing
 def test_edit(page):
     sample(page, max_tokens=10)
     for t in ('first', 'second'): ask(page, t)
@@ -231,6 +297,117 @@ def test_markup_stays_text(page):
     assert words(page)[0] == MARKUP                                             # from storage
     for t in ('img', 'script', 'b', 'iframe'): assert page.locator(f'main {t}').count() == 0
     with pytest.raises(Exception, match='TrustedHTML|Trusted'): page.evaluate("document.body.innerHTML = '<img src=x>'")
+
+DOCUMENT = r"""# A heading
+
+Some *emphasis*, **strong**, ~~gone~~, `code` and a [link](https://example.org/a "there").
+A second line, it costs $5 or $10.
+
+## Lists
+
+1. one
+   - within
+   - [x] done
+2. two
+
+| name | value |
+|:-----|------:|
+| a    |     1 |
+| b    |  `2`  |
+
+> quoted
+
+The sum $\sum_{i=1}^n i = \frac{n(n+1)}{2}$ and \(e^{i\pi} = -1\), shown:
+
+$$\int_0^1 x^2\,dx = \tfrac13$$
+
+\[ \begin{pmatrix} a & b \\ c & d \end{pmatrix} \]
+
+---
+
+```python
+def f(x):
+    return x**2
+```
+
+Not mathematics: $\nosuch{x}$. See [1].
+
+[1]: https://example.org/ref
+"""
+
+@browsing
+def test_markdown_whole(page, tmp_path):
+    script(page, *[dict(body=events(*[dict(content=DOCUMENT[i:i + 7]) for i in range(0, len(DOCUMENT), 7)]))]*2)
+    ask(page, DOCUMENT)
+    a, n = page.locator('.assistant .body'), lambda css: page.locator(f'.assistant .body {css}').count()
+    assert [n(t) for t in ('h1', 'h2', 'ol > li', 'ul > li', 'table', 'td', 'blockquote', 'hr', 'em', 'strong', 'del')] == \
+        [1, 1, 2, 2, 1, 4, 1, 1, 1, 1, 1]
+    assert n('math') == 4 and n('mfrac') == 2 and n('mtable') == 1 and n('math[display=block]') == 2
+    tops = [a.locator('math[display=block]').nth(i).bounding_box() for i in (0, 1)]
+    assert tops[1]['y'] >= tops[0]['y'] + tops[0]['height']                     # shown: each on its own line
+    assert '$5 or $10' in a.inner_text() and r'$\nosuch{x}$' in a.inner_text() and '☑ done' in a.inner_text()
+    assert a.locator('td').nth(1).get_attribute('align') == 'right'
+    links = [(x.get_attribute('href'), x.get_attribute('rel'), x.get_attribute('target')) for x in a.locator('a').all()]
+    assert links == [(u, 'noopener noreferrer', '_blank') for u in ('https://example.org/a', 'https://example.org/ref')]
+    assert a.locator('figure.code pre').inner_text() == 'def f(x):\n    return x**2'
+    assert page.locator('.user h1, .user math').count() == 0                    # what a person writes is shown as it was written
+    before = a.inner_html(); page.reload(); assert a.inner_html() == before
+    looks(page, tmp_path, 'markdown'); page.emulate_media(color_scheme='dark'); looks(page, tmp_path, 'markdown-dark')
+    page.set_viewport_size(dict(width=375, height=800)); looks(page, tmp_path, 'markdown-phone')
+    assert page.evaluate('document.getElementById("scroll").scrollWidth <= innerWidth')
+
+@browsing
+def test_copy_answers_where_one_looks(page):
+    code = 'a = 1\n\nb = "<tag> & more"'
+    script(page, dict(body=events(dict(content=f'Here:\n\n```\n{code}\n```\n'))))
+    ask(page, 'code?')
+    button = page.get_by_role('button', name='Copy this code')
+    for allowed in (True, False): # False: http from another machine has no clipboard at all
+        if allowed: page.context.grant_permissions(['clipboard-read', 'clipboard-write'])
+        else: page.evaluate("Object.defineProperty(navigator, 'clipboard', {value: undefined, configurable: true})")
+        button.click()
+        expect(button).to_have_text('Copied'); expect(button).to_have_text('Copy')
+        if not allowed: page.evaluate('delete navigator.clipboard')
+        assert page.evaluate('navigator.clipboard.readText()') == code
+        page.evaluate("navigator.clipboard.writeText('something else')")
+    page.evaluate("document.execCommand = () => false; Object.defineProperty(navigator, 'clipboard', {value: undefined})")
+    button.click(); expect(button).to_have_text('Not allowed here')
+
+@browsing
+def test_touch(browser, url, tmp_path):
+    context = browser.new_context(viewport=dict(width=390, height=844), has_touch=True, is_mobile=True)
+    page = context.new_page(); page.goto(url)
+    expect(page.locator('.keys')).to_be_hidden()                                # no hints about keys it lacks
+    expect(page.locator('#hello')).to_contain_text('Ask something'); looks(page, tmp_path, 'touch')
+    assert box(page).get_attribute('enterkeyhint') == 'enter'
+    sample(page, max_tokens=5); box(page).tap()
+    page.keyboard.type('one'); page.keyboard.press('Enter'); page.keyboard.type('two')
+    body = sent(page, lambda: page.locator('#send').tap())
+    assert body['messages'][-1]['content'] == 'one\ntwo'
+    context.close()
+
+HOSTILE = ['[a](javascript:window.hacked=1)', '[a](JaVaScRiPt&colon;window.hacked=1)', '[a](data:text/html,<script>window.hacked=1</script>)',
+    '![x](https://evil.example/pixel.png)', '<img src=x onerror=window.hacked=1>', '<svg><a xlink:href="javascript:window.hacked=1">x</a></svg>',
+    '<style>body{display:none}</style>', '<form action=https://evil.example><button>go</button></form>', r'$\href{javascript:window.hacked=1}{x}$',
+    r'$\includegraphics{https://evil.example/x.png}$', r'$\class{x}{y}\style{position:fixed}{z}$', '[x]: javascript:window.hacked=1\n\n[x]',
+    '<math><mtext><table><mglyph><style><!--</style><img title="--&gt;&lt;img src=1 onerror=window.hacked=1&gt;">', '<https://evil.example/"onmouseover="window.hacked=1>',
+    '`<img src=x onerror=window.hacked=1>`', '| <img src=x onerror=window.hacked=1> |\n|---|\n| <script>window.hacked=1</script> |',
+    r'$\def\a{\a\a}\a$', r'$\rule{9999em}{9999em}$', '>'*3000 + 'x', '*'*3000 + 'x', '['*3000, '- '*1500 + 'x', '```\n</pre><script>window.hacked=1</script>',
+    '<a id=now name=log>clobber</a>', '<iframe srcdoc="<script>parent.hacked=1</script>"></iframe>', '$' * 2001, r'\(' * 1000]
+
+@browsing
+def test_hostile_markdown(page):
+    for text in HOSTILE:
+        script(page, dict(body=events(dict(content=f'{text}\n\nafter'))))
+        ask(page, 'go'); page.unroute_all()
+    body = page.locator('.assistant .body')
+    assert body.count() == len(HOSTILE) and body.locator('img, script, style, form, iframe, svg, object, [id], [name]').count() == 0
+    for link in body.locator('a').all(): # pressing none of them leads anywhere but out
+        assert re.match('https?://|mailto:', link.get_attribute('href') or 'https://'), link.evaluate('e => e.outerHTML')
+    names = page.evaluate("[...document.querySelectorAll('.assistant .body *')].flatMap(e => e.getAttributeNames())")
+    assert not [n for n in names if n.startswith('on')] and page.evaluate('window.hacked') is None
+    wide = page.evaluate("Math.max(...[...document.querySelectorAll('.assistant .body math')].map(e => e.getBoundingClientRect().width), 0)")
+    assert wide < 1280
 
 @browsing
 def test_tools_apart(page):
@@ -321,16 +498,36 @@ def test_full_queue_counts_down(page):
 
 @browsing
 def test_errors_are_said_and_can_be_retried(page):
-    bad = dict(status=400, content_type='application/json', body=json.dumps(dict(error=dict(message='prompt of 9 tokens; shorten it'))))
+    bad = dict(status=503, content_type='application/json', body=json.dumps(dict(error=dict(message='the engine rests'))))
     script(page, bad, dict(body=events(dict(content='half '), error='The engine stopped.')), dict(body=events(dict(content='half '), end=False)),
            dict(body=events(dict(content='whole'))))
     said, retry = page.locator('.problem'), page.get_by_role('button', name='Retry')
-    for i, sentence in enumerate(['prompt of 9 tokens; shorten it', 'The engine stopped.', 'The connection broke in the middle of the answer.']):
+    for i, sentence in enumerate(['the engine rests', 'The engine stopped.', 'The connection broke in the middle of the answer.']):
         say(page, 'Well?') if i == 0 else retry.click()
         expect(said).to_contain_text(sentence)
         assert words(page) == ['Well?', 'half' if i else '']
     retry.click(); done(page)
     assert words(page) == ['Well?', 'whole']; expect(said).to_have_count(0)
+
+@browsing
+@pytest.mark.parametrize('length', [70_000, 450_000, 3_000_000]) # more than the context, more characters than are taken, a larger body
+def test_too_long_message_does_not_block(page, tmp_path, length):
+    sample(page, max_tokens=5)
+    ask(page, 'Short'); box(page).fill('0123456789'*(length//10)); box(page).press('Enter')
+    said = page.locator('article.refused .problem')
+    expect(said).to_contain_text(re.compile(r'Not part of the chat: .*\d')); expect(page.locator('#send')).to_be_visible()
+    assert page.locator('article').count() == 3 and 'answer from the server' not in said.inner_text()
+    body = sent(page, lambda: say(page, 'Next')); done(page)
+    assert [m['content'] for m in body['messages'] if m['role'] == 'user'] == ['Short', 'Next']
+    assert page.locator('article').count() == 5 and len(words(page)[4]) > 0
+    page.reload(); expect(page.locator('article')).to_have_count(5)
+    looks(page, tmp_path, f'refused-{length}')
+    said.get_by_role('button', name='Change it').click()
+    assert len(page.get_by_label('Edit the message').input_value()) == length   # nothing written is lost
+    page.get_by_label('Edit the message').fill('Shorter')
+    body = sent(page, lambda: page.locator('.edit').get_by_role('button', name='Send').click()); done(page)
+    assert [m['content'] for m in body['messages'] if m['role'] == 'user'] == ['Short', 'Next', 'Shorter']
+    assert page.locator('article.refused').count() == 0 and [words(page)[i] for i in (0, 2, 4)] == ['Short', 'Next', 'Shorter']
 
 @pytest.mark.slow
 @browsing
