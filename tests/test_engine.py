@@ -1060,3 +1060,19 @@ def test_json_refusals(monkeypatch):
     with pytest.raises(E.GrammarError, match='needs a tokenizer'): Engine(make(), None).grammar({})
     monkeypatch.setitem(sys.modules, 'llguidance', None); E._words.cache_clear()
     with pytest.raises(E.GrammarError, match='pip install llguidance'): e.grammar({})
+
+def test_json_where_results_are_read_late():
+    "As on a GPU, a token is read back one step after it was drawn: the grammar follows it before, its end too"
+    e = Engine(make().double(), TOK); late = Engine(e.model, TOK); late.lag = 1
+    ask = [Request([i], 120, seed=i, temperature=i % 2, grammar=e.grammar(x) if i % 3 else None) for i, x in enumerate(SCHEMAS)]
+    a, b = ([(s.tokens, s.reason, s.error) for s in x.run([x.submit(replace(r)) for r in ask])] for x in (e, late))
+    assert a == b and sum(why == 'stop' for _, why, _ in a[1:]) > 5
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_json_on_a_gpu():
+    "Recorded steps: what ends by itself fits, the others write what they write alone"
+    e = Engine(make().cuda(), TOK, max_rows=32, prefix_bytes=0)
+    ask = [Request([i], 200, seed=i, temperature=i % 2, grammar=e.grammar(x)) for i, x in enumerate(SCHEMAS)]
+    plain = [Request([i, 7], 60, seed=i) for i in range(6)]; alone = [s.tokens for s in e.run([e.submit(replace(r)) for r in plain])]
+    got = e.run([e.submit(r) for r in ask + plain])
+    assert sum(fits(s, x) for s, x in zip(got, SCHEMAS)) > len(SCHEMAS)//2 and [s.tokens for s in got[len(ask):]] == alone
