@@ -20,6 +20,9 @@ from contextlib import asynccontextmanager, contextmanager, redirect_stdout, sup
 from dataclasses import dataclass, field, fields
 from fastcore.basics import patch
 from pathlib import Path
+from prompt_toolkit import PromptSession
+from prompt_toolkit.history import FileHistory
+from prompt_toolkit.output import create_output
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic import WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError, from_json
@@ -1796,7 +1799,7 @@ class ChatConfig:
     "What `dh_chat` may be told"
     model: str = ''           # run or checkpoint; '': the newest chat model, else the newest
     step: int|None = None     # of the run; None: the newest
-    prompt: str|None = None   # -p: one question, its answer, the end
+    prompt: str|None = None   # -p: one question ('-': from stdin), its answer, the end
     system: str = ''          # what comes before the first question
     load: str = ''            # a memory to begin with
     save: str = ''            # where the memory goes at the end
@@ -1861,23 +1864,26 @@ def command(chat:Chat, line:str) -> bool: # whether to go on
     return True
 
 # %% ../nbs/25_serve.ipynb #talk
+def _lines(person): # what is typed; what is pasted is one message, however many lines it has
+    if not person: return input
+    print('/help lists the commands', file=sys.stderr)
+    file = base_dir()/'chat_history'
+    return PromptSession('\n> ', history=FileHistory(str(file)),
+                         output=create_output(always_prefer_tty=True)).prompt
+
 def talk(chat:Chat):
-    "Read lines until there are no more"
-    person, history = sys.stdin.isatty(), base_dir()/'chat_history'
-    if person:
-        import readline
-        if history.exists(): readline.read_history_file(history)
-        print('/help lists the commands', file=sys.stderr)
+    "Read messages until there are no more"
+    person = sys.stdin.isatty()
+    read = _lines(person)
     while True:
-        try: line = input('\n> ' if person else '')
+        try: line = read()
         except EOFError: break
         except KeyboardInterrupt: print('  (Ctrl-D ends)', file=sys.stderr); continue
-        if line.startswith('/'):
+        if line.startswith('/') and '\n' not in line:
             if not command(chat, line): break
         elif line.strip():
             try: show(chat, line, person)
             except ValueError as e: print(f'{e}; /reset begins anew', file=sys.stderr)
-    if person: readline.set_history_length(1000); readline.write_history_file(history)
 
 # %% ../nbs/25_serve.ipynb #dhchat
 def dh_chat(argv:list|None=None): # default: the command line
@@ -1885,9 +1891,12 @@ def dh_chat(argv:list|None=None): # default: the command line
     try:
         c = options(sys.argv[1:] if argv is None else argv, ChatConfig, p='prompt', m='model')
         _device(c.device)
-        if c.prompt is not None and not c.prompt.strip(): raise ValueError('-p needs a question')
-        if c.save: _writable(c.save)
         if hasattr(sys.stdin, 'reconfigure'): sys.stdin.reconfigure(errors='replace')
+        from_stdin = c.prompt == '-'
+        if from_stdin: c.prompt = sys.stdin.read().rstrip('\n')
+        if c.prompt is not None and not c.prompt.strip():
+            raise ValueError('-p - found no question on stdin' if from_stdin else '-p needs a question')
+        if c.save: _writable(c.save)
         with redirect_stdout(sys.stderr):
             model, tok, meta = load_model(find_model(c.model), c.step, c.device or None)
         plain = (meta.get('train') or {}).get('stage', 'base') == 'base'
@@ -1903,6 +1912,8 @@ def dh_chat(argv:list|None=None): # default: the command line
         if c.save: chat.save(c.save)
     except BrokenPipeError:                                 # the reader has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()); sys.exit(1)
+    except KeyboardInterrupt:
+        print('\ndh_chat: stopped', file=sys.stderr); sys.exit(130)
     except _FAILS as e: sys.exit(f'dh_chat: {e}')
 
 # %% ../nbs/25_serve.ipynb #main

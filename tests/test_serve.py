@@ -954,6 +954,55 @@ def test_terminal_one_shot(base, tmp_path, monkeypatch, capsys):
                       (['-p', 'x'*9000], '9,004 tokens, this model reads up to 8,191')):
         with pytest.raises(SystemExit, match=why): S.dh_chat(argv)
 
+def person(base, *argv): # dh_chat at a terminal -> process, its terminal, a reader up to some words
+    import pty, select
+    ours, theirs = pty.openpty()
+    code = 'import sys; from nano_dh.serve import dh_chat; print("begun", flush=True); dh_chat(sys.argv[1:])'
+    p = subprocess.Popen([sys.executable, '-c', code, *argv], env=environ(base, TERM='xterm', PROMPT_TOOLKIT_NO_CPR='1'),
+                         stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
+    os.close(theirs)
+    def read(words, seconds=60): # all that came until these words came, or the end
+        end, text = time.time() + seconds, b''
+        while words is None or words.encode() not in text:
+            assert time.time() < end, (words, text)
+            if not select.select([ours], [], [], 1)[0]: continue
+            try: got = os.read(ours, 65536)
+            except OSError: got = b''
+            if not got: assert words is None, text; break
+            text += got
+        return text.decode(errors='replace')
+    return p, ours, read
+
+def test_pasted_lines_are_one_message(base, tmp_path):
+    f = tmp_path/'talk.memory'
+    p, tty, read = person(base, '--temperature', '0', '--max-tokens', '8', '--device', 'cpu', '--save', str(f))
+    ready = '\x1b[?12l\x1b[?25h'                                          # the prompt is drawn
+    read(ready)
+    os.write(tty, b'\x1b[200~def f(x):\r\n    return x\r\n/quit\x1b[201~'); time.sleep(.5); os.write(tty, b'\r')
+    want = alone(ask('def f(x):\n    return x\n/quit'), 8).text
+    read(want.splitlines()[0]); time.sleep(2)
+    os.write(tty, b'/quit\r'); read(None); assert p.wait(30) == 0; os.close(tty)
+    data = f.read_bytes()
+    state, said, ids = S.read_state(model(), data, anyone=True)
+    assert [m['content'] for m in said] == ['def f(x):\n    return x\n/quit', want]
+    assert '+    return x' in (base/'chat_history').read_text()
+
+def test_question_from_stdin(base):
+    p = terminal(base, '-p', '-', '--temperature', '0', '--max-tokens', '20', '--device', 'cpu')
+    out, err = p.communicate('one\ntwo\n', 60)
+    assert p.returncode == 0 and out == alone(ask('one\ntwo'), 20).text + '\n', err
+    p = terminal(base, '-p', '-'); out, err = p.communicate(' \n', 60)
+    assert p.returncode == 1 and err.endswith('dh_chat: -p - found no question on stdin\n') and 'Traceback' not in err
+
+def test_ctrl_c_while_loading_is_one_line(base):
+    code = 'import nano_dh.serve as s, time; real = s.load_model\n' \
+           'def slow(*a): print("loading", flush=True); time.sleep(60); return real(*a)\n' \
+           's.load_model = slow; s.dh_chat([])'
+    p = subprocess.Popen([sys.executable, '-c', code], env=environ(base), text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while 'loading' not in (line := p.stderr.readline()): assert line
+    p.send_signal(signal.SIGINT); out, err = p.communicate(timeout=30)
+    assert (out, err, p.returncode) == ('', '\ndh_chat: stopped\n', 130)
+
 def test_terminal_talks_to_the_limit(capsys):
     chat = S.Chat(Engine(model(), TOK, max_len=100), temperature=0., max_tokens=1000)
     assert len(list(chat.ask('x'*80))) == 100 - 84                      # no further than the server would
