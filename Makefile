@@ -3,23 +3,22 @@
 PY    ?= python3
 V     := .venv/bin
 P     ?=
-STAMP := $(shell date +%Y%m%d-%H%M%S)
 # the gpu extra brings the Hopper kernels; it is chosen where a driver answers
 EXTRA := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo dev,gpu || echo dev)
-RUN    = mkdir -p runs/out && $(V)/papermill --log-output --progress-bar --cwd .
+RUN    = $(V)/dh_run
 
-.PHONY: pretrain finetune speedrun tokenizer bench inference eval figures chat serve test weekly install docs clean-notebooks
+.PHONY: pretrain finetune speedrun tokenizer bench inference eval figures chat serve lab test weekly install docs clean-notebooks
 
 pretrain: .venv/.ready     ## train a model (default: depth 4 on the shipped sample) and write the executed notebook
-	$(RUN) runs/pretrain.ipynb runs/out/pretrain-$(STAMP).ipynb $(P)
+	$(RUN) pretrain $(P)
 
 finetune: .venv/.ready     ## mid-train, fine-tune and judge the newest pretrained model (P goes to the first two)
-	$(RUN) runs/midtrain.ipynb runs/out/midtrain-$(STAMP).ipynb $(P)
-	$(RUN) runs/sft.ipynb runs/out/sft-$(STAMP).ipynb $(P)
-	$(RUN) runs/chat_eval.ipynb runs/out/chat_eval-$(STAMP).ipynb
+	$(RUN) midtrain $(P)
+	$(RUN) sft $(P)
+	$(RUN) chat_eval
 
 speedrun: .venv/.ready     ## every stage, from text to a chat model, and its report card
-	$(RUN) runs/speedrun.ipynb runs/out/speedrun-$(STAMP).ipynb $(P)
+	$(RUN) speedrun $(P)
 
 chat: .venv/.ready         ## talk to the newest model in the terminal (P="-p 'a question'")
 	@$(V)/dh_chat $(P)
@@ -28,19 +27,22 @@ serve: .venv/.ready        ## its web page and OpenAI-compatible interface
 	@$(V)/dh_serve $(P)
 
 tokenizer: .venv/.ready    ## train a tokenizer and compare its compression
-	$(RUN) runs/tokenizer.ipynb runs/out/tokenizer-$(STAMP).ipynb $(P)
+	$(RUN) tokenizer $(P)
 
 bench: .venv/.ready        ## speed of kernels, models and training steps on this machine
-	$(RUN) runs/bench.ipynb runs/out/bench-$(STAMP).ipynb $(P)
+	$(RUN) bench $(P)
 
 inference: .venv/.ready    ## speed and memory of answering
-	$(RUN) runs/inference.ipynb runs/out/inference-$(STAMP).ipynb $(P)
+	$(RUN) inference $(P)
 
 eval: .venv/.ready         ## bits per byte by source and CORE of the newest pretrained model
-	$(RUN) runs/base_eval.ipynb runs/out/base_eval-$(STAMP).ipynb $(P)
+	$(RUN) base_eval $(P)
 
 figures: .venv/.ready      ## the README's measured figures and their pictures from runs/records (P=--check only compares)
 	$(V)/python -m nano_dh.figures $(P)
+
+lab: .venv/.ready          ## chapters and runs in JupyterLab
+	$(V)/jupyter lab $(P)
 
 test: .venv/.ready         ## every chapter and every test
 	$(V)/python -m pytest -n auto -rsfE $(P)

@@ -9,6 +9,7 @@ __all__ = ['FORMAT', 'FOREIGN', 'CheckpointError', 'runs_dir', 'checkpoints', 'l
 
 # %% ../nbs/12_checkpoint.ipynb #imp
 import errno, json, os, pickle, random, shutil, socket, time, warnings, zlib
+from argparse import ArgumentParser
 from functools import lru_cache
 from datetime import datetime
 from pathlib import Path
@@ -457,8 +458,12 @@ def read_tokenizer(path:str|Path # as for `read_meta`
 
 
 # %% ../nbs/12_checkpoint.ipynb #runs
-def dh_runs():
+def dh_runs(argv:list|None=None # default: the command line
+           ):
     "Console command: the runs of this machine"
+    about = ('Lists the runs of this machine, the newest last: name, newest step, model, size of the '
+             'folder, when it was saved. NANO_DH_BASE_DIR says where runs are.')
+    ArgumentParser('dh_runs', description=about).parse_args(argv)
     for r in list_runs():
         m = r['meta']['model'] or {}
         what = f"depth {m.get('n_layer', '?')} {m.get('pattern', '')}"

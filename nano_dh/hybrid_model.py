@@ -160,7 +160,7 @@ def _check(c):
 PRESETS = dict(
     nanochat=dict(pattern='SSSL', pos='full', attn_gate='none', smear=True, backout=True),
     conversation=dict(vocab_size=65536, tie_embeddings=True, sequence_len=1024, mlp_ratio=3.,
-                      kv_group=4, activation='silu'),
+                      kv_group=4, activation='silu', value_embeds=False),
     qwen=dict(value_embeds=False, resid_scalars=False, softcap=0., activation='swiglu',
               mlp_ratio=8/3, z_gate='silu'))
 
@@ -628,3 +628,5 @@ def generate(model:HybridModel,      # on any device
             x = torch.multinomial((z/temperature).softmax(-1), 1, generator=gen).view(1, 1)
         out.append(x.item())
     return out
+
+HybridModel.generate = generate        # model.generate(ids, 50) too

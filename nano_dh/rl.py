@@ -16,7 +16,7 @@ from torch import Tensor
 from fastcore.basics import patch
 from .checkpoint import find_checkpoint, latest_step, load_model, runs_dir, save_checkpoint
 from .cross_entropy import linear_cross_entropy
-from .core import file_lock, get_device
+from .core import duration, file_lock, get_device
 from .dataloader import shuffled
 from .decode import inference_copy
 from .engine import Engine, Request
@@ -165,7 +165,12 @@ def tiny_start(seed:int=0, device:str='', log=lambda rec: None,
     return name
 
 def make_start(cfg, emit): # `tiny_start` in a rank
-    emit(dict(start=tiny_start(cfg.seed, cfg.device)))
+    "Notes while the model is taught, then its name"
+    def tell(r):
+        if 'loss' in r and r['step'] % 50 == 1:
+            emit(dict(note=f"teaching it: step {r['step']}, loss {r['loss']:.3f}, "
+                           f"{duration(r['eta'], about=True)} to go"))
+    emit(dict(start=tiny_start(cfg.seed, cfg.device, tell)))
 
 # %% ../nbs/23_rl.ipynb #drift
 def drift(new:Tensor, old:Tensor # log-probabilities of drawn tokens, by training and by the engine

@@ -7,7 +7,7 @@ __all__ = ['PARAMETERS', 'LR_FLOOR', 'ONE_OF', 'FROZEN', 'LOCAL', 'MFU', 'GPU_BY
            'DataConfig', 'HorizonConfig', 'OptimConfig', 'PretrainConfig', 'auto_batch', 'most_ranks', 'machine',
            'Plan', 'estimate', 'PlanError', 'named', 'plan', 'show_batch', 'build_model', 'Trainer', 'Late',
            'read_metrics', 'Diverged', 'write_samples', 'health', 'begin', 'owned', 'settle_backend', 'begin_kernels',
-           'timing', 'OutOfMemory', 'memory_advice', 'pretrain', 'start_wandb', 'once', 'Report', 'main']
+           'timing', 'OutOfMemory', 'memory_advice', 'pretrain', 'start_wandb', 'once', 'Report', 'said', 'main']
 
 # %% ../nbs/14_train.ipynb #imp
 import ast, bisect, gc, importlib, json, math, os, re, resource, subprocess, sys, time
@@ -1021,10 +1021,15 @@ def samples(self:Report) -> str:
     return '\n\n'.join(new) or 'no samples yet'
 
 # %% ../nbs/14_train.ipynb #report3
+def said(text:str # Markdown
+        ):
+    "A table that a notebook draws and a log prints, where others say <Markdown object>"
+    from IPython.display import Markdown
+    return type('Said', (Markdown,), dict(__repr__=lambda self: self.data))(text)
+
 @patch
 def table(self:Report):
     "The figures of the run, as a Markdown table"
-    from IPython.display import Markdown
     speeds = sorted(r['tok_s'] for r in self.records if 'tok_s' in r) or [0]
     bpb, mfu = self.last('val_bpb'), self.last('mfu')
     rows = {'steps': f"{self.last('step', 0):,} of {self.cfg.num_iterations:,}",
@@ -1034,18 +1039,34 @@ def table(self:Report):
             'train loss': f"{self.last('loss', math.nan):.4f}",
             'val bpb': f"{bpb:.4f} +- {self.last('val_stderr'):.4f}" if bpb else '-',
             'checkpoint': self.last('checkpoint', 'none')}
-    return Markdown('\n'.join(['| | |', '|---|---|', *(f'| {k} | {v} |' for k, v in rows.items())]))
+    return said('\n'.join(['| | |', '|---|---|', *(f'| {k} | {v} |' for k, v in rows.items())]))
+
+# %% ../nbs/14_train.ipynb #report4
+@patch
+def longer(self:Report) -> str:
+    "How to train twice as long, and what that does to the learning rate"
+    c = self.cfg; n = 2*c.num_iterations
+    shape = (c.warmup_steps, c.warmdown_ratio, c.final_lr_frac, c.schedule)
+    was = lr_multiplier(c.num_iterations - 1, c.num_iterations, *shape)
+    new = lr_multiplier(c.num_iterations, n, *shape)
+    note = (f'\n  (the schedule is laid over {n:,} steps: the learning rate rises again, from '
+            f'{was:.2f} to {new:.2f} of its peak)')
+    return (f'to train it twice as long:\n  {self.command} -p num_iterations {n}'
+            + note*(new > 1.05*was))
 
 @patch
 def next(self:Report) -> str:
     "What to run now"
     c = self.cfg
-    more = (f'papermill runs/pretrain.ipynb runs/out/{c.run}-more.ipynb -p run {c.run} '
-            '-p resume True')
-    if self.last('step', 0) < c.num_iterations: return f'to finish it:\n  {more}'
-    return (f'to train it twice as long:\n  {more} -p num_iterations {2*c.num_iterations}\n'
-            f'to use it:\n  from nano_dh.checkpoint import load_model\n'
-            f'  model, tokenizer, meta = load_model({c.run!r})')
+    if self.last('step', 0) < c.num_iterations: return f'to finish it:\n  {self.command}'
+    return '\n'.join([
+        f'to let it continue a text:\n  dh_chat --model {c.run}',
+        f'to judge it (bits per byte by source, CORE):\n  dh_run base_eval -p model {c.run}',
+        f'to make a chat model of it, mid-training first:\n  dh_run midtrain -p base {c.run}',
+        self.longer(), f'to use it in a script:\n  from nano_dh.checkpoint import load_model',
+        f'  model, tokenizer, meta = load_model({c.run!r})',
+        "  ids = model.generate(tokenizer.encode('The', bos=True), 50, temperature=.8)",
+        '  print(tokenizer.decode(ids))'])
 
 # %% ../nbs/14_train.ipynb #main
 def main(argv:list|None=None # default: the command line

@@ -129,6 +129,7 @@ def test_dh_run_shows_the_log_and_names_its_output(base, data, tmp_path):
     r = subprocess.run(cmd, **kw)
     assert r.returncode == 0, r.stderr
     assert 'step     6/6' in r.stdout and f'done; the executed notebook: {tmp_path/"o.ipynb"}' in r.stdout
+    assert re.search(r'^nano_dh [\d.]+, commit \w+.*, Python 3.*, torch 2.*, \d+ cores? of ', r.stdout, re.M)
     assert 'Executing' not in r.stdout and 'Executing' not in r.stderr and '\n\n\n' not in r.stdout
     assert (base/'runs'/'007'/'000006').is_dir()                    # text, though it looks like a number
     again = subprocess.run(cmd, **kw)
@@ -174,3 +175,10 @@ def test_ctrl_c_saves_and_says_how_to_go_on(base, data, tmp_path, nproc):
     assert (base/'runs'/name/f'{last:06d}'/'manifest.json').exists() and not any(r.get('done') for r in done)
     assert 'saving after this step' in out and f'interrupted after step {last}' in out and f'dh_run pretrain -p run {name} -p resume True' in out
     assert 'to finish it' in text(outputs(nbformat.read(tmp_path/'o.ipynb', 4))['next'])
+
+@pytest.mark.parametrize('nb', sorted((ROOT/'runs').glob('*.ipynb')), ids=lambda p: p.stem)
+def test_executed_notebooks_begin_with_commit_version_and_machine(nb):
+    "The first thing that runs after the imports, before any parameter can fail"
+    cells = [c for c in nbformat.read(nb, 4).cells if c.cell_type == 'code']
+    at = [c.id for c in cells].index('made-by')
+    assert cells[at].source == 'from nano_dh.report import made_by\nprint(made_by())' and 'parameters' not in [t for c in cells[:at] for t in c.metadata.get('tags', [])]
