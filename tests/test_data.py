@@ -382,7 +382,7 @@ def test_latin1_is_read_as_it_is(base):
 
 @pytest.mark.parametrize('name,text,column,says', [
     ('a.jsonl', '{"id": 1, "body": "x"}\n', 'text', "column='body'"), ('a.jsonl', '{"id": 1, "body": "x"}\n', 'id', "'id' is int, not text; name one .*column='body'"),
-    ('a.jsonl', '{"id": 1}\n', 'text', 'none of them holds text'), ('a.csv', 'id,body\n1,x\n', 'text', "column='id'|column='body'"), ('a.json', '[{"n": 2, "body": "x"}]', 'text', "record 1 has no 'text'.*column='body'")])
+    ('a.jsonl', '{"id": 1}\n', 'text', 'none of them holds text'), ('a.csv', 'id,body\n1,x\n', 'text', "column='id'|column='body'"), ('a.json', '[{"n": 2, "body": "x"}]', 'text', "row 1 has no 'text'.*column='body'")])
 def test_advice_that_helps(base, name, text, column, says):
     (base/name).write_text(text)
     with pytest.raises(ValueError, match=says): list(dataset.read_file(base/name, column))

@@ -138,7 +138,7 @@ def test_the_rate_of_a_pretraining_step_is_that_of_its_number():
     seen, m = [], model(2, pattern='GL'); batch = N(x=torch.arange(20)[None], y=torch.arange(1, 21)[None], cu_seqlens=None, cu_seqlens_cpu=None)
     batch.micro = lambda rows: [batch]
     t = N(cfg=N(total_batch_size=20, device_batch_size=1, doc_mask=False, num_iterations=9, warmup_steps=2, warmdown_ratio=.5, final_lr_frac=0., schedule='linear'),
-          world=1, device=torch.device('cpu'), fwd=m, step=0, opt=N(schedule=lambda step, *a: seen.append((step, *a)), step=lambda: 0, zero_grad=lambda: 0))
+          world=1, device=torch.device('cpu'), fwd=m, step=0, borders=lambda mb: {}, opt=N(schedule=lambda step, *a: seen.append((step, *a)), step=lambda: 0, zero_grad=lambda: 0))
     for _ in range(3): Trainer.train_step(t, batch)
     assert seen == [(i, 9, 2, .5, 0., 'linear') for i in range(3)] and t.step == 3
 
