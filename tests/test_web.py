@@ -481,6 +481,38 @@ def test_scrolls_only_at_the_bottom(page):
     expect(page.locator('#down')).to_be_hidden(); assert place()[1] < 48
     page.keyboard.press('Escape'); done(page)
 
+@browsing
+def test_rename_search_and_export(page, tmp_path):
+    script(page, *[dict(body=events(dict(content=t))) for t in ('The **Danube** flows.', 'A cat sleeps.')])
+    sample(page, system='Be brief.'); ask(page, 'River?')
+    page.get_by_role('button', name='New chat').click(); ask(page, 'Animal?', system='')
+    page.get_by_role('button', name='Rename or export').click()
+    expect(page.locator('#new-name')).to_have_value('Animal?')
+    page.locator('#new-name').fill('  On cats  '); page.keyboard.press('Enter')
+    expect(page.locator('#title')).to_have_text('On cats'); page.reload(); expect(page.locator('#title')).to_have_text('On cats')
+    titles = lambda: [x.get_attribute('title') for x in page.locator('#chats .open').all()]
+    find = page.get_by_label('Search the chats')
+    assert titles() == ['On cats', 'River?']
+    find.fill('danube'); assert titles() == ['River?']                          # in an answer
+    looks(page, tmp_path, 'search')
+    page.locator('#chats .open').click(); assert words(page)[0] == 'River?'
+    find.fill('ON CAT'); assert titles() == ['On cats']; find.fill('no such words'); assert titles() == []
+    expect(page.locator('#none')).to_be_visible(); find.fill('')
+    def file(name):
+        with page.expect_download() as d: page.get_by_role('button', name=name).click()
+        d.value.save_as(tmp_path/d.value.suggested_filename); return tmp_path/d.value.suggested_filename
+    page.get_by_role('button', name='Rename or export').click(); looks(page, tmp_path, 'name')
+    md = file('Export as Markdown')
+    assert md.suffix == '.md' and md.read_text() == '# River?\n\n> Be brief.\n\n## You\n\nRiver?\n\n## Model\n\nThe **Danube** flows.\n'
+    talk = [dict(role='system', content='Be brief.'), dict(role='user', content='River?'), dict(role='assistant', content='The **Danube** flows.')]
+    assert json.loads(file('Export as JSON').read_text())['messages'] == talk
+    page.keyboard.press('Escape')
+    every = file('Export all chats')
+    rows = [json.loads(line) for line in every.read_text().splitlines()]
+    assert every.suffix == '.jsonl' and [r['title'] for r in rows] == ['On cats', 'River?'] and rows[1]['messages'] == talk
+    from nano_dh.chat_files import read_chats                                   # and training reads them
+    assert len(list(read_chats(every))) == 2
+
 @pytest.mark.slow
 @browsing
 def test_full_queue_counts_down(page):
