@@ -566,6 +566,7 @@ def test_damaged_weights(base, monkeypatch):
         for path, body in (('/v1/chat/completions', dict(messages=ask('x'))), ('/v1/chat/completions', dict(messages=ask('x'), logprobs=True, stream=True)), ('/v1/completions', dict(prompt='x', echo=True, logprobs=1))):
             status, _, body = call(url, path, body); assert 'weights that are not finite: blocks.1.mlp.c_fc.weight' in refused(status, body, 503)['message']
         assert json.loads(call(url, '/health')[2])['status'] == 'down'
+    monkeypatch.setattr('nano_dh.checkpoint._finite', lambda *a: None)       # which refuses to save it
     monkeypatch.setenv('NANO_DH_BASE_DIR', str(base)); save_checkpoint(base/'runs'/'ill', 0, damaged_model(), tokenizer=TOK, meta=dict(train=dict(stage='sft')))
     with pytest.raises(SystemExit, match='1 weights are not finite, blocks.1.mlp.c_fc.weight'): S.dh_serve(['--model', 'ill', '--port', '0'])
     shutil.rmtree(base/'runs'/'ill')
@@ -1053,7 +1054,7 @@ def test_kill_and_start_again(base, srv): # the last one: srv is gone afterwards
         stalled = connect(p.url, dict(long, stream=True, n=8, logprobs=True, top_logprobs=20), small=True)
         until(lambda: gauge(p.url, 'rows') == 14); time.sleep(.3); start = time.time()
         p.send_signal(signal.SIGTERM); time.sleep(.2); p.send_signal(signal.SIGTERM)
-        assert p.wait(10) == 0 and time.time() - start < 4; t.join(); stalled.close()
+        assert p.wait(10) == 0 and time.time() - start < 8; t.join(); stalled.close()
         assert all('going down' in g.error and g.text for g in t.got) and not any('Traceback' in l for l in p.lines)
 
 PERSON = dict(type='object', properties=dict(name=dict(type='string', maxLength=8), age=dict(type='integer', minimum=0, maximum=120)), required=['name', 'age'], additionalProperties=False)
