@@ -52,7 +52,7 @@ def test_ranks_go_with_their_parent(start, sig):
     else: p.send_signal(sig)
     p.wait(10)
     assert all(gone(pid) for pid in pids)
-    if sig == signal.SIGINT: assert p.stderr.read().count('KeyboardInterrupt\n') == 1
+    if sig == signal.SIGINT: assert p.stderr.read().splitlines().count('KeyboardInterrupt') == 1
 
 def test_a_killed_rank_is_named_and_prints_arrive_whole(start):
     out, err = start('killed').communicate(timeout=60)

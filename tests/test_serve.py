@@ -974,11 +974,12 @@ def person(base, *argv): # dh_chat at a terminal -> process, its terminal, a rea
         return text.decode(errors='replace')
     return p, ours, read
 
+@pytest.mark.slow # by the clock: what is typed before the terminal is ready is echoed by it
 def test_pasted_lines_are_one_message(base, tmp_path):
     f = tmp_path/'talk.memory'
     p, tty, read = person(base, '--temperature', '0', '--max-tokens', '8', '--device', 'cpu', '--save', str(f))
     ready = '\x1b[?12l\x1b[?25h'                                          # the prompt is drawn
-    read(ready)
+    read(ready); time.sleep(3)
     os.write(tty, b'\x1b[200~def f(x):\r\n    return x\r\n/quit\x1b[201~'); time.sleep(.5); os.write(tty, b'\r')
     want = alone(ask('def f(x):\n    return x\n/quit'), 8).text
     read(want.splitlines()[0]); time.sleep(2)
