@@ -1,5 +1,5 @@
 "What holds the repository together: package equals notebooks, notebooks are clean, parameters tagged, imports light, the wheel complete, every figure of the README from a record."
-import json, os, re, shutil, subprocess, sys, zipfile
+import ast, json, os, re, shutil, subprocess, sys, zipfile
 from pathlib import Path
 import pytest
 
@@ -49,7 +49,12 @@ def test_run_notebook_has_parameters(nb):
         if line.strip() and not line.startswith('#'): assert re.match(r'\w+: [\w|. ]+ = .+  # \S', line), line
 
 def test_import_is_light():
-    heavy = ['fla', 'flash_qla', 'tilelang', 'wandb', 'datasets', 'fastapi', 'transformers'] # triton comes with torch's Dynamo where it is installed
+    heavy = ['fla', 'flash_qla', 'tilelang', 'wandb', 'datasets', 'fastapi', 'transformers']
+    for f in (ROOT/'nano_dh').glob('*.py'):                # triton comes with torch's Dynamo; none of ours asks for it at its top
+        if f.stem == 'standalone': continue
+        top = [n for n in ast.parse(f.read_text()).body if isinstance(n, (ast.Import, ast.ImportFrom))]
+        names = {a.name.split('.')[0] for n in top if isinstance(n, ast.Import) for a in n.names} | {(n.module or '').split('.')[0] for n in top if isinstance(n, ast.ImportFrom) and not n.level}
+        assert not names & {*heavy, 'triton'}, f'{f.name} imports {names & {*heavy, "triton"}}'
     mods = [p.stem for p in (ROOT/'nano_dh').glob('*.py') if p.stem[0] != '_' and p.stem != 'standalone'] # which is for transformers
     code = f'import sys, nano_dh\n' + '\n'.join(f'import nano_dh.{m}' for m in mods) + f'\nprint([m for m in {heavy} if m in sys.modules])'
     out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT)
