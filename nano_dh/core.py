@@ -197,6 +197,7 @@ def load_imports(words:str # files (.py) and modules, separated by commas; 'stor
         if word.endswith('.py'): _run_text(name, text, str(path.absolute()))
         else: OWN[name] = dict(name=name, sha256=hashlib.sha256(text.encode()).hexdigest(), text=text)
 
+# %% ../nbs/00_core.ipynb #own-b
 def _source_of(word): # a module that is imported -> its file, or None
     if '' not in sys.path and os.getcwd() not in sys.path: sys.path.insert(0, os.getcwd())
     try: file = importlib.import_module(word).__file__ or ''
@@ -205,6 +206,7 @@ def _source_of(word): # a module that is imported -> its file, or None
         raise ModuleNotFoundError(f'imports: no module {word!r}; a file ends in .py') from None
     return Path(file) if file.endswith('.py') else None
 
+# %% ../nbs/00_core.ipynb #own-c
 def run_stored(records:list, # of OWN, as a checkpoint holds them
                where:str     # the checkpoint
               ) -> None:

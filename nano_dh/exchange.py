@@ -169,6 +169,7 @@ def _every(letters): # each n-th layer is L; 0 if they lie otherwise
     n = letters.index('L') + 1 if 'L' in letters else 0
     return n if n and all((l == 'L') == ((i + 1) % n == 0) for i, l in enumerate(letters)) else 0
 
+# %% ../nbs/28_exchange.ipynb #qwen-b
 def qwen_format(model:HybridModel) -> tuple[dict, dict]: # config.json, tensors
     "For transformers' own class Qwen3-Next"
     cfg, n = model.cfg, model.cfg.vocab_size
@@ -234,6 +235,7 @@ def _lines(run) -> list: # what a run's evaluations and stages said
         out.append(f"- {s['stage']}: {s['step']:,} steps{seen}{end}")
     return out + [f'- {k}: {v:.4f}' + (f' ± {e:.4f}' if e else '') for k, (v, e) in scores(name).items()]
 
+# %% ../nbs/28_exchange.ipynb #card-b
 def model_card(model:HybridModel, meta:dict, kind:str) -> str: # Markdown
     "What a stranger has to know"
     cfg, c, code = model.cfg, model.param_counts(), kind == 'hf'

@@ -480,22 +480,17 @@ def _losses(fig, rows, of): # of: row -> tokens of the run
     if late: ax.set_ylim(late[0] - .1, late[-1] + .1)     # the first fall is not what differs
 
 # %% ../nbs/27c_figures.ipynb #pictures
-@picture('learning.png', 'learning', 'loss')
-def draw_learning(fig, rec:dict):
-    "A panel a depth"
+def _by_depth(fig, rec, tokens): # losses over tokens(row), a panel a depth
     depths = values(rec['rows'], 'depth'); fig.set_size_inches(4*len(depths), 3)
     for d, part in zip(depths, fig.subfigures(1, len(depths), squeeze=False)[0]):
         part.suptitle(f'depth {d}', fontsize=9)
-        rows = [r for r in rec['rows'] if r['depth'] == d]
-        _losses(part, rows, lambda r: r['steps']*r['batch'])
+        _losses(part, [r for r in rec['rows'] if r['depth'] == d], tokens)
+
+@picture('learning.png', 'learning', 'loss')
+def draw_learning(fig, rec:dict): _by_depth(fig, rec, lambda r: r['steps']*r['batch'])
 
 @picture('pretrain.png', 'pretrain', 'loss')
-def draw_pretrain(fig, rec:dict):
-    "A panel a depth"
-    depths = values(rec['rows'], 'depth'); fig.set_size_inches(4*len(depths), 3)
-    for d, part in zip(depths, fig.subfigures(1, len(depths), squeeze=False)[0]):
-        part.suptitle(f'depth {d}', fontsize=9)
-        _losses(part, [r for r in rec['rows'] if r['depth'] == d], lambda r: r['tokens'])
+def draw_pretrain(fig, rec:dict): _by_depth(fig, rec, lambda r: r['tokens'])
 
 @picture('rl-gsm8k-d8.png', 'rl', 'held_out')
 def draw_rl(fig, rec:dict):

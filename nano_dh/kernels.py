@@ -679,6 +679,7 @@ def _compile_call(name, way, half, rows, dims, use, dtype, index): # what such a
     with idle_kernels(): xs, outs, d = _called(*call)
     torch.autograd.grad(outs, xs, d)
 
+# %% ../nbs/03_kernels.ipynb #ahead-class
 class Ahead:
     "Kernels that processes of their own compile, each some of them"
     def __init__(self, name:str,  # of the backend that is presumed
@@ -702,6 +703,7 @@ class Ahead:
         self.running = []
         return lines
 
+# %% ../nbs/03_kernels.ipynb #begin
 _begun = set()
 def _begin(name, device, shape, uses, dtype) -> Ahead: # what this process has not begun before
     (*rows, H, HV, K, V), kind = shape, str(dtype).removeprefix('torch.')

@@ -76,6 +76,8 @@ def speculate(model:HybridModel, request:Request,
               choose=None    # (logits, position) -> token; default: what the request draws
              ) -> Guessed:
     "Continue one prompt, checking drafts from the text itself"
+    if request.steers: raise ValueError('drafts are checked against the model alone: no grammar, '
+                                        'bias or penalties here; submit the request to an Engine')
     r, out, look, pace = request, Guessed([]), Lookup(request.prompt, sizes), _Pace(most)
     choose, ends = choose or (lambda z, pos: int(sample(z, r, pos))), set(r.stop_tokens or ())
     state = model.init_state(1, len(r.prompt) + r.max_tokens + most)
