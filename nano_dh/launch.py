@@ -144,7 +144,7 @@ def _standing(f): # top frame of a thread -> (what changes when it moves, place,
     while f:
         name = f.f_code.co_filename; sig.append((id(f), f.f_lasti))
         waits |= f'torch{os.sep}distributed{os.sep}' in name
-        lib = name[0] == '<' or name.startswith(LIB) and 'nano_dh' not in name
+        lib = name.startswith('<frozen') or name.startswith(LIB) and 'nano_dh' not in name
         if not (place or lib): place = f'{f.f_code.co_name} ({name}:{f.f_lineno})'
         f = f.f_back
     return sig, place, waits
