@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['DTYPES', 'OWN', 'MORE', 'MANY', 'RATE', 'COUNT', 'EVERY', 'SHARE', 'BOUNDS', 'base_dir', 'package_data', 'DistInfo',
            'dist_info', 'print0', 'get_device', 'compute_dtype', 'peak_flops', 'human', 'set_seed', 'duration',
-           'atomic_write', 'file_lock', 'load_imports', 'run_stored', 'closest', 'checked', 'check_bounds', 'options']
+           'atomic_write', 'file_lock', 'load_imports', 'run_stored', 'Replaceable', 'volume2', 'added', 'closest',
+           'checked', 'check_bounds', 'options']
 
 # %% ../nbs/00_core.ipynb #imp
-import csv, hashlib, importlib, inspect, math, os, random, re, sys, tempfile, types, typing
+import csv, hashlib, importlib.util, inspect, math, os, random, re, sys, tempfile, types, typing
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, dataclass, fields
 from difflib import get_close_matches
-from functools import lru_cache
+from functools import lru_cache, update_wrapper
 from pathlib import Path
 import torch, torch.distributed as dist
 from filelock import FileLock
@@ -217,6 +218,35 @@ def run_stored(records:list, # of OWN, as a checkpoint holds them
             print0(f"imports: {r['name']} is not as {where} has it ({mine['sha256'][:8]}, "
                    f"there {r['sha256'][:8]})")
         if not mine and _STORED[0]: _run_text(r['name'], r['text'], f"{r['name']} of {where}")
+
+# %% ../nbs/00_core.ipynb #replaceable
+class Replaceable:
+    "A plain function that a chapter of volume 2 may replace; it is called like the function"
+    def __init__(self, plain): # the version of volume 1, which stays there as `.plain`
+        self.plain = self.now = plain
+        update_wrapper(self, plain)
+    def __call__(self, *args, **kw): return self.now(*args, **kw)
+    def __reduce__(self): return self.plain.__name__   # found by its name in another process
+    def replace(self, f): # f: another version of it; returned, so that it serves as a decorator
+        self.now = f
+        return f
+
+# %% ../nbs/00_core.ipynb #volume2
+@lru_cache
+def volume2() -> bool: # is it installed?
+    "Put the versions of volume 2 in the place of plain ones, once; without that volume nothing happens"
+    if importlib.util.find_spec('nano_dh.volume2') is None: return False
+    importlib.import_module('nano_dh.volume2').install()
+    return True
+
+def added(module:str): # __name__ of a module of volume 1
+    "A `__getattr__` for that module: finds what volume 2 adds to it"
+    def find(name):
+        if name[:2] != '__' and importlib.util.find_spec('nano_dh.volume2'):
+            home = importlib.import_module('nano_dh.volume2').home(module.split('.')[-1], name)
+            if home: return getattr(importlib.import_module(f'nano_dh.{home}'), name)
+        raise AttributeError(f'module {module!r} has no attribute {name!r}')
+    return find
 
 # %% ../nbs/00_core.ipynb #closest
 def closest(name:str, known) -> str: # '' if nothing is near
