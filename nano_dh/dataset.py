@@ -681,7 +681,7 @@ def _inside(folder): # data files of a folder and of those in it
     hidden = lambda f: any(p[0] == '.' for p in f.relative_to(folder).parts)
     return sorted(f for f in folder.rglob('*') if f.is_file() and _kind(f) and not hidden(f))
 
-def _look(path): # -> data files [(file, split)], names that are left out, folders that say nothing
+def _look(path): # -> [(file, split by its folder)], names left out, folders that tell nothing
     files, left, dirs = [], [], []
     for f in sorted(f for f in path.iterdir() if f.name[0] != '.'):
         if f.is_dir() and (told := _tells(f)): files += [(g, told) for g in _inside(f)]
@@ -690,14 +690,14 @@ def _look(path): # -> data files [(file, split)], names that are left out, folde
                 ABOUT.match(f.name) and _kind(f) == 'text'):
             files.append((f, ''))
         elif _kind(f) and not f.name.startswith('shards-'): left.append(f.name)
-    return [(f, _agreed(f, told)) for f, told in files], left, dirs
+    return files, left, dirs
 
-def _agreed(f, told): # split of a file; told: by its folder
-    own = _tells(f)
-    if told and own and own != told:
-        raise ValueError(f'{f}: its name says {own}, its folder {told}; rename one of them, or '
-                         'name the files one by one')
-    return told or own or 'train'
+def _agreed(files): # [(file, split its folder tells)] -> [(file, split)]
+    for f, told in files:
+        if told and _tells(f) not in ('', told):
+            raise ValueError(f'{f}: its name says {_tells(f)}, its folder {told}; rename one of '
+                             'them, or name the files one by one')
+    return [(f, told or _tells(f) or 'train') for f, told in files]
 
 # %% ../nbs/08_dataset.ipynb #cached2
 def _became(where, train, val, left, rest=''): # says what each file is to the run
@@ -761,10 +761,9 @@ def _owner(path, by): # one file to validate, one source without: valid.parquet 
                          f'as in {of[0]}_{name}')
     if len(val) == len(of) == 1: by[of[0]]['val'] = by.pop(val[0])['val']
 
-def _pick(path, files, name='', want=''): # shards [(file, split)] -> list of Source
+def _pick(path, files, name=''): # shards [(file, split)] -> list of Source
     by = {}
     for f, split in files: by.setdefault(_name(f)[0], {}).setdefault(split, []).append(f)
-    if want: by = {p: f for p, f in by.items() if p == want}
     _owner(path, by); some = any('val' in g for g in by.values())
     out = [p for p, f in by.items() if 'train' not in f or some and 'val' not in f]
     gone = [f.name for p, fs in by.items() for s, g in fs.items() for f in g
@@ -772,22 +771,24 @@ def _pick(path, files, name='', want=''): # shards [(file, split)] -> list of So
     if gone: _say(f'{path.name}: left out {_shown(gone)}: not to train on, or without validation')
     if by and len(out) == len(by): raise _none(path, files)
     by = {p: f for p, f in by.items() if p not in out}
-    lone = (name or path.name) if len(by) == 1 and not want else ''
+    lone = (name or path.name) if len(by) == 1 else ''
     return [_shards_of(lone or p or path.name, f) for p, f in by.items()]
 
 def _folder(path, name='', want=''): # name: of a lone source; want: only this prefix
     path = Path(path)
     if any(not json.loads(p.read_text())['done'] for p in path.glob('shards-*.json')):
         raise ValueError(f'{path} is unfinished; run its repackage again')
-    return _pick(path, [(f, s) for f, s in _look(path)[0] if _kind(f) == 'parquet'], name, want)
+    shards = [(f, told) for f, told in _look(path)[0] if _kind(f) == 'parquet'
+              and (not want or _name(f)[0] == want)]
+    return _pick(path, _agreed(shards), name or want)
 
 # %% ../nbs/08_dataset.ipynb #find
 def _dir(path): # any folder -> list of Source
     files, left, dirs = _look(path)
-    texts = [(f, s) for f, s in files if _kind(f) != 'parquet']
+    texts = [(f, told) for f, told in files if _kind(f) != 'parquet']
     if not files: return [s for d in dirs for s in _dir(d)]
     if len(texts) < len(files): found, left = _folder(path), left + [f.name for f, _ in texts]
-    else: found, left = _folder(_cached(path, texts, left), path.name), []
+    else: found, left = _folder(_cached(path, _agreed(texts), left), path.name), []
     left += [f'{d.name}/' for d in dirs if _inside(d)]
     if left: _say(f'{path.name}: left out {_shown(left)}; give their own path')
     return found

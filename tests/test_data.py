@@ -323,6 +323,14 @@ def test_what_is_ambiguous_is_refused(base, files):
     with pytest.raises((ValueError, FileNotFoundError), match='its name says|by their names none|could validate') as e: open_data(str(base/'d'))
     assert '\n' not in str(e.value) and any(Path(f).name.rstrip('x') in str(e.value) for f in files)
 
+def test_files_that_are_left_out_need_no_clear_name(base, capsys, monkeypatch):
+    "Beside shards, a folder eval with test files in it stopped `-p data wiki:1,books:1`"
+    lay(base/'d', ['wiki_0.parquet', 'wiki_val.parquetx', 'books_0.parquet', 'books_val.parquetx', 'eval/gsm8k_test.jsonl?', 'eval/mmlu_train.jsonl?'])
+    monkeypatch.setenv('NANO_DH_DATA', str(base/'d'))
+    assert [s.name for s in open_data('wiki:1,books:1').sources] == ['wiki', 'books']
+    train, val, said = opened(base/'d', capsys)
+    assert 'HELD' not in train and 'OTHER' not in train + val and 'gsm8k_test' in said
+
 @pytest.mark.parametrize('shards,groups', [(1, 1), (1, 2), (2, 1), (2, 2), (2, 50), (3, 20), (5, 1), (9, 4), (30, 3)])
 def test_a_small_part_is_set_aside(base, docs, shards, groups):
     "Of two shards half became validation"
