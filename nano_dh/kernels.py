@@ -339,12 +339,14 @@ def current_backend() -> str:
     "The backend that was chosen or set last"
     return _forced[0] or _last[0]
 
-@torch.compiler.assume_constant_result # while tracing: really called, its answer a constant
 def _checked(device, dtype, H, HV, K, V):
     if (key := (device, dtype, K, V)) not in _chosen:
         if device != 'cuda': return 'torch'
         print0(choose_backend(device, H, HV, K, V, dtype=dtype).reason)
     return _chosen.get(key) or _forced[0]
+# while tracing: really called, its answer a constant (torch.compiler.assume_constant_result would
+# do this and import the whole compiler: 1.8 s in every process that never compiles)
+_checked._dynamo_marked_constant = True
 
 def _which(q, v):
     device, (H, K), (HV, V) = q.device.type, q.shape[2:], v.shape[2:]
