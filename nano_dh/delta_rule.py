@@ -14,8 +14,8 @@ def l2norm(x:Tensor,        # (..., D), any float dtype
            eps:float=1e-6   # added to the squared length: zero stays zero, with a finite gradient
           ) -> Tensor:      # (..., D), x.dtype, rows of length one
     "Scale the last dimension to length one; arithmetic in float32 (float64 for float64)"
-    y = x if x.dtype == torch.float64 else x.float()
-    return (y * (y.square().sum(-1, keepdim=True) + eps).rsqrt()).to(x.dtype)
+    exact = x if x.dtype == torch.float64 else x.float()
+    return (exact * (exact.square().sum(-1, keepdim=True) + eps).rsqrt()).to(x.dtype)
 
 # %% ../nbs/01_delta_rule.ipynb #step
 def delta_rule_step(q:Tensor,     # (B, H, K) queries of length one
@@ -27,12 +27,12 @@ def delta_rule_step(q:Tensor,     # (B, H, K) queries of length one
                     scale:float|None=None # factor of the read; default K**-0.5
                    ) -> tuple[Tensor, Tensor]: # o (B, HV, V) in v.dtype, new state
     "One token of the gated delta rule (Yang et al., 2024, arXiv:2412.06464)"
-    (B, H, K), HV, dt = k.shape, v.shape[-2], state.dtype
+    (B, H, K), HV, dtype = k.shape, v.shape[-2], state.dtype
     if HV % H: raise ValueError(f'{H} query/key heads do not divide {HV} value heads')
-    q, k = (x.to(dt).repeat_interleave(HV // H, 1)[..., None] for x in (q, k))  # (B, HV, K, 1)
-    S = state * g.to(dt).exp()[..., None, None]
-    u = beta.to(dt)[..., None] * (v.to(dt) - (S * k).sum(-2))                   # (B, HV, V)
-    S = S + k * u[..., None, :]
+    q, k = (x.to(dtype).repeat_interleave(HV // H, 1)[..., None] for x in (q, k)) # (B, HV, K, 1)
+    S = state * g.to(dtype).exp()[..., None, None]
+    missing = v.to(dtype) - (S * k).sum(-2)                                       # (B, HV, V)
+    S = S + k * (beta.to(dtype)[..., None] * missing)[..., None, :]
     return ((S * q).sum(-2) * (K**-0.5 if scale is None else scale)).to(v.dtype), S
 
 # %% ../nbs/01_delta_rule.ipynb #recurrent
@@ -47,12 +47,13 @@ def recurrent_gated_delta_rule(q:Tensor,    # (B, T, H, K) queries of length one
                               ) -> tuple[Tensor, Tensor]: # o (B, T, HV, V) in v.dtype, last state
     "The gated delta rule token by token: slow, plain, the reference for every other form"
     if cu_seqlens is not None: return _each_document(q, k, v, g, beta, state, cu_seqlens, scale)
-    (B, T, HV, V), K = v.shape, k.shape[-1]
-    dt = torch.float64 if v.dtype == torch.float64 else torch.float32
-    S, o = v.new_zeros(B, HV, K, V, dtype=dt) if state is None else state.to(dt), []
+    (B, T, HV, V), K, reads = v.shape, k.shape[-1], []
+    dtype = torch.promote_types(v.dtype, torch.float32)
+    S = v.new_zeros(B, HV, K, V, dtype=dtype) if state is None else state.to(dtype)
     for xs in zip(*(x.unbind(1) for x in (q, k, v, g, beta))):
-        o_t, S = delta_rule_step(*xs, S, scale); o.append(o_t)
-    return torch.stack(o, 1), S
+        read, S = delta_rule_step(*xs, S, scale)
+        reads.append(read)
+    return torch.stack(reads, 1), S
 
 # %% ../nbs/01_delta_rule.ipynb #check
 def check_borders(cu:list[int], # document borders, flattened
@@ -60,7 +61,7 @@ def check_borders(cu:list[int], # document borders, flattened
                   T:int         # tokens a row
                  ) -> list[int]: # the same borders
     "Refuse borders that do not cover B rows of T tokens, each row from a document's start"
-    if cu[0] != 0 or cu[-1] != B*T or any(a > b for a, b in zip(cu, cu[1:])):
+    if cu[0] != 0 or cu[-1] != B*T or list(cu) != sorted(cu):
         raise ValueError(f'cu_seqlens must rise from 0 to B*T = {B*T}, got {cu[0]}..{cu[-1]}')
     if missing := set(range(0, B*T, T)) - set(cu):
         raise ValueError(f'cu_seqlens lacks {min(missing)}, a row start; documents end with rows')
@@ -70,12 +71,12 @@ def check_borders(cu:list[int], # document borders, flattened
 def _each_document(q, k, v, g, beta, state, cu_seqlens, scale):
     (B, T, HV, V), K = v.shape, k.shape[-1]
     cu = check_borders(cu_seqlens.tolist(), B, T)
-    dt = torch.float64 if v.dtype == torch.float64 else torch.float32
-    if state is None: state = v.new_zeros(len(cu) - 1, HV, K, V, dtype=dt)
-    flat, o, states = [x.flatten(0, 1) for x in (q, k, v, g, beta)], [], []
-    for a, b, S in zip(cu, cu[1:], state.to(dt).split(1)):
-        if a < b:
-            o_d, S = recurrent_gated_delta_rule(*(x[None, a:b] for x in flat), S, scale=scale)
-            o.append(o_d[0])
+    dtype = torch.promote_types(v.dtype, torch.float32)
+    if state is None: state = v.new_zeros(len(cu) - 1, HV, K, V, dtype=dtype)
+    flat, reads, states = [x.flatten(0, 1) for x in (q, k, v, g, beta)], [], []
+    for start, end, S in zip(cu, cu[1:], state.to(dtype).split(1)):
+        if start < end:
+            read, S = recurrent_gated_delta_rule(*(x[None, start:end] for x in flat), S, scale=scale)
+            reads.append(read[0])
         states.append(S)
-    return torch.cat(o).view(B, T, HV, V), torch.cat(states)
+    return torch.cat(reads).view(B, T, HV, V), torch.cat(states)

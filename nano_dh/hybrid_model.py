@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MIXERS', 'ORDERED', 'SMEAR_CHANNELS', 'CHOICES', 'POSITIVE', 'PRESETS', 'ACTIVATIONS', 'ROLES', 'register_mixer',
-           'HybridConfig', 'relu2', 'MLP', 'Block', 'HybridModel', 'enter', 'layer', 'leave', 'as_it_is', 'ModelState',
-           'generate']
+           'HybridConfig', 'relu2', 'MLP', 'Block', 'smear', 'enter', 'layer', 'leave', 'as_it_is', 'softcapped',
+           'linear_cross_entropy', 'HybridModel', 'ModelState']
 
 # %% ../nbs/06_hybrid_model.ipynb #imports
 import torch, torch.nn as nn, torch.nn.functional as F
@@ -13,12 +13,12 @@ from dataclasses import dataclass, asdict, fields, replace
 from typing import Callable
 from fastcore.basics import patch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from .core import checked, closest, print0
-from .chunked import chunk_flops, doc_ids_from
+from .core import Replaceable, added, checked, closest, print0, volume2
+from .chunked import doc_ids_from
 from .deltanet import GATES, Linear, uniform_, norm, Context, GatedDeltaNet
 from .gated_attn import GatedAttention, Rope
-from .cross_entropy import linear_cross_entropy, softcapped
+
+__getattr__ = added(__name__)
 
 # %% ../nbs/06_hybrid_model.ipynb #mixers
 MIXERS = {}  # letter -> factory(cfg, layer_idx)
@@ -36,7 +36,8 @@ def register_mixer(letter:str,      # one upper-case letter of the pattern strin
         raise ValueError(f'mixer {letter}: does it know the order of tokens, as a recurrence does? '
                          'Set carries_order True or False on the class; with True layers get no positions')
     MIXERS[letter] = factory
-    (ORDERED.add if carries_order else ORDERED.discard)(letter)
+    ORDERED.discard(letter)
+    if carries_order: ORDERED.add(letter)
 
 register_mixer('G', GatedDeltaNet)
 register_mixer('L', GatedAttention)
@@ -77,62 +78,78 @@ class HybridConfig:
     smear: bool = False         # mix in the previous token's embedding
     backout: bool = False       # subtract the middle layer's stream before the head
     tie_embeddings: bool = False # the head is the embedding
-    def __post_init__(self): _derive(self); _check(self)
+
+    def __post_init__(self):
+        _derive(self)
+        _check(self)
+
+    @property
+    def layer_types(self) -> list: # one letter a layer
+        "The pattern tiled over depth; a mixed pattern ends in L, a one-letter pattern stays pure"
+        letters = [self.pattern[i % len(self.pattern)] for i in range(self.n_layer)]
+        return letters[:-1] + ['L'] if len(set(self.pattern)) > 1 else letters
+
+    @property
+    def padded_vocab(self) -> int:
+        "Rows of embedding and head: vocab_size rounded up to 64, which matrix units like"
+        return _up(self.vocab_size, 64)
+
+    @property
+    def rot_dim(self) -> int:
+        "Channels of a head that rotate with the position"
+        part = max(int(self.head_dim*self.partial_rotary)//2*2, 2)
+        return dict(none=0, full=self.head_dim, partial=part)[self.pos]
+
+    def has_value_embed(self, i:int) -> bool: # i: layer, from 0
+        "Whether layer i adds value embeddings: alternate layers, the last one among them"
+        return self.value_embeds and i % 2 == (self.n_layer-1) % 2
+
+    @classmethod
+    def from_depth(cls, depth:int,        # layers; sets the width and all that follows from it
+                   pattern:str|None=None, # the preset's, else GGGL
+                   preset:str|None=None,  # a key of PRESETS
+                   **overrides):          # any field
+        "The one dial"
+        if preset and preset not in PRESETS:
+            raise ValueError(f"preset {preset!r}: known: {', '.join(PRESETS)}")
+        letters = dict(pattern=pattern) if pattern else {}
+        return cls.from_dict({**PRESETS.get(preset, {}), **letters, 'n_layer': depth, **overrides})
+
+    @classmethod
+    def from_dict(cls, values:dict): # field -> value
+        "From plain values, as `to_dict` gives them; an unknown name or a wrong type is an error"
+        return checked(cls, values)
+
+    def to_dict(self) -> dict: return asdict(self)    # for JSON
 
 # %% ../nbs/06_hybrid_model.ipynb #derive
 def _divisors(n): return [i for i in range(1, n+1) if n % i == 0]
-def _up(n, m): return -(-n // m) * m # n rounded up to a multiple of m
+def _up(n, multiple): return -(-n // multiple) * multiple
 
 # %% ../nbs/06_hybrid_model.ipynb #derive-2
-def _derive(c):
+def _derive(cfg):
     "Fill the fields that are None"
-    if c.n_layer < 1: raise ValueError(f'n_layer {c.n_layer}: at least 1')
-    for n in ('head_dim', 'head_v_dim', 'kv_group'):
-        if getattr(c, n) < 1: raise ValueError(f'{n} {getattr(c, n)}: at least 1')
-    if not c.pattern or set(c.pattern) - set(MIXERS):
-        raise ValueError(f"pattern {c.pattern!r}: known letters: {', '.join(MIXERS)}; the file that "
-                         "registers another one is named by the parameter imports")
-    d = c.d_model = _up(64*c.n_layer, 128) if c.d_model is None else c.d_model
-    auto = lambda name, f: setattr(c, name, f()) if getattr(c, name) is None else None
-    auto('n_head', lambda: max(d // c.head_dim, 1))
-    most = lambda: max(c.n_head/c.kv_group, 1)
-    auto('n_kv_head', lambda: max(k for k in _divisors(c.n_head) if k <= most()))
-    auto('n_v_head', lambda: max(d // c.head_v_dim, 1))
-    auto('n_qk_head', lambda: c.n_v_head // (1 if c.n_v_head % 2 else 2))
-    auto('pos', lambda: 'none' if ORDERED & {*c.layer_types} else 'full')
-    auto('window', lambda: _up(-(-c.sequence_len // 4), 128))
-
-# %% ../nbs/06_hybrid_model.ipynb #layer-types
-@patch(as_prop=True)
-def layer_types(self:HybridConfig) -> list: # one letter a layer
-    "The pattern tiled over depth; a mixed pattern ends in L, a one-letter pattern stays pure"
-    letters = [self.pattern[i % len(self.pattern)] for i in range(self.n_layer)]
-    if len(set(self.pattern)) > 1: letters[-1] = 'L'
-    return letters
-
-# %% ../nbs/06_hybrid_model.ipynb #padded
-@patch(as_prop=True)
-def padded_vocab(self:HybridConfig) -> int:
-    "Rows of the embedding and of the head: vocab_size rounded up to 64, which matrix units like"
-    return _up(self.vocab_size, 64)
-
-# %% ../nbs/06_hybrid_model.ipynb #has-ve
-@patch
-def has_value_embed(self:HybridConfig, i:int) -> bool: # i: layer, from 0
-    "Whether layer i adds value embeddings: alternate layers, the last one among them"
-    return self.value_embeds and i % 2 == (self.n_layer-1) % 2
+    if cfg.n_layer < 1: raise ValueError(f'n_layer {cfg.n_layer}: at least 1')
+    for name in ('head_dim', 'head_v_dim', 'kv_group'):
+        if getattr(cfg, name) < 1: raise ValueError(f'{name} {getattr(cfg, name)}: at least 1')
+    if not cfg.pattern or set(cfg.pattern) - set(MIXERS):
+        raise ValueError(f"pattern {cfg.pattern!r}: known letters: {', '.join(MIXERS)}; the file "
+                         "that registers another one is named by the parameter imports")
+    def fill(name, value):
+        if getattr(cfg, name) is None: setattr(cfg, name, value)
+    fill('d_model', _up(64*cfg.n_layer, 128))
+    fill('n_head', max(cfg.d_model // cfg.head_dim, 1))
+    most = max(cfg.n_head/cfg.kv_group, 1)
+    fill('n_kv_head', max((k for k in _divisors(cfg.n_head) if k <= most), default=1))
+    fill('n_v_head', max(cfg.d_model // cfg.head_v_dim, 1))
+    fill('n_qk_head', cfg.n_v_head // (1 if cfg.n_v_head % 2 else 2))
+    fill('pos', 'none' if ORDERED & {*cfg.layer_types} else 'full')
+    fill('window', _up(-(-cfg.sequence_len // 4), 128))
 
 # %% ../nbs/06_hybrid_model.ipynb #nearest
 def _nearest(n, legal): # the legal values on both sides of n
-    lo, hi = [i for i in legal if i <= n], [i for i in legal if i >= n]
-    return ', '.join(str(i) for i in dict.fromkeys([*lo[-1:], *hi[:1]]))
-
-# %% ../nbs/06_hybrid_model.ipynb #rot-dim
-@patch(as_prop=True)
-def rot_dim(self:HybridConfig) -> int:
-    "Channels of a head that rotate with the position"
-    part = max(int(self.head_dim*self.partial_rotary)//2*2, 2)
-    return dict(none=0, full=self.head_dim, partial=part)[self.pos]
+    below, above = [i for i in legal if i <= n], [i for i in legal if i >= n]
+    return ', '.join(str(i) for i in dict.fromkeys([*below[-1:], *above[:1]]))
 
 # %% ../nbs/06_hybrid_model.ipynb #check
 SMEAR_CHANNELS = 24 # of the embedding, read by the smear gate
@@ -141,20 +158,22 @@ CHOICES = dict(activation=['relu2', 'gelu', 'silu', 'swiglu'], pos=['none', 'par
 POSITIVE = ('vocab_size sequence_len d_model n_head head_k_dim n_v_head conv_size mlp_ratio '
             'window rope_base qk_scale partial_rotary').split()
 
-def _check(c):
+def _check(cfg):
     "Refuse what cannot be built"
-    def no(text): raise ValueError(text)
-    for n in POSITIVE: getattr(c, n) > 0 or no(f'{n} {getattr(c, n)}: must be positive')
-    for n, known in CHOICES.items():
-        v = getattr(c, n); near = closest(v, known) or known[0]
-        v in known or no(f"{n} {v!r}: known: {', '.join(known)}; nearest: {near}")
-    for n, of in (('n_kv_head', 'n_head'), ('n_qk_head', 'n_v_head')):
-        v, heads = getattr(c, n), getattr(c, of); near = _nearest(v, _divisors(heads))
-        v > 0 and heads % v == 0 or no(f'{n} {v} does not divide {of} {heads}; nearest: {near}')
-    if c.rot_dim % 2 or c.rot_dim > c.head_dim:
-        no(f'head_dim {c.head_dim}: {c.rot_dim} channels do not pair; nearest: {c.head_dim//2*2}')
-    need = max(c.ve_gate_channels*c.value_embeds, SMEAR_CHANNELS*c.smear)
-    c.d_model >= need or no(f'd_model {c.d_model}: gates read {need} channels; nearest: {need}')
+    def need(right, name, text):
+        if not right: raise ValueError(f'{name} {getattr(cfg, name)!r}{text}')
+    for name in POSITIVE: need(getattr(cfg, name) > 0, name, ': must be positive')
+    for name, known in CHOICES.items():
+        near = closest(getattr(cfg, name), known) or known[0]
+        need(getattr(cfg, name) in known, name, f": known: {', '.join(known)}; nearest: {near}")
+    for name, of in (('n_kv_head', 'n_head'), ('n_qk_head', 'n_v_head')):
+        part, heads = getattr(cfg, name), getattr(cfg, of)
+        need(part > 0 and heads % part == 0, name,
+             f' does not divide {of} {heads}; nearest: {_nearest(part, _divisors(heads))}')
+    rotating, least = cfg.rot_dim, max(cfg.ve_gate_channels*cfg.value_embeds, SMEAR_CHANNELS*cfg.smear)
+    need(rotating % 2 == 0 and rotating <= cfg.head_dim, 'head_dim',
+         f': {rotating} channels do not pair; nearest: {cfg.head_dim//2*2}')
+    need(cfg.d_model >= least, 'd_model', f': gates read {least} channels; nearest: {least}')
 
 # %% ../nbs/06_hybrid_model.ipynb #from-depth
 PRESETS = dict(
@@ -164,36 +183,11 @@ PRESETS = dict(
     qwen=dict(value_embeds=False, resid_scalars=False, softcap=0., activation='swiglu',
               mlp_ratio=8/3, z_gate='silu'))
 
-@patch(cls_method=True)
-def from_depth(cls:HybridConfig,
-               depth:int,               # layers; sets the width and, through it, everything else
-               pattern:str|None=None,   # the preset's, else GGGL
-               preset:str|None=None,    # a key of PRESETS
-               **overrides              # any field
-              ) -> HybridConfig:
-    "The one dial"
-    if preset and preset not in PRESETS:
-        raise ValueError(f"preset {preset!r}: known: {', '.join(PRESETS)}")
-    kw = {**PRESETS.get(preset, {}), **({'pattern': pattern} if pattern else {}), **overrides}
-    return checked(cls, dict(n_layer=depth, **kw))
-
-# %% ../nbs/06_hybrid_model.ipynb #to-dict
-@patch
-def to_dict(self:HybridConfig) -> dict:
-    "Plain values, for JSON"
-    return asdict(self)
-
-@patch(cls_method=True)
-def from_dict(cls:HybridConfig, d:dict) -> HybridConfig: # d: field -> value
-    "Back from `to_dict`; an unknown name or a wrong type is an error"
-    return checked(cls, d)
-
 # %% ../nbs/06_hybrid_model.ipynb #relu2
 def relu2(x:Tensor) -> Tensor: # any shape, the same
     "max(x, 0)**2 (So et al., 2021, arXiv:2109.08668)"
     return F.relu(x).square()
 
-# %% ../nbs/06_hybrid_model.ipynb #activations-dict
 ACTIVATIONS = dict(relu2=relu2, gelu=F.gelu, silu=F.silu, swiglu=F.silu)
 
 # %% ../nbs/06_hybrid_model.ipynb #block
@@ -201,14 +195,15 @@ class MLP(nn.Module):
     "Out to the hidden width, activation, back; swiglu: times a second way out"
     def __init__(self, cfg:HybridConfig):
         super().__init__()
-        d, hidden, glu = cfg.d_model, int(cfg.mlp_ratio * cfg.d_model), cfg.activation == 'swiglu'
-        if glu: hidden = max(32*round(hidden/32), 32)
-        self.c_fc, self.c_proj = Linear(d, hidden), Linear(hidden, d)
-        self.c_up = Linear(d, hidden) if glu else None
+        width, gated = cfg.d_model, cfg.activation == 'swiglu'
+        hidden = int(cfg.mlp_ratio * width)
+        if gated: hidden = max(32*round(hidden/32), 32)
+        self.c_fc, self.c_proj = Linear(width, hidden), Linear(hidden, width)
+        self.c_up = Linear(width, hidden) if gated else None
         self.act = ACTIVATIONS[cfg.activation]
     def forward(self, x:Tensor) -> Tensor: # (B, T, d), the same
-        h = self.act(self.c_fc(x))
-        return self.c_proj(h if self.c_up is None else h*self.c_up(x))
+        hidden = self.act(self.c_fc(x))
+        return self.c_proj(hidden if self.c_up is None else hidden*self.c_up(x))
 
 # %% ../nbs/06_hybrid_model.ipynb #block-2
 class Block(nn.Module):
@@ -220,6 +215,73 @@ class Block(nn.Module):
         x = x + self.mixer(norm(x), ctx, state, ve)
         return x + self.mlp(norm(x))
 
+# %% ../nbs/06_hybrid_model.ipynb #parts
+def smear(model, x:Tensor, ctx:Context, state=None # the normed embedding, (B, T, d); of the model
+         ) -> Tensor: # (B, T, d)
+    "Add a gated share of the previous token's embedding"
+    B, T, width = x.shape
+    first = x.new_zeros(B, 1, width) if state is None else state.prev[:, None].to(x.dtype)
+    both = torch.cat([first, x], 1)  # (B, T+1, d)
+    before = both[:, :-1]
+    if ctx.doc_ids is not None:
+        before = before * F.pad(ctx.doc_ids[:, 1:] == ctx.doc_ids[:, :-1], (1, 0))[..., None]
+    if state is not None:
+        last = T if ctx.lengths is None else ctx.lengths
+        state.prev.copy_(both[torch.arange(B, device=x.device), last].detach())
+    gate = model.smear_lambda.to(x.dtype) * model.smear_gate(x[..., :SMEAR_CHANNELS]).sigmoid()
+    return x + gate * before
+
+def enter(model, idx:Tensor, ctx:Context, state=None # tokens (B, T); state of the model
+         ) -> Tensor: # (B, T, d)
+    "What the first layer reads"
+    x = norm(model.wte(idx).to(model.dtype))
+    return smear(model, x, ctx, state) if model.cfg.smear else x
+
+def layer(block:Block, x:Tensor, x0:Tensor, # the stream before it and at the start, (B, T, d)
+          ctx:Context,
+          mix:tuple=(),            # shares of x and x0, scalars; () takes x as it is
+          table:Tensor|None=None,  # (padded_vocab, value_dim) of value embeddings
+          state=None               # of the mixer
+         ) -> Tensor:              # (B, T, d)
+    "One block with what the model adds around it"
+    if mix: x = mix[0]*x + mix[1]*x0
+    ve = None if table is None else F.embedding(ctx.idx, table).to(x.dtype)
+    return block(x, ctx, state, ve)
+
+def leave(model, x:Tensor, mid:Tensor # the stream after all layers and after half of them
+         ) -> Tensor: # (B, T, d), normed
+    "What the head reads"
+    if model.cfg.backout: x = x - model.backout_lambda.to(x.dtype) * mid
+    return norm(x)
+
+def as_it_is(part): return part
+
+# %% ../nbs/06_hybrid_model.ipynb #loss
+def softcapped(scores:Tensor, # any shape
+               cap:float      # 0 is off
+              ) -> Tensor: # float32 (float64 for float64)
+    "cap * tanh(scores / cap)"
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    return cap * torch.tanh(scores / cap) if cap else scores
+
+@Replaceable
+def linear_cross_entropy(x:Tensor,          # (..., d) what the head reads
+                         weight:Tensor,     # (V, d) the head
+                         targets:Tensor,    # (...) token ids; -1 is ignored
+                         softcap:float=15., # 0 is off
+                         reduction:str='mean', # over the targets that count; or sum, none
+                         vocab_size:int|None=None, # rows of weight that are tokens; None: all
+                         chunk:int|None=None # of no importance here: all scores exist at once
+                        ) -> Tensor: # (), or targets.shape if none; float32
+    "Cross entropy of softcap(x @ weight.T)"
+    if reduction not in ('mean', 'sum', 'none'):
+        raise ValueError(f'reduction {reduction!r}: known: mean, sum, none')
+    scores = softcapped(F.linear(x, weight.to(x.dtype)), softcap)[..., :vocab_size]
+    losses = F.cross_entropy(scores.flatten(0, -2), targets.flatten(), ignore_index=-1,
+                             reduction='none')
+    if reduction == 'none': return losses.view(targets.shape)
+    return losses.sum() / ((targets >= 0).sum().clamp_min(1) if reduction == 'mean' else 1)
+
 # %% ../nbs/06_hybrid_model.ipynb #model
 class HybridModel(nn.Module):
     "Tokens in; logits or loss out"
@@ -227,75 +289,123 @@ class HybridModel(nn.Module):
                  seed:int=0              # of init_weights
                 ):
         super().__init__()
+        volume2()
         self.cfg, self.compute_dtype, self.exact = cfg, None, False
-        d, V, L = cfg.d_model, cfg.padded_vocab, cfg.n_layer
+        width, V, depth = cfg.d_model, cfg.padded_vocab, cfg.n_layer
+        def scalars(n): return nn.Parameter(torch.empty(n))
         with torch.device('meta'):
-            self.wte = nn.Embedding(V, d)
-            self.blocks = nn.ModuleList(Block(cfg, i) for i in range(L))
+            self.wte = nn.Embedding(V, width)
+            self.blocks = nn.ModuleList(Block(cfg, i) for i in range(depth))
             self.value_embeds = nn.ModuleDict({
-                str(i): nn.Embedding(V, b.mixer.value_dim)
-                for i, b in enumerate(self.blocks) if cfg.has_value_embed(i)})
-            if not cfg.tie_embeddings: self.lm_head = Linear(d, V)
-            scalars = lambda n: nn.Parameter(torch.empty(n))
-            if cfg.resid_scalars: self.resid_lambdas, self.x0_lambdas = scalars(L), scalars(L)
-            if cfg.smear:
-                self.smear_gate, self.smear_lambda = Linear(SMEAR_CHANNELS, 1), scalars(1)
+                str(i): nn.Embedding(V, block.mixer.value_dim)
+                for i, block in enumerate(self.blocks) if cfg.has_value_embed(i)})
+            if not cfg.tie_embeddings: self.lm_head = Linear(width, V)
+            if cfg.resid_scalars: self.resid_lambdas, self.x0_lambdas = scalars(depth), scalars(depth)
+            if cfg.smear: self.smear_gate, self.smear_lambda = Linear(SMEAR_CHANNELS, 1), scalars(1)
             if cfg.backout: self.backout_lambda = scalars(1)
-            self.rope = None
-            if cfg.rot_dim: self.rope = Rope(cfg.rot_dim, cfg.rope_base, cfg.sequence_len)
+            self.rope = Rope(cfg.rot_dim, cfg.rope_base, cfg.sequence_len) if cfg.rot_dim else None
         device = torch.get_default_device()
-        if device.type != 'meta': self.to_empty(device=device); self.init_weights(seed)
+        if device.type == 'meta': return
+        self.to_empty(device=device)
+        self.init_weights(seed)
 
-# %% ../nbs/06_hybrid_model.ipynb #dtype
-@patch(as_prop=True)
-def dtype(self:HybridModel) -> torch.dtype:
-    "Number format of the stream: compute_dtype if set, else that of the parameters"
-    return self.compute_dtype or self.wte.weight.dtype
+    @property
+    def dtype(self) -> torch.dtype:
+        "Number format of the stream: compute_dtype if set, else that of the parameters"
+        return self.compute_dtype or self.wte.weight.dtype
 
-# %% ../nbs/06_hybrid_model.ipynb #head-weight
-@patch(as_prop=True)
-def head_weight(self:HybridModel) -> Tensor: # (padded_vocab, d)
-    "The matrix that turns the stream into scores"
-    return self.wte.weight if self.cfg.tie_embeddings else self.lm_head.weight
+    @property
+    def head_weight(self) -> Tensor: # (padded_vocab, d)
+        "The matrix that turns the stream into scores"
+        return self.wte.weight if self.cfg.tie_embeddings else self.lm_head.weight
+
+    def stream(self, idx:Tensor, # (B, T) int64 token ids
+               state=None, cu_seqlens=None, lengths=None, cu_seqlens_cpu=None, # as in `forward`
+               part=as_it_is # what runs `enter`, `layer` and `leave`: the function, or it compiled
+              ) -> Tensor: # (B, T, d) in the compute dtype, normed
+        "From tokens to what the head reads"
+        cfg, ctx = self.cfg, self._context(idx, state, cu_seqlens, lengths, cu_seqlens_cpu)
+        x0 = part(enter)(self, idx, ctx, state)
+        x = mid = x0.view_as(x0)                   # another name: compiled, `layer` is one function
+        mixes = [()]*cfg.n_layer
+        if cfg.resid_scalars: mixes = list(zip(self.resid_lambdas.unbind(), self.x0_lambdas.unbind()))
+        for i, block in enumerate(self.blocks):
+            table = self.value_embeds[str(i)].weight if cfg.has_value_embed(i) else None
+            memory = None if state is None else state.layers[i]
+            x = part(layer)(block, x, x0, ctx, mixes[i], table, memory)
+            if i == cfg.n_layer // 2: mid = x
+        return part(leave)(self, x, mid)
+
+    def scores(self, x:Tensor # (..., d) from `stream`
+              ) -> Tensor:    # (..., vocab) float32, capped
+        "Logits, accumulated and kept in float32"
+        head, exact = self.head_weight.to(x.dtype), torch.promote_types(x.dtype, torch.float32)
+        if x.is_cuda and x.dtype != exact and not torch.is_grad_enabled():
+            scores = torch.mm(x.flatten(0, -2), head.mT, out_dtype=exact).view(*x.shape[:-1], -1)
+        else: scores = F.linear(x.to(exact), head.to(exact))
+        return softcapped(scores, self.cfg.softcap)[..., :self.cfg.vocab_size]
+
+    def forward(self, idx:Tensor,            # (B, T) int64 token ids
+                targets:Tensor|None=None,    # (B, T) int64; -1 is ignored
+                state=None,                  # a ModelState, continued and updated in place
+                cu_seqlens:Tensor|None=None, # (N+1,) document borders in flattened B*T coordinates
+                lengths:Tensor|None=None,    # (B,) valid tokens of each row of a right-padded piece
+                reduction:str='mean',        # of the loss: mean, sum, none
+                last_only:bool=False,        # only the logits of each row's last valid token
+                cu_seqlens_cpu:Tensor|None=None, # the borders again, for kernels that read them there
+                part=as_it_is                # what runs the parts of `stream` and the loss
+               ) -> Tensor: # logits (B, T or 1, vocab) float32; with targets the loss
+        "Logits, or the loss if there are targets"
+        B, T = idx.shape
+        if state is not None: self.make_room(state, T)
+        x = self.stream(idx, state, cu_seqlens, lengths, cu_seqlens_cpu, part)
+        if state is not None: state.count(T, lengths)
+        if targets is not None:
+            return part(linear_cross_entropy.now)(x, self.head_weight, targets, self.cfg.softcap,
+                                                  reduction, self.cfg.vocab_size)
+        if last_only and lengths is None: x = x[:, -1:]
+        elif last_only: x = x[torch.arange(B, device=x.device), (lengths-1).clamp_min(0)][:, None]
+        return self.scores(x)
 
 # %% ../nbs/06_hybrid_model.ipynb #init-weights
 @patch
 @torch.no_grad()
 def init_weights(self:HybridModel, seed:int=0): # seed: the same model on every device
     "Draw every parameter"
-    cfg, gen = self.cfg, torch.Generator().manual_seed(seed)
-    def normal_(p, std, n=cfg.vocab_size): # rows beyond the vocabulary stay zero
-        p.zero_(); p[:n] = torch.empty(n, p.shape[1]).normal_(0, std, generator=gen)
+    cfg, generator = self.cfg, torch.Generator().manual_seed(seed)
+    def normal_(weight, std, n=cfg.vocab_size): # rows beyond the vocabulary stay zero
+        weight.zero_()
+        weight[:n] = torch.empty(n, weight.shape[1]).normal_(0, std, generator=generator)
     std = cfg.d_model**-.5
     normal_(self.wte.weight, .02 if cfg.tie_embeddings else .8)
-    for b in self.blocks:
-        b.mixer.init_weights(gen)
-        uniform_(b.mlp.c_fc.weight, .4*std, gen); b.mlp.c_proj.weight.zero_()
-        if b.mlp.c_up is not None: uniform_(b.mlp.c_up.weight, std, gen)
-    for e in self.value_embeds.values(): uniform_(e.weight, std, gen)
+    for block in self.blocks:
+        block.mixer.init_weights(generator)
+        uniform_(block.mlp.c_fc.weight, .4*std, generator)
+        block.mlp.c_proj.weight.zero_()
+        if block.mlp.c_up is not None: uniform_(block.mlp.c_up.weight, std, generator)
+    for table in self.value_embeds.values(): uniform_(table.weight, std, generator)
     if not cfg.tie_embeddings: normal_(self.lm_head.weight, .001)
     if cfg.resid_scalars:
         self.resid_lambdas.copy_(torch.linspace(1.15, 1.05, cfg.n_layer))
         self.x0_lambdas.copy_(torch.linspace(.20, .05, cfg.n_layer))
     if cfg.smear: self.smear_lambda.zero_()
     if cfg.backout: self.backout_lambda.fill_(.2)
-    gates = [getattr(b.mixer, 've_gate', None) for b in self.blocks]
+    gates = [getattr(block.mixer, 've_gate', None) for block in self.blocks]
     for gate in [*gates, getattr(self, 'smear_gate', None)]: # slightly above neutral
         if gate is None: continue
-        gate.weight.copy_(torch.empty(gate.weight.shape).uniform_(0, .02, generator=gen))
-
-# %% ../nbs/06_hybrid_model.ipynb #reach
-@patch
-def _reach(self:HybridModel, n:int):
-    "Make sure that the rotation table holds n positions"
-    if self.rope is not None and n > (have := self.rope.table.shape[1]):
-        with torch.inference_mode(False): self.rope._fill(max(n, 2*have))
+        gate.weight.copy_(torch.empty(gate.weight.shape).uniform_(0, .02, generator=generator))
 
 # %% ../nbs/06_hybrid_model.ipynb #context
 @patch
+def _reach(self:HybridModel, need:int):
+    "Make sure that the rotation table holds so many positions"
+    if self.rope is None or need <= (have := self.rope.table.shape[1]): return
+    with torch.inference_mode(False): self.rope._fill(max(need, 2*have))
+
+@patch
 def _context(self:HybridModel, idx, state, cu_seqlens, lengths, cu_seqlens_cpu):
-    (B, T), used = idx.shape, 0
-    pos, doc_ids = torch.arange(T, device=idx.device)[None], None
+    (B, T), used, doc_ids = idx.shape, 0, None
+    pos = torch.arange(T, device=idx.device)[None]
     if cu_seqlens is not None:
         if state is not None:
             raise ValueError('cu_seqlens with a state: give each document its own row')
@@ -305,75 +415,15 @@ def _context(self:HybridModel, idx, state, cu_seqlens, lengths, cu_seqlens_cpu):
     ctx = Context(idx=idx, pos=pos, cu_seqlens=cu_seqlens, doc_ids=doc_ids, lengths=lengths,
                   kv_len=used, cu_seqlens_cpu=cu_seqlens_cpu, exact=self.exact)
     if self.rope is not None:
-        self._reach(max(used, T)); ctx.rope = tuple(t.to(self.dtype) for t in self.rope(pos, T))
+        self._reach(max(used, T))
+        ctx.rope = tuple(table.to(self.dtype) for table in self.rope(pos, T))
     return ctx
 
-# %% ../nbs/06_hybrid_model.ipynb #smear
-@patch
-def _smear(self:HybridModel, x, ctx, state):
-    "Add a gated share of the previous token's embedding"
-    B, T, d = x.shape
-    first = x.new_zeros(B, 1, d) if state is None else state.prev[:, None].to(x.dtype)
-    both = torch.cat([first, x], 1)  # (B, T+1, d)
-    before = both[:, :-1]
-    if ctx.doc_ids is not None:
-        before = before * F.pad(ctx.doc_ids[:, 1:] == ctx.doc_ids[:, :-1], (1, 0))[..., None]
-    if state is not None:
-        n = T if ctx.lengths is None else ctx.lengths
-        state.prev.copy_(both[torch.arange(B, device=x.device), n].detach())
-    gate = self.smear_lambda.to(x.dtype) * self.smear_gate(x[..., :SMEAR_CHANNELS]).sigmoid()
-    return x + gate * before
-
-# %% ../nbs/06_hybrid_model.ipynb #stream
-def enter(m, idx:Tensor, ctx:Context, state=None # a HybridModel; of the model
-         ) -> Tensor: # (B, T, d)
-    "What the first layer reads"
-    x = norm(m.wte(idx).to(m.dtype))
-    return m._smear(x, ctx, state) if m.cfg.smear else x
-
-def layer(b:Block, x:Tensor, x0:Tensor, # the stream before it and at the start, (B, T, d)
-          ctx:Context,
-          mix:tuple=(),            # shares of x and x0, scalars; () takes x as it is
-          table:Tensor|None=None,  # (padded_vocab, value_dim) of value embeddings
-          state=None               # of the mixer
-         ) -> Tensor:              # (B, T, d)
-    "One block with what the model adds around it"
-    if mix: x = mix[0]*x + mix[1]*x0
-    ve = None if table is None else F.embedding(ctx.idx, table).to(x.dtype)
-    return b(x, ctx, state, ve)
-
-def leave(m, x:Tensor, mid:Tensor # the stream after all layers and after half of them
-         ) -> Tensor: # (B, T, d), normed
-    "What the head reads"
-    if m.cfg.backout: x = x - m.backout_lambda.to(x.dtype) * mid
-    return norm(x)
-
-def as_it_is(f): return f
-
-@patch
-def stream(self:HybridModel,
-           idx:Tensor, # (B, T) int64 token ids
-           state=None, cu_seqlens=None, lengths=None, cu_seqlens_cpu=None, # as in `forward`
-           part=as_it_is # what runs `enter`, `layer` and `leave`: the function, or it compiled
-          ) -> Tensor: # (B, T, d) in the compute dtype, normed
-    "From tokens to what the head reads"
-    cfg, ctx = self.cfg, self._context(idx, state, cu_seqlens, lengths, cu_seqlens_cpu)
-    x0 = part(enter)(self, idx, ctx, state)
-    x = mid = x0.view_as(x0)                   # another name: compiled, `layer` is one function
-    mixes = [()]*cfg.n_layer
-    if cfg.resid_scalars: mixes = list(zip(self.resid_lambdas.unbind(), self.x0_lambdas.unbind()))
-    for i, b in enumerate(self.blocks):
-        table = self.value_embeds[str(i)].weight if cfg.has_value_embed(i) else None
-        memory = None if state is None else state.layers[i]
-        x = part(layer)(b, x, x0, ctx, mixes[i], table, memory)
-        if i == cfg.n_layer // 2: mid = x
-    return part(leave)(self, x, mid)
-
 # %% ../nbs/06_hybrid_model.ipynb #state
-def _tensors(s) -> dict: # name -> tensor of a dataclass
-    return {f.name: t for f in fields(s) if isinstance(t := getattr(s, f.name), Tensor)}
+def _tensors(state) -> dict: # name -> tensor of a dataclass
+    values = {part.name: getattr(state, part.name) for part in fields(state)}
+    return {name: x for name, x in values.items() if isinstance(x, Tensor)}
 
-# %% ../nbs/06_hybrid_model.ipynb #state-2
 @dataclass
 class ModelState:
     "What the model remembers of the tokens so far"
@@ -384,33 +434,28 @@ class ModelState:
     dtype: torch.dtype  # of keys, values and convolution inputs
     prev: Tensor|None = None # (B, d) last embedding, for smear
 
-# %% ../nbs/06_hybrid_model.ipynb #state-tensors
-@patch
-def tensors(self:ModelState) -> list: # in a fixed order
-    "Every tensor of the state"
-    return [t for s in (*self.layers, self) for t in _tensors(s).values()]
+    def count(self, T:int, lengths:Tensor|None=None): # a piece was read; as in `forward`
+        "Move every row on"
+        self.pos += T if lengths is None else lengths
+        exact = lengths is not None and not self.pos.is_cuda # reading a GPU would wait for it
+        if self.n is not None: self.n = int(self.pos.max()) if exact else self.n + T
 
-@patch
-def nbytes(self:ModelState) -> int:
-    "Memory of the state"
-    return sum(t.nbytes for t in self.tensors())
+    def tensors(self) -> list: # in a fixed order
+        "Every tensor of the state"
+        return [x for part in (*self.layers, self) for x in _tensors(part).values()]
 
-# %% ../nbs/06_hybrid_model.ipynb #state-select
-@patch
-def select(self:ModelState,
-           rows:Tensor # (n,) int64, in any order and number
-          ) -> ModelState: # independent of this one
-    "A new state of the given rows"
-    pick = lambda s: {k: t[rows] for k, t in _tensors(s).items()}
-    layers = [type(s)(**pick(s)) for s in self.layers]
-    return replace(self, layers=layers, **pick(self))
+    def nbytes(self) -> int: return sum(x.nbytes for x in self.tensors())
 
-# %% ../nbs/06_hybrid_model.ipynb #state-fork
-@patch
-def fork(self:ModelState, n:int) -> ModelState: # n: copies of each row
-    "Each row n times, next to each other"
-    rows = torch.arange(len(self.pos), device=self.pos.device)
-    return self.select(rows.repeat_interleave(n))
+    def select(self, rows:Tensor): # (n,) int64, in any order and number
+        "A new state of the given rows, independent of this one"
+        def pick(part): return {name: x[rows] for name, x in _tensors(part).items()}
+        layers = [type(part)(**pick(part)) for part in self.layers]
+        return replace(self, layers=layers, **pick(self))
+
+    def fork(self, n:int): # copies of each row
+        "Each row n times, next to each other"
+        rows = torch.arange(len(self.pos), device=self.pos.device)
+        return self.select(rows.repeat_interleave(n))
 
 # %% ../nbs/06_hybrid_model.ipynb #init-state
 @patch
@@ -421,212 +466,79 @@ def init_state(self:HybridModel,
                dtype=None   # of keys, values and convolution inputs; default: the compute dtype
               ) -> ModelState:
     "An empty state"
-    device, dtype, n = device or self.wte.weight.device, dtype or self.dtype, max(max_len, 1)
-    self._reach(n)
-    layers = [b.mixer.init_state(batch, n, device, dtype) for b in self.blocks]
-    zeros = lambda *shape, dtype: torch.zeros(shape, device=device, dtype=dtype)
-    prev = zeros(batch, self.cfg.d_model, dtype=dtype) if self.cfg.smear else None
-    return ModelState(layers, zeros(batch, dtype=torch.int64), 0, n, dtype, prev)
+    device, dtype, slots = device or self.wte.weight.device, dtype or self.dtype, max(max_len, 1)
+    self._reach(slots)
+    layers = [block.mixer.init_state(batch, slots, device, dtype) for block in self.blocks]
+    pos, prev = torch.zeros(batch, dtype=torch.int64, device=device), None
+    if self.cfg.smear: prev = torch.zeros(batch, self.cfg.d_model, dtype=dtype, device=device)
+    return ModelState(layers, pos, 0, slots, dtype, prev)
 
 # %% ../nbs/06_hybrid_model.ipynb #grow
 @patch
-def grow(self:HybridModel, state:ModelState, need:int): # need: tokens that must fit
-    "Double the capacity until `need` tokens fit; buffers that depend on it move, the others stay"
+def make_room(self:HybridModel, state:ModelState, T:int): # T: tokens to come
+    "Double the capacity until they fit; buffers that depend on it move, the others stay"
+    need = T + (state.n or 0)
+    if need <= state.capacity: return
     if state.n is None:
         raise ValueError(f'{need} tokens, but capacity {state.capacity} is fixed; make it larger')
     while state.capacity < need: state.capacity *= 2
-    for b, old in zip(self.blocks, state.layers):
-        new = b.mixer.init_state(len(state.pos), state.capacity, state.pos.device, state.dtype)
-        for name, t in _tensors(new).items():
-            o = getattr(old, name)
-            if o.shape != t.shape: t[:, :o.shape[1]] = o; setattr(old, name, t)
-
-# %% ../nbs/06_hybrid_model.ipynb #scores
-@patch
-def scores(self:HybridModel,
-           x:Tensor # (..., d) from `stream`
-          ) -> Tensor: # (..., vocab) float32, capped
-    "Logits, accumulated and kept in float32"
-    w, f = self.head_weight, torch.promote_types(x.dtype, torch.float32)
-    if x.is_cuda and x.dtype != f and not torch.is_grad_enabled():
-        z = torch.mm(x.flatten(0, -2), w.to(x.dtype).mT, out_dtype=f).view(*x.shape[:-1], -1)
-    else: z = F.linear(x.to(f), w.to(x.dtype).to(f))
-    return softcapped(z, self.cfg.softcap)[..., :self.cfg.vocab_size]
-
-# %% ../nbs/06_hybrid_model.ipynb #forward
-@patch
-def forward(self:HybridModel,
-            idx:Tensor,                  # (B, T) int64 token ids
-            targets:Tensor|None=None,    # (B, T) int64; -1 is ignored
-            state:ModelState|None=None,  # continued and updated in place
-            cu_seqlens:Tensor|None=None, # (N+1,) document borders in flattened B*T coordinates
-            lengths:Tensor|None=None,    # (B,) valid tokens of each row of a right-padded piece
-            reduction:str='mean',        # of the loss: mean, sum, none
-            last_only:bool=False,        # only the logits of each row's last valid token
-            cu_seqlens_cpu:Tensor|None=None, # the borders again, for kernels that read them there
-            part=as_it_is                # what runs the parts of `stream` and the loss
-           ) -> Tensor: # logits (B, T or 1, vocab) float32; with targets the loss
-    "Logits, or the loss if there are targets"
-    B, T = idx.shape
-    if state is not None and (need := T + (state.n or 0)) > state.capacity: self.grow(state, need)
-    x = self.stream(idx, state, cu_seqlens, lengths, cu_seqlens_cpu, part)
-    if state is not None:
-        state.pos += T if lengths is None else lengths
-        exact = lengths is not None and not idx.is_cuda # reading a GPU would wait for it
-        if state.n is not None: state.n = int(state.pos.max()) if exact else state.n + T
-    if targets is not None:
-        return part(linear_cross_entropy)(x, self.head_weight, targets, self.cfg.softcap, reduction,
-                                          self.cfg.vocab_size)
-    if last_only and lengths is None: x = x[:, -1:]
-    elif last_only: x = x[torch.arange(B, device=x.device), (lengths-1).clamp_min(0)][:, None]
-    return self.scores(x)
+    for block, old in zip(self.blocks, state.layers):
+        new = block.mixer.init_state(len(state.pos), state.capacity, state.pos.device, state.dtype)
+        for name, x in _tensors(new).items():
+            was = getattr(old, name)
+            if was.shape == x.shape: continue
+            x[:, :was.shape[1]] = was
+            setattr(old, name, x)
 
 # %% ../nbs/06_hybrid_model.ipynb #roles
 ROLES = dict(wte='embed', value_embeds='value_embed', lm_head='lm_head', resid_lambdas='resid',
              x0_lambdas='x0', smear_gate='small', smear_lambda='small', backout_lambda='small',
              A_log='delta', dt_bias='delta')
 
-def _role(name, p, keep):
+def _role(name, weight, keep):
     parts = name.split('.')
     for part in (parts[0], parts[-1]):
         if part in ROLES: return ROLES[part]
     for kind in ('conv', 'norm'):
         if kind in parts[-1]: return kind
-    return 'matrix' if p.ndim == 2 and not set(parts) & set(keep) else 'small'
+    return 'matrix' if weight.ndim == 2 and not set(parts) & set(keep) else 'small'
 
-# %% ../nbs/06_hybrid_model.ipynb #roles-2
 @patch
 def param_roles(self:HybridModel) -> dict: # parameter name -> role
     "Roles: matrix, embed, value_embed, lm_head, resid, x0, delta, conv, norm, small"
-    def keep(n): # what the mixer of this parameter's block keeps from Muon
-        if not n.startswith('blocks.'): return ()
-        return getattr(self.get_submodule('.'.join(n.split('.')[:2])).mixer, 'adamw', ())
-    return {n: _role(n, p, keep(n)) for n, p in self.named_parameters()}
+    def keep(name): # what the mixer of this parameter's block keeps from Muon
+        first, i, *_ = name.split('.') + ['']
+        return getattr(self.blocks[int(i)].mixer, 'adamw', ()) if first == 'blocks' else ()
+    return {name: _role(name, weight, keep(name)) for name, weight in self.named_parameters()}
 
 # %% ../nbs/06_hybrid_model.ipynb #counts
 @patch
 def param_counts(self:HybridModel) -> dict: # kind -> number
     "Parameters by kind, without the rows that pad the vocabulary; scaling = matrices + head"
     kinds = dict(embed='embed', value_embed='value_embeds', lm_head='lm_head', matrix='matrices')
-    c, roles = dict.fromkeys((*kinds.values(), 'other'), 0), self.param_roles()
-    for n, p in self.named_parameters():
-        k = kinds.get(roles[n], 'other')
-        c[k] += p.numel() if k in ('matrices', 'other') else self.cfg.vocab_size*p.shape[1]
-    head = c['embed'] if self.cfg.tie_embeddings else c['lm_head']
-    return dict(**c, total=sum(c.values()), scaling=c['matrices'] + head)
-
-# %% ../nbs/06_hybrid_model.ipynb #flops
-@patch
-def flops(self:GatedDeltaNet, T:int) -> float: # forward, a token
-    "Operations of the delta rule beside the projections; independent of T"
-    return chunk_flops(self.n_qk_head, self.n_v_head, self.head_k_dim, self.head_v_dim)
-
-# %% ../nbs/06_hybrid_model.ipynb #flops-2
-@patch
-def flops(self:GatedAttention, T:int) -> float: # forward, a token
-    "Operations of attention beside the projections, not halved for causality"
-    return 4*self.n_head*self.head_dim*min(T, self.window or T)
+    count, roles = dict.fromkeys((*kinds.values(), 'other'), 0), self.param_roles()
+    for name, weight in self.named_parameters():
+        kind = kinds.get(roles[name], 'other')
+        whole = kind in ('matrices', 'other')
+        count[kind] += weight.numel() if whole else self.cfg.vocab_size*weight.shape[1]
+    head = count['embed'] if self.cfg.tie_embeddings else count['lm_head']
+    return dict(**count, total=sum(count.values()), scaling=count['matrices'] + head)
 
 # %% ../nbs/06_hybrid_model.ipynb #flops-model
 _said = set() # mixers that do not count their operations
+
 @patch
 def flops_per_token(self:HybridModel,
                     seq_len:int|None=None # default: cfg.sequence_len
                    ) -> float:
     "Operations of training a token, forward and backward"
     T, roles = seq_len or self.cfg.sequence_len, self.param_roles()
-    weights = sum(p.numel() for n, p in self.named_parameters()
-                  if p.ndim == 2 and roles[n] not in ('embed', 'value_embed', 'conv'))
+    weights = sum(weight.numel() for name, weight in self.named_parameters()
+                  if weight.ndim == 2 and roles[name] not in ('embed', 'value_embed', 'conv'))
     if self.cfg.tie_embeddings: weights += self.wte.weight.numel()
-    silent = {type(b.mixer).__name__ for b in self.blocks if not hasattr(b.mixer, 'flops')}
-    for name in silent - _said: print0(f'{name} has no flops(T): what it does beside its matrices is not counted')
+    mixers = [block.mixer for block in self.blocks]
+    silent = {type(mixer).__name__ for mixer in mixers if not hasattr(mixer, 'flops')} - _said
+    for name in silent:
+        print0(f'{name} has no flops(T): what it does beside its matrices is not counted')
     _said.update(silent)
-    return 6*weights + 3*sum(b.mixer.flops(T) for b in self.blocks if hasattr(b.mixer, 'flops'))
-
-# %% ../nbs/06_hybrid_model.ipynb #state-bytes
-@patch
-def state_bytes(self:GatedDeltaNet, T:int, itemsize:int) -> int: # tokens, bytes of a number
-    "Bytes of one row's state; independent of T"
-    C, W = self.conv_weight.shape
-    return self.n_v_head*self.head_k_dim*self.head_v_dim*max(4, itemsize) + C*(W-1)*itemsize
-
-# %% ../nbs/06_hybrid_model.ipynb #state-bytes-2
-@patch
-def state_bytes(self:GatedAttention, T:int, itemsize:int) -> int: # as above
-    "Bytes of one row's keys and values"
-    return 2*T*self.n_kv_head*self.head_dim*itemsize
-
-# %% ../nbs/06_hybrid_model.ipynb #state-bytes-3
-@patch
-def state_bytes(self:HybridModel,
-                seq_len:int,  # tokens that fit
-                batch:int=1,  # rows
-                dtype=None    # of keys, values, convolution inputs; default: the compute dtype
-               ) -> int:
-    "Memory of the state, from the formula of each mixer, or from an empty state where it has none"
-    size = (dtype or self.dtype).itemsize
-    own = 8 + self.cfg.smear*self.cfg.d_model*size
-    def measured(m): # of a mixer without a formula: an empty state without memory
-        s = m.init_state(1, seq_len, 'meta', dtype or self.dtype)
-        return sum(t.nbytes for t in vars(s).values() if isinstance(t, Tensor))
-    def of(m): return m.state_bytes(seq_len, size) if hasattr(m, 'state_bytes') else measured(m)
-    return batch*(own + sum(of(b.mixer) for b in self.blocks))
-
-# %% ../nbs/06_hybrid_model.ipynb #activations
-@patch
-def activation_bytes(self:HybridModel,
-                     batch:int=1,              # rows
-                     seq_len:int|None=None,    # default: cfg.sequence_len
-                     dtype:torch.dtype|None=None # of the stream; default: the compute dtype
-                    ) -> int:
-    "Bytes that an uncompiled forward keeps for its backward, parameters not counted"
-    with torch.device('meta'): m = HybridModel(self.cfg)
-    m.compute_dtype, dev = dtype or self.compute_dtype, self.wte.weight.device
-    with FakeTensorMode(), torch.device('cpu' if dev.type == 'meta' else dev):
-        own = {n: torch.empty(t.shape, requires_grad=isinstance(t, nn.Parameter))
-               for n, t in (*m.named_parameters(), *m.named_buffers())}
-        x, seen = torch.zeros(batch, seq_len or self.cfg.sequence_len, dtype=torch.int64), {}
-        def keep(t): seen[t.untyped_storage()._cdata] = t; return t
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            torch.func.functional_call(m, own, (x,), dict(targets=x))
-        for t in own.values(): seen.pop(t.untyped_storage()._cdata, None)
-        return sum(t.untyped_storage().nbytes() for t in seen.values())
-
-# %% ../nbs/06_hybrid_model.ipynb #memory
-@patch
-def memory_estimate(self:HybridModel,
-                    batch:int,                # rows of a micro-batch
-                    seq_len:int|None=None,    # default: cfg.sequence_len
-                    dtype:torch.dtype|None=None # of the stream
-                   ) -> dict: # bytes: weights, gradients, optimizer, activations, total
-    "Peak memory of a training step on one device; compiled code keeps less"
-    roles, act = self.param_roles(), self.activation_bytes(batch, seq_len, dtype)
-    sizes = {n: p.nbytes for n, p in self.named_parameters()}
-    w, muon = sum(sizes.values()), sum(s for n, s in sizes.items() if roles[n] == 'matrix')
-    m = dict(weights=w, gradients=w, optimizer=2*w - muon, activations=act)
-    return dict(**m, total=sum(m.values()))
-
-# %% ../nbs/06_hybrid_model.ipynb #generate
-@torch.inference_mode()
-def generate(model:HybridModel,      # on any device
-             tokens:list,            # prompt, at least one token
-             max_new_tokens:int,     # tokens to add
-             temperature:float=1.,   # 0 takes the likeliest
-             top_k:int=50,           # sample among the k likeliest; 0 is all
-             seed:int=0              # of the draws
-            ) -> list:               # the new tokens
-    "Sample a continuation through the state"
-    if not len(tokens): raise ValueError('empty prompt; give at least one token')
-    dev = model.wte.weight.device
-    gen, x = torch.Generator(dev).manual_seed(seed), torch.tensor([list(tokens)], device=dev)
-    state, out = model.init_state(1, len(tokens) + max_new_tokens), []
-    while len(out) < max_new_tokens:
-        z = model(x, state=state, last_only=True)[0, -1]
-        if temperature == 0: x = z.argmax().view(1, 1)
-        else:
-            if 0 < top_k < len(z): z = z.masked_fill(z < z.topk(top_k).values[-1], -torch.inf)
-            x = torch.multinomial((z/temperature).softmax(-1), 1, generator=gen).view(1, 1)
-        out.append(x.item())
-    return out
-
-HybridModel.generate = generate        # model.generate(ids, 50) too
+    return 6*weights + 3*sum(mixer.flops(T) for mixer in mixers if hasattr(mixer, 'flops'))

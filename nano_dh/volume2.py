@@ -9,10 +9,20 @@ __all__ = ['REPLACING', 'ADDED', 'install', 'home']
 import importlib
 
 # %% ../nbs/14d_volume2.ipynb #replacing
-REPLACING = () # modules that put a version of theirs in the place of one of volume 1
+REPLACING = ( # modules that put a version of theirs in the place of one of volume 1, or add methods
+    'kernels',
+    'short_conv',
+    'attention_paths',
+    'cross_entropy',
+    'memory',
+    'generate',                                       # of volume 1: gives the model its `generate`
+)
 
 # %% ../nbs/14d_volume2.ipynb #added
-ADDED = {} # (module of volume 1, module of volume 2) -> the names of the second that the first has too
+ADDED = { # (module of volume 1, module of volume 2) -> the names of the second that the first has too
+    ('gated_attn', 'attention_paths'): 'banded tiles block_mask flex has_varlen varlen choose_path',
+    ('hybrid_model', 'generate'): 'generate',
+}
 
 # %% ../nbs/14d_volume2.ipynb #install
 def install():
