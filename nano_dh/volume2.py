@@ -9,10 +9,21 @@ __all__ = ['REPLACING', 'ADDED', 'install', 'home']
 import importlib
 
 # %% ../nbs/14d_volume2.ipynb #replacing
-REPLACING = () # modules that put a version of theirs in the place of one of volume 1
+REPLACING = ( # modules that put a version of theirs in the place of one of volume 1
+    'tokenizer_files',
+    'damage',
+    'data_files',
+    'data_folders',
+)
 
 # %% ../nbs/14d_volume2.ipynb #added
-ADDED = {} # (module of volume 1, module of volume 2) -> the names of the second that the first has too
+ADDED = { # (module of volume 1, module of volume 2) -> the names of the second that the first has too
+    ('tokenizer', 'tokenizer_files'): 'FileError HFTokenizer TokenizerConfig believed read_merges read_pickled_encoding _BYTE',
+    ('dataset', 'damage'): 'Sums footer note_sums sums_of REPAIR',
+    ('dataset', 'data_files'): 'read_file repackage DAY MARK KINDS PACKED',
+    ('dataset', 'downloads'): 'Again fetch download_hub download_hf SLOWEST CURABLE HUBS _stream',
+    ('dataset', 'data_folders'): 'WORDS TITLE ABOUT _say',
+}
 
 # %% ../nbs/14d_volume2.ipynb #install
 def install():
