@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np, torch, torch.distributed as dist, torch.nn.functional as F
 from torch import Tensor
 from .core import base_dir, closest, dist_info, file_lock, get_device, package_data, print0
-from .dataset import fetch, open_data
+from .dataset import open_data
+from .downloads import fetch
 from .hybrid_model import HybridModel
 from .loss_eval import bpb_figures, evaluate_documents, write_record
 from .checkpoint import load_model

@@ -17,8 +17,8 @@ import nano_dh
 from .core import DTYPES, base_dir, closest, human, options, print0
 from .deltanet import norm
 from .hybrid_model import HybridConfig, HybridModel, PRESETS
-from .tokenizer import SPECIALS, Tokenizer, _BYTE
-from .tokenizer_files import FileError
+from .tokenizer import SPECIALS, Tokenizer
+from .tokenizer_files import _BYTE, FileError
 from .nanochat import nanochat_steps, read_nanochat
 from nano_dh.checkpoint import (CheckpointError, find_checkpoint, foreign, load_model, runs_dir,
     save_checkpoint)

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from torch import Tensor
 from .core import closest, get_device, package_data, print0
-from .dataset import read_file
+from .data_files import read_file
 from .hybrid_model import HybridModel
 from .loss_eval import write_record
 from .checkpoint import load_model

@@ -404,7 +404,7 @@ def test_advice_for_parquet_names_a_column_of_text(base):
 
 @pytest.mark.parametrize('where', ['folder', 'named', 'footer'])
 def test_a_pipe_named_like_data_does_not_hang(base, where):
-    code = 'import sys; from nano_dh.dataset import *\ntry: print(footer(sys.argv[1]) if sys.argv[2] == "footer" else open_data(sys.argv[1]).n_docs())\nexcept (OSError, ValueError) as e: print(type(e).__name__, e)'
+    code = 'import sys; from nano_dh.dataset import footer, open_data\ntry: print(footer(sys.argv[1]) if sys.argv[2] == "footer" else open_data(sys.argv[1]).n_docs())\nexcept (OSError, ValueError) as e: print(type(e).__name__, e)'
     lay(base/'d', ['p_0.parquet', 'p_val.parquet']); os.mkfifo(base/'d'/'p_1.parquet'); os.mkfifo(base/'d'/'x.jsonl')
     out, err = run(code, base/'d' if where == 'folder' else base/'d'/'p_1.parquet', where).communicate(timeout=60)
     assert ('left out p_1.parquet, x.jsonl' in out and out.splitlines()[-1] == '40') if where == 'folder' else 'Error' in out and 'p_1.parquet' in out, out + err
