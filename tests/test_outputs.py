@@ -10,7 +10,7 @@ def test_a_change_is_noticed(old, new): assert difference(old, new)
 
 @pytest.mark.parametrize('old, new', [
     ('loss 2.3112', 'loss 2.3391'), ('took 3 min 51 s', 'took 12 s'), ('1.7x, 300 tokens/s', '2.9x, 12.5 tokens/s'), ('3.2 ± 0.1 ms', '900 µs'),
-    ('error 3.1e-07', 'error 9.4e-08'), ('0.02', '0.03'), ('37%', '38%'), ('<f at 0x7f01aa3b10>', '<f at 0x7ffe31b2c0>'),
+    ("{'tok_s': '7.9e+03', 'step_us': 2429, 'seconds': .1}", "{'tok_s': '895', 'step_us': 26315, 'seconds': 3.5}"), ('error 3.1e-07', 'error 9.4e-08'), ('0.02', '0.03'), ('37%', '38%'), ('<f at 0x7f01aa3b10>', '<f at 0x7ffe31b2c0>'),
     ('torch 2.13.0+cpu', 'torch 2.11.0'), ('made 2026-01-02 10:11', 'made 2027-11-12 01:59'), ('| a  |  1 |\n|----|----|', '| a | 1 |\n|---|---|'),
     ('tensor([1.000,  2.000])', 'tensor([1.0001, 2.0000])'), ('-0.00', '0.00')])
 def test_a_clock_a_machine_and_rounding_are_passed_over(old, new): assert not difference(old, new)
@@ -32,5 +32,5 @@ def test_what_says_so_is_one_line_a_cell(tmp_path):
     path = tmp_path/'90_small.ipynb'; path.write_text(json.dumps(book))
     with recorded() as run: assert test_nb(path, skip_flags=['cuda'])[0]
     found = [line.split(',')[1].split(':')[0].split()[-1] for line in faults(path, run)[:-1]]
-    assert found == ['stale', 'none', 'lost', 'bare', 'lost'] and "stored 'old2', now 'new2'" in faults(path, run)[0]
+    assert found == ['stale', 'none', 'lost', 'bare', 'lost'] and "stored 'old 2', now 'new 2'" in faults(path, run)[0]
     assert faults(path, run)[-1].startswith('python tests/outputs.py nbs/90_small.ipynb')
