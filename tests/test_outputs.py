@@ -1,7 +1,7 @@
 "A chapter's stored outputs are compared with what its cells give: what is noticed, what is passed over."
-import json, os
+import json
 import pytest
-from outputs import difference, faults, recorded, room_of, titles
+from outputs import difference, faults, recorded, room_of
 
 @pytest.mark.parametrize('old, new', [
     ('1,024 parameters', '1,025 parameters'), ('loss 2.31', 'loss 2.61'), ('[1, 2]', '[1, 2, 3]'), ('True', 'False'), ('-3', '3'),
@@ -19,7 +19,8 @@ def test_room():
     assert room_of('#| varies 20%\nf()') == .2 and room_of('#| hide\n#| varies\nf()') is None and room_of('f()') == .05
     assert difference('9 steps', '10 steps') and not difference('9 steps', '10 steps', .2)
 
-def test_what_says_so_is_one_line_a_cell(tmp_path):
+def test_what_says_so_is_one_line_a_cell(tmp_path, monkeypatch):
+    monkeypatch.setattr('outputs.here', lambda: True)
     from nbdev.test import test_nb
     draw = 'import matplotlib.pyplot as plt; ax = plt.subplots()[1]; '
     said = lambda text: [dict(output_type='stream', name='stdout', text=[text])]
