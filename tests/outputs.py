@@ -19,9 +19,9 @@ MASKS = [(re.compile(what), to) for what, to in (
     (r'\x1b\[[0-9;]*m', ''),                                              # colours
     (r'0x[0-9a-f]{6,}', '<address>'), (r'(?<![\w/.])~?(?:/[\w.@+=~-]+){2,}/?', '<path>'),
     (r'\d{4}-\d\d-\d\d(?:[T ]\d\d:\d\d(?::\d\d)?)?|\b\d\d:\d\d:\d\d\b', '<date>'),
-    (r'\b\d+\.\d+\.\d+[\w.+]*', '<version>'), (r'\b(?=[a-f]*\d)(?=\d*[a-f])[0-9a-f]{7,}\b', '<hash>'),
+    (r'\b\d+\.\d+\.\d+[\w.+]*', '<version>'), (r'(?<![\w.])(?=[a-f]*\d)(?=\d*[a-f])[0-9a-f]{7,}(?![\w]|[-+]\d)', '<hash>'),
     (rf'(\b\w*(?:_(?:s|ms|us|ns|per_second)|seconds)\b[\'"]?\s*[:=|]?\s*[\'"]?){NUMBER}', r'\1<measured>'),   # 'tokens_s': 823.12
-    (rf'(?<![\w.]){NUMBER}(?:\s?(?:±|\+-)\s?{NUMBER})?{UNIT}(?:\s?{NUMBER}{UNIT})*', '<measured>'))]
+    (rf'(?<![\w.]){NUMBER}(?:\s?(?:±|\+-|to)\s?{NUMBER})?{UNIT}(?:\s?{NUMBER}{UNIT})*', '<measured>'))]
 
 def lines_left(text): # what a terminal shows of lines that were written over
     return '\n'.join(line.rstrip('\r').split('\r')[-1] for line in text.split('\n'))

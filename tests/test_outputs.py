@@ -5,11 +5,11 @@ from outputs import difference, faults, recorded, room_of
 
 @pytest.mark.parametrize('old, new', [
     ('1,024 parameters', '1,025 parameters'), ('loss 2.31', 'loss 2.61'), ('[1, 2]', '[1, 2, 3]'), ('True', 'False'), ('-3', '3'),
-    ('d12', 'd13'), ('', 'a line'), ('1e-3', '1e-4'), ('37%', '41%'), ('state 3 MB', 'state 4 MB'), ('7 of 8 right', '6 of 8 right')])
+    ('d12', 'd13'), ('', 'a line'), ('1e-3', '1e-4'), ('37%', '41%'), ('3.7252903e-04', '2.7252903e-04'), ('state 3 MB', 'state 4 MB'), ('7 of 8 right', '6 of 8 right')])
 def test_a_change_is_noticed(old, new): assert difference(old, new)
 
 @pytest.mark.parametrize('old, new', [
-    ('loss 2.3112', 'loss 2.3391'), ('took 3 min 51 s', 'took 12 s'), ('1.7x, 300 tokens/s', '2.9x, 12.5 tokens/s'), ('3.2 ± 0.1 ms', '900 µs'),
+    ('loss 2.3112', 'loss 2.3391'), ('took 3 min 51 s', 'took 12 s'), ('1.7x, 300 tokens/s', '2.9x, 12.5 tokens/s'), ('3.2 ± 0.1 ms, 8 to 1424 ms', '900 µs, 41 to 97 ms'),
     ("{'tok_s': '7.9e+03', 'step_us': 2429, 'seconds': .1}", "{'tok_s': '895', 'step_us': 26315, 'seconds': 3.5}"), ('error 3.1e-07', 'error 9.4e-08'), ('0.02', '0.03'), ('37%', '38%'), ('<f at 0x7f01aa3b10>', '<f at 0x7ffe31b2c0>'),
     ('torch 2.13.0+cpu', 'torch 2.11.0'), ('made 2026-01-02 10:11', 'made 2027-11-12 01:59'), ('| a  |  1 |\n|----|----|', '| a | 1 |\n|---|---|'),
     ('tensor([1.000,  2.000])', 'tensor([1.0001, 2.0000])'), ('-0.00', '0.00')])
