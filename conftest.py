@@ -2,6 +2,7 @@
 import gc, importlib, os, pytest, sys, tempfile
 from contextlib import ExitStack
 from pathlib import Path
+sys.path.insert(0, str(Path(__file__).parent/"tests"))      # outputs.py
 
 # these assert how long something takes, or look at all processes of the machine: no other test runs meanwhile
 ALONE = tuple("nbs/" + c for c in "12b_ 12c_ 15_cache 16_ 17b_ 25_".split()) + tuple("tests/test_" + t for t in """
@@ -85,14 +86,17 @@ class ChapterItem(pytest.Item):
     def runtest(self):
         from nbdev.config import get_config
         from nbdev.test import test_nb
+        from outputs import faults, recorded
         cfg, cwd, classes = get_config(), os.getcwd(), package_classes()
         functions = replaceable()
         os.chdir(self.path.parent)
         try:
-            ok, _ = test_nb(self.path, skip_flags=cfg.tst_flags.split(), basepath=cfg.config_path,
-                            force_flags=self.config.getoption("flags").split())
+            with recorded() as run:
+                ok, _ = test_nb(self.path, skip_flags=cfg.tst_flags.split(), basepath=cfg.config_path,
+                                force_flags=self.config.getoption("flags").split())
         finally:
             for f, now in functions.items(): f.now = now
             os.chdir(cwd); restore(classes); gc.collect(); gc.freeze()   # the next chapter looks at its own objects alone
         if not ok: pytest.fail(f"{self.path.name}: the failing cell's traceback is in captured stderr", pytrace=False)
+        if wrong := faults(self.path, run): pytest.fail('\n'.join(wrong), pytrace=False)
     def reportinfo(self): return self.path, 0, self.path.name

@@ -11,7 +11,6 @@ __all__ = ['KINDS', 'BUNDLE_URL', 'Task', 'core_tasks', 'centred', 'core_bundle'
 # %% ../nbs/18_core_eval.ipynb #imports
 import csv, gzip, json, math, os, random, time, zipfile
 from dataclasses import dataclass
-from fastcore.basics import patch
 from functools import cache
 from pathlib import Path
 import numpy as np, torch, torch.distributed as dist, torch.nn.functional as F
@@ -43,9 +42,9 @@ class Task:
 def core_tasks() -> dict: # label -> Task, in the published order
     "The 22 tasks of CORE (eval_meta_data.csv and core.yaml of the DCLM evaluation)"
     rows = csv.DictReader(package_data('core_tasks.csv').read_text().splitlines())
-    return {r['label']: Task(r['label'], r['uri'], r['kind'], int(r['shots']),
-                             r['delimiter'].replace('\\n', '\n'), float(r['baseline'])/100)
-            for r in rows}
+    return {row['label']: Task(row['label'], row['uri'], row['kind'], int(row['shots']),
+                             row['delimiter'].replace('\\n', '\n'), float(row['baseline'])/100)
+            for row in rows}
 
 # %% ../nbs/18_core_eval.ipynb #centred
 def centred(accuracy:float, baseline:float) -> float: # 0 at the baseline, 1 is perfect
@@ -57,68 +56,69 @@ BUNDLE_URL = 'https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip
 
 def _inside(path): # the folder in or below path that holds the categories
     tails = '', 'core', 'eval/core', 'eval_data', 'eval_bundle/eval_data'
-    p = Path(path).expanduser()
-    return next((p/t for t in tails if (p/t/'world_knowledge').is_dir()), None)
+    folder = Path(path).expanduser()
+    return next((folder/tail for tail in tails if (folder/tail/'world_knowledge').is_dir()), None)
 
 def core_bundle(path:str|Path='', # folder; '': NANO_DH_DATA if it has one, else downloaded
                 url:str=BUNDLE_URL
                ) -> Path: # folder that task files are relative to
     "The questions of CORE"
     env = os.environ.get('NANO_DH_DATA', '')
-    for p in [path] if str(path) else [env]*bool(env):
-        if found := _inside(p): return found
+    given = path if str(path) else env
+    if given and (found := _inside(given)): return found
     if str(path): raise FileNotFoundError(f'{path} holds no CORE bundle; give the folder that has '
                                           'world_knowledge/, or leave it out to download one')
     home = base_dir()/'eval_bundle'
     with file_lock(home):
         if _inside(home) is None:
-            with zipfile.ZipFile(fetch(url, base_dir()/'eval_bundle.zip')) as z: z.extractall(home)
+            with zipfile.ZipFile(fetch(url, base_dir()/'eval_bundle.zip')) as archive:
+                archive.extractall(home)
     return _inside(home)
 
 # %% ../nbs/18_core_eval.ipynb #load
 def _refuse(where, why): raise ValueError(f'{where}: {why}')
 
-def _row(r, kind, where): # checks one question
-    need = KINDS[kind]
-    if not isinstance(r, dict): _refuse(where, f'{type(r).__name__}, a JSON record expected')
-    if lacks := [k for k in need if k not in r]:
-        _refuse(where, f'no {lacks[0]!r}, but {", ".join(r)}; {kind} needs {", ".join(need)}')
-    if 'gold' in need and not 0 <= r['gold'] < len(r[need[kind == 'multiple_choice']]):
-        _refuse(where, f'gold {r["gold"]}, but {len(r[need[kind == "multiple_choice"]])} options')
-    return r
+def _row(row, kind, where): # checks one question
+    need, options = KINDS[kind], dict(multiple_choice='choices', schema='context_options').get(kind)
+    if not isinstance(row, dict): _refuse(where, f'{type(row).__name__}, a JSON record expected')
+    if lacks := [k for k in need if k not in row]:
+        _refuse(where, f'no {lacks[0]!r}, but {", ".join(row)}; {kind} needs {", ".join(need)}')
+    if options and not 0 <= row['gold'] < len(row[options]):
+        _refuse(where, f'gold {row["gold"]}, but {len(row[options])} options')
+    return row
 
 def load_task(bundle:Path, task:Task, seed:int=1337) -> list[dict]|None: # None: not in the bundle
     "Questions of a task in the evaluation's order"
-    path = next((p for e in ('', '.gz') if (p := Path(bundle)/(task.uri + e)).exists()), None)
+    path = next((p for end in ('', '.gz') if (p := Path(bundle)/(task.uri + end)).exists()), None)
     if path is None: return None
-    with (gzip.open if path.suffix == '.gz' else open)(path, 'rt', encoding='utf-8') as f:
-        lines = [l for l in f if l.strip()]
-    try: rows = [json.loads(l) for l in lines]
-    except ValueError as e: _refuse(path, f'not JSON lines ({e}); fetch it again')
+    with (gzip.open if path.suffix == '.gz' else open)(path, 'rt', encoding='utf-8') as file:
+        lines = [line for line in file if line.strip()]
+    try: rows = [json.loads(line) for line in lines]
+    except ValueError as err: _refuse(path, f'not JSON lines ({err}); fetch it again')
     if not rows: _refuse(path, 'no questions in it; fetch it again')
-    rows = [_row(r, task.kind, f'{path}, line {i}') for i, r in enumerate(rows, 1)]
+    rows = [_row(row, task.kind, f'{path}, line {i}') for i, row in enumerate(rows, 1)]
     random.Random(seed).shuffle(rows)
     return rows
 
 # %% ../nbs/18_core_eval.ipynb #prompts
-def _solved(task, r): # a question with its answer
+def _options(task, row): # the texts that a question lets choose from, each up to its end
     d = task.delimiter
-    if task.kind == 'multiple_choice': return f"{r['query']}{d}{r['choices'][r['gold']]}"
-    if task.kind == 'schema': return f"{r['context_options'][r['gold']]}{d}{r['continuation']}"
-    return f"{r['context'].strip()}{d}{r['continuation']}"
+    if task.kind == 'multiple_choice': return [f"{row['query']}{d}{x}" for x in row['choices']]
+    if task.kind == 'schema':
+        return [f"{x}{d}{row['continuation']}" for x in row['context_options']]
+    return [f"{row['context'].strip()}{d}{row['continuation']}"]
+
+def _solved(task, row): return _options(task, row)[row.get('gold', 0)] # with its answer
 
 def prompts(task:Task, rows:list[dict], i:int # which question
            ) -> list[str]: # an option each; language modelling: without and with the answer
     "What the model is asked to continue"
-    others = [j for j in range(len(rows)) if j != i]
+    others = [k for k in range(len(rows)) if k != i]
     shots = random.Random(1234 + i).sample(others, min(task.shots, len(others)))
-    head = ''.join(_solved(task, rows[j]) + '\n\n' for j in shots)
-    r, d = rows[i], task.delimiter
-    if task.kind == 'multiple_choice': return [f"{head}{r['query']}{d}{c}" for c in r['choices']]
-    if task.kind == 'schema':
-        return [f"{head}{c}{d}{r['continuation']}" for c in r['context_options']]
-    full = head + _solved(task, r)
-    return [full[:len(full) - len(r['continuation'])].strip(), full]
+    head = ''.join(_solved(task, rows[k]) + '\n\n' for k in shots)
+    asked = [head + x for x in _options(task, rows[i])]
+    if task.kind != 'language_modeling': return asked
+    return [asked[0].removesuffix(rows[i]['continuation']).strip(), *asked]
 
 # %% ../nbs/18_core_eval.ipynb #items
 @dataclass
@@ -130,39 +130,40 @@ class Item:
     index: int     # which question
 
 def _common(rows): # length of what all rows share at the front
-    n = min(map(len, rows)); first = rows[0][:n]
-    return next((k for k in range(n) if any(r[k] != first[k] for r in rows)), n)
+    shared = min(map(len, rows)); first = rows[0][:shared]
+    return next((k for k in range(shared) if any(row[k] != first[k] for row in rows)), shared)
 
 def make_item(task:Task, rows:list, i:int, ids:list, # token ids of `prompts`
               max_len:int|None=None # longest row the model can read; more is cut at the left
              ) -> Item:
     "Find the answers"
-    n = _common([r[::-1] for r in ids] if task.kind == 'schema' else ids)
+    common = _common([row[::-1] for row in ids] if task.kind == 'schema' else ids)
     gold = -1 if task.kind == 'language_modeling' else rows[i]['gold']
     if gold < 0: ids = ids[1:]
-    starts = [len(r) - n if task.kind == 'schema' else n for r in ids]
-    cut = [max(0, len(r) - (max_len or len(r))) for r in ids]
-    starts = [min(max(s - c, 1), len(r) - c - 1) for s, c, r in zip(starts, cut, ids)]
-    return Item([r[c:] for r, c in zip(ids, cut)], starts, gold, i)
+    starts = [len(row) - common if task.kind == 'schema' else common for row in ids]
+    cut = [max(0, len(row) - (max_len or len(row))) for row in ids]
+    starts = [min(max(start - left, 1), len(row) - left - 1)
+              for start, left, row in zip(starts, cut, ids)]
+    return Item([row[left:] for row, left in zip(ids, cut)], starts, gold, i)
 
 # %% ../nbs/18_core_eval.ipynb #judge
-def judge(z:Tensor, # (n, vocab) logits before each judged token
-          y:Tensor, # (n,) the tokens
-          owner:Tensor, # (n,) which row each belongs to
+def judge(logits:Tensor, # (n, vocab) before each judged token
+          tokens:Tensor, # (n,)
+          owner:Tensor,  # (n,) which row each belongs to
           rows:int
          ) -> tuple[Tensor, Tensor]: # mean loss (rows,), all likeliest (rows,) bool
     "Losses of options from logits"
-    loss = F.cross_entropy(z.float(), y, reduction='none')
-    add = lambda x: torch.zeros(rows, device=z.device).index_add_(0, owner, x.float())
-    n = add(torch.ones_like(y))
-    return add(loss)/n, add(z.argmax(-1) == y) == n
+    def add(x): return torch.zeros(rows, device=x.device).index_add_(0, owner, x.float())
+    loss = F.cross_entropy(logits.float(), tokens, reduction='none')
+    count = add(torch.ones_like(tokens))
+    return add(loss)/count, add(logits.argmax(-1) == tokens) == count
 
 def batches(sizes:list[int], # tokens of each
             most:int         # padded tokens of a batch
            ) -> list[list[int]]: # indices, the long ones first
     "Similar lengths together"
-    out, order = [], sorted(range(len(sizes)), key=lambda i: -sizes[i])
-    for i in order:
+    out = []
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         if not out or (len(out[-1]) + 1)*sizes[out[-1][0]] > most: out.append([])
         out[-1].append(i)
     return out
@@ -172,13 +173,17 @@ def pad_rows(rows:list, multiple:int=1) -> Tensor: # (B, T) int64, zeros at the 
     "Rows of different lengths as one batch"
     T = -(-max(map(len, rows))//multiple)*multiple
     out = np.zeros((len(rows), T), np.int64)
-    for o, r in zip(out, rows): o[:len(r)] = r
+    for i, row in enumerate(rows): out[i, :len(row)] = row
     return torch.from_numpy(out)
 
-def _targets(rows, starts, shift=0): # where the judged tokens are: batch row, place before, token
-    at = [(b, t - 1 - shift, r[t]) for b, (r, s) in enumerate(zip(rows, starts))
-          for t in range(s, len(r))]
+def _targets(rows, starts): # where the judged tokens are: batch row, place before, token
+    at = [(i, k - 1, row[k]) for i, (row, start) in enumerate(zip(rows, starts))
+          for k in range(start, len(row))]
     return torch.tensor(at).T
+
+def _by_item(items, judged): # one (losses, right) a row -> for each item its rows'
+    judged = iter(judged)
+    return [tuple(zip(*(next(judged) for _ in it.rows))) for it in items]
 
 # %% ../nbs/18_core_eval.ipynb #scorer
 class Scorer:
@@ -188,30 +193,30 @@ class Scorer:
                  multiple:int=1): # lengths are rounded up to it
         self.logits, self.device = logits, device
         self.max_tokens, self.multiple = max_tokens, multiple
-    def at(self, x, b, t): return self.logits(x)[b, t] # logits at some places
+    def at(self, x, row, place): return self.logits(x)[row, place] # logits at some places
     @torch.no_grad()
     def __call__(self, items:list[Item]) -> list: # for each item (losses, right), lists by option
-        flat = [(k, r, s) for k, it in enumerate(items) for r, s in zip(it.rows, it.starts)]
-        got = [None]*len(flat)
-        for group in batches([len(r) for _, r, _ in flat], self.max_tokens):
-            rows, starts = zip(*(flat[i][1:] for i in group))
-            b, t, y = _targets(rows, starts).to(self.device)
-            z = self.at(pad_rows(rows, self.multiple).to(self.device), b, t)
-            for i, *v in zip(group, *(x.tolist() for x in judge(z, y, b, len(rows)))): got[i] = v
-        pairs = iter(got)
-        return [tuple(zip(*(next(pairs) for _ in it.rows))) for it in items]
+        rows, starts = ([x for it in items for x in getattr(it, k)] for k in ('rows', 'starts'))
+        judged = [None]*len(rows)
+        for group in batches([len(row) for row in rows], self.max_tokens):
+            part, begin = [rows[i] for i in group], [starts[i] for i in group]
+            row, place, token = _targets(part, begin).to(self.device)
+            logits = self.at(pad_rows(part, self.multiple).to(self.device), row, place)
+            loss, right = judge(logits, token, row, len(group))
+            for i, *x in zip(group, loss.tolist(), right.tolist()): judged[i] = x
+        return _by_item(items, judged)
 
 # %% ../nbs/18_core_eval.ipynb #oracle
 def oracle(items:list[Item], vocab:int):  # -> logits(tokens)
     "A model that knows the right options of these items, for tests of the scoring"
-    key, known = lambda r: np.trim_zeros(np.asarray(r, np.int64), 'b').tobytes(), {}
-    for it in items: k = max(it.gold, 0); known[key(it.rows[k])] = it.starts[k]
+    def key(row): return np.trim_zeros(np.asarray(row, np.int64), 'b').tobytes()
+    known = {key(it.rows[max(it.gold, 0)]): it.starts[max(it.gold, 0)] for it in items}
     def logits(x):
-        z = np.zeros((*x.shape, vocab), np.float32)      # untouched pages take no memory
-        for b, r in enumerate(x.cpu().numpy()):
-            n = len(np.trim_zeros(r, 'b')); s = known.get(key(r), n)
-            z[b, np.arange(s-1, n-1), r[s:n]] = 30.
-        return torch.from_numpy(z)
+        out = np.zeros((*x.shape, vocab), np.float32)      # untouched pages take no memory
+        for i, row in enumerate(x.cpu().numpy()):
+            end = len(np.trim_zeros(row, 'b')); start = known.get(key(row), end)
+            out[i, np.arange(start - 1, end - 1), row[start:end]] = 30.
+        return torch.from_numpy(out)
     return logits
 
 # %% ../nbs/18_core_eval.ipynb #answers
@@ -221,55 +226,45 @@ def correct(item:Item, losses, right) -> bool:
     return min(range(len(losses)), key=losses.__getitem__) == item.gold
 
 # %% ../nbs/18_core_eval.ipynb #model-scorer
-class ModelScorer(Scorer):
-    "A HybridModel; logits only where they are asked for"
-    def __init__(self, model:HybridModel,
-                 shared:bool=True, # read what options share once
-                 max_tokens:int=0, # of a batch; 0: by device
-                 least:int=64): # shared tokens that are worth two passes
-        self.model, self.least = model, least if shared else math.inf
-        gpu = model.wte.weight.is_cuda
-        super().__init__(None, model.wte.weight.device, max_tokens or (2**17 if gpu else 2**13),
-                         64 if gpu else 1)
-    def at(self, x, b, t): return self.model.scores(self.model.stream(x)[b, t])
-    def __call__(self, items):
-        many = [k for k, it in enumerate(items) if len(it.rows) > 1 and _shared(it) >= max(1, self.least)]
-        out = dict(zip(many, self.forked([items[k] for k in many])))
-        rest = [k for k in range(len(items)) if k not in out]
-        out |= zip(rest, super().__call__([items[k] for k in rest]))
-        return [out[k] for k in range(len(items))]
-
-# %% ../nbs/18_core_eval.ipynb #forked
 def _shared(it): # tokens that all options share, and before them none that is judged
     return min(_common(it.rows), min(it.starts) - 1)
 
-@patch
-def forked(self:ModelScorer, items:list[Item]) -> list: # as `Scorer.__call__`
-    "Prefix once, a copy of its state for each option"
-    got, cuts = [None]*len(items), [_shared(it) for it in items]
-    size = [max(n, len(it.rows)*(max(map(len, it.rows)) - n)) for n, it in zip(cuts, items)]
-    with torch.inference_mode():
+class ModelScorer(Scorer):
+    "A HybridModel; what options share is read once, logits come only where they are asked for"
+    def __init__(self, model:HybridModel, shared:bool=True, # False: as the plain one
+                 max_tokens:int=0, # of a batch; 0: by device
+                 least:int=64):    # shared tokens that are worth two passes
+        self.model, self.least = model, max(1, least) if shared else math.inf
+        dev = model.wte.weight.device; gpu = dev.type == 'cuda'
+        super().__init__(None, dev, max_tokens or (2**17 if gpu else 2**13), 64 if gpu else 1)
+    def at(self, x, row, place): return self.model.scores(self.model.stream(x)[row, place])
+    def __call__(self, items):
+        many = {k for k, it in enumerate(items) if len(it.rows) > 1 and _shared(it) >= self.least}
+        forked = iter(self.forked([it for k, it in enumerate(items) if k in many]))
+        others = iter(super().__call__([it for k, it in enumerate(items) if k not in many]))
+        return [next(forked if k in many else others) for k in range(len(items))]
+    @torch.inference_mode()
+    def forked(self, items): # prefix once, a copy of its state for each option
+        cuts, out = [_shared(it) for it in items], [None]*len(items)
+        size = [max(n, len(it.rows)*(max(map(len, it.rows)) - n)) for n, it in zip(cuts, items)]
         for group in batches(size, self.max_tokens):
-            part = [items[i] for i in group]
-            for i, v in zip(group, self._fork(part, [cuts[i] for i in group])): got[i] = v
-    return got
-
-# %% ../nbs/18_core_eval.ipynb #fork
-@patch
-@torch.no_grad()
-def _fork(self:ModelScorer, items, cuts):
-    m, dev = self.model, self.device
-    x = pad_rows([it.rows[0][:n] for it, n in zip(items, cuts)], self.multiple).to(dev)
-    own = [(k, r[n:], s - n) for k, (it, n) in enumerate(zip(items, cuts))
-           for r, s in zip(it.rows, it.starts)]
-    ends = pad_rows([r for _, r, _ in own], min(self.multiple, 16)).to(dev)
-    state = m.init_state(len(x), x.shape[1] + ends.shape[1])
-    m(x, state=state, lengths=torch.tensor(cuts, device=dev), last_only=True)
-    state = state.select(torch.tensor([k for k, _, _ in own], device=dev))
-    h = m.stream(ends, state, lengths=torch.tensor([len(r) for _, r, _ in own], device=dev))
-    b, t, y = _targets([r for _, r, _ in own], [s for _, _, s in own]).to(dev)
-    pairs = zip(*(v.tolist() for v in judge(m.scores(h[b, t]), y, b, len(own))))
-    return [tuple(zip(*(next(pairs) for _ in it.rows))) for it in items]
+            got = self._fork([items[i] for i in group], [cuts[i] for i in group])
+            for i, x in zip(group, got): out[i] = x
+        return out
+    def _fork(self, items, cuts): # one batch of them
+        model, dev, owner, ends, starts = self.model, self.device, [], [], []
+        for i, (it, n) in enumerate(zip(items, cuts)):
+            owner += [i]*len(it.rows); ends += [row[n:] for row in it.rows]
+            starts += [start - n for start in it.starts]
+        x = pad_rows([it.rows[0][:n] for it, n in zip(items, cuts)], self.multiple).to(dev)
+        rest = pad_rows(ends, min(self.multiple, 16)).to(dev)
+        state = model.init_state(len(x), x.shape[1] + rest.shape[1])
+        model(x, state=state, lengths=torch.tensor(cuts, device=dev), last_only=True)
+        state = state.select(torch.tensor(owner, device=dev))
+        stream = model.stream(rest, state, lengths=torch.tensor([*map(len, ends)], device=dev))
+        row, place, token = _targets(ends, starts).to(dev)
+        loss, right = judge(model.scores(stream[row, place]), token, row, len(ends))
+        return _by_item(items, zip(loss.tolist(), right.tolist()))
 
 # %% ../nbs/18_core_eval.ipynb #result
 @dataclass
@@ -282,10 +277,10 @@ class CoreResult:
 
     @property
     def mean(self): # centred
-        return sum(t['centred'] for t in self.tasks.values())/len(self.tasks)
+        return sum(task['centred'] for task in self.tasks.values())/len(self.tasks)
     @property
     def stderr(self): # of the mean, from the number of questions
-        parts = [(t['stderr']/(1 - t['baseline']))**2 for t in self.tasks.values()]
+        parts = [(task['stderr']/(1 - task['baseline']))**2 for task in self.tasks.values()]
         return math.sqrt(sum(parts))/len(parts)
     @property
     def name(self):
@@ -294,25 +289,21 @@ class CoreResult:
         left = f' (without {", ".join(self.missing)})' if self.missing else ''
         return ('CORE' if whole else f'mean of {len(self.tasks)} of the 22 CORE tasks{left}') + few
 
-# %% ../nbs/18_core_eval.ipynb #result-str
-@patch
-def __str__(self:CoreResult): # a Markdown table
-    cols = 'task kind shots n accuracy ± baseline centred'.split()
-    line = '| {} | {} | {} | {:,} | {:.4f} | {:.4f} | {:.3f} | {:+.4f} |'.format
-    keys = 'kind shots n accuracy stderr baseline centred'.split()
-    rows = [line(k, *(t[c] for c in keys)) for k, t in self.tasks.items()]
-    gone = [f'| {k} | missing | | | | | | |' for k in self.missing]
-    return '\n'.join(['| ' + ' | '.join(cols) + ' |', '|---'*len(cols) + '|', *rows, *gone, '',
-                      f'**{self.name}: {self.mean:.4f} ± {self.stderr:.4f}**'])
-
-@patch
-def _repr_markdown_(self:CoreResult): return str(self)
+    def __str__(self): # a Markdown table
+        keys = 'kind shots n accuracy stderr baseline centred'.split()
+        line = '| {} | {} | {} | {:,} | {:.4f} | {:.4f} | {:.3f} | {:+.4f} |'.format
+        rows = [line(label, *(task[k] for k in keys)) for label, task in self.tasks.items()]
+        gone = [f'| {label} | missing | | | | | | |' for label in self.missing]
+        return '\n'.join(['| task | kind | shots | n | accuracy | ± | baseline | centred |',
+                          '|---'*8 + '|', *rows, *gone, '',
+                          f'**{self.name}: {self.mean:.4f} ± {self.stderr:.4f}**'])
+    def _repr_markdown_(self): return str(self)
 
 # %% ../nbs/18_core_eval.ipynb #evaluate-task
 def _all_ranks(x): # sum over ranks, in place
     if dist.is_available() and dist.is_initialized():
-        y = x.cuda() if dist.get_backend() == 'nccl' else x
-        dist.all_reduce(y); x.copy_(y)
+        sums = x.cuda() if dist.get_backend() == 'nccl' else x
+        dist.all_reduce(sums); x.copy_(sums)
     return x
 
 def evaluate_task(score,       # a scorer
@@ -322,17 +313,17 @@ def evaluate_task(score,       # a scorer
                   chunk:int=256 # questions made into tokens at a time
                  ) -> dict:    # the same on all ranks
     "Accuracy of one task; each rank answers its share"
-    n, me, t0 = min(len(rows), max_items or len(rows)), dist_info(), time.time()
-    mine, ok = range(me.rank, n, me.world_size), torch.zeros(n, dtype=torch.float64)
-    for a in range(0, len(mine), chunk):
-        text = [prompts(task, rows, i) for i in mine[a:a+chunk]]
-        ids = iter(encode([p for ps in text for p in ps]))
-        items = [make_item(task, rows, i, [next(ids) for _ in ps], max_len)
-                 for i, ps in zip(mine[a:a+chunk], text)]
+    count, me, t0 = min(len(rows), max_items or len(rows)), dist_info(), time.time()
+    mine, ok = range(me.rank, count, me.world_size), torch.zeros(count, dtype=torch.float64)
+    for first in range(0, len(mine), chunk):
+        text = [prompts(task, rows, i) for i in mine[first:first+chunk]]
+        ids = iter(encode([prompt for options in text for prompt in options]))
+        items = [make_item(task, rows, i, [next(ids) for _ in options], max_len)
+                 for i, options in zip(mine[first:first+chunk], text)]
         for it, got in zip(items, score(items)): ok[it.index] = correct(it, *got)
     acc = _all_ranks(ok).mean().item()
-    return dict(kind=task.kind, shots=task.shots, n=n, accuracy=acc, baseline=task.baseline,
-                stderr=(acc*(1 - acc)/n)**.5, centred=centred(acc, task.baseline),
+    return dict(kind=task.kind, shots=task.shots, n=count, accuracy=acc, baseline=task.baseline,
+                stderr=(acc*(1 - acc)/count)**.5, centred=centred(acc, task.baseline),
                 seconds=time.time() - t0)
 
 # %% ../nbs/18_core_eval.ipynb #evaluate-core
@@ -346,15 +337,17 @@ def evaluate_core(score, encode,      # as for `evaluate_task`
                  ) -> CoreResult:
     "Every task of CORE that the bundle has"
     known, root, out, gone = tasks or core_tasks(), core_bundle(bundle), {}, []
-    for n in (want := names.split() or list(known)):
-        if n not in known:
-            near = closest(n, known)
-            raise ValueError(f'no task {n!r}, did you mean {near!r}? {", ".join(known)}')
-        if (rows := load_task(root, known[n])) is None:
-            gone.append(n); emit(f'{n}: not in this bundle; left out, not counted as 0'); continue
-        r = out[n] = evaluate_task(score, encode, known[n], rows, max_items, max_len)
-        emit(f"{n}: {r['accuracy']:.4f} of {r['n']:,}, centred {r['centred']:+.4f}, "
-             f"{r['seconds']:.1f} s")
+    want = names.split() or list(known)
+    for name in want:
+        if name not in known:
+            near = closest(name, known)
+            raise ValueError(f'no task {name!r}, did you mean {near!r}? {", ".join(known)}')
+        if (rows := load_task(root, known[name])) is None:
+            gone.append(name)
+            emit(f'{name}: not in this bundle; left out, not counted as 0'); continue
+        result = out[name] = evaluate_task(score, encode, known[name], rows, max_items, max_len)
+        line = '{}: {accuracy:.4f} of {n:,}, centred {centred:+.4f}, {seconds:.1f} s'
+        emit(line.format(name, **result))
     if not out: raise ValueError(f'{root} has none of {want}; give another bundle')
     return CoreResult(out, gone, max_items, len(want))
 
@@ -363,11 +356,12 @@ def encoder(tok, model=None): # -> texts to token ids with BOS
     "How a tokenizer makes prompts; an error if it is another model's"
     if not hasattr(tok, 'encode_batch'): # of transformers
         bos = tok.bos_token_id if tok.bos_token_id is not None else tok.eos_token_id
-        return lambda ts: [[bos, *r] for r in tok(ts, add_special_tokens=False)['input_ids']]
-    if model is not None and tok.vocab_size != (n := model.cfg.vocab_size):
-        raise ValueError(f'the tokenizer has {tok.vocab_size} tokens, the model {n}; take the one '
-                         'saved with the checkpoint')
-    return lambda ts: tok.encode_batch(ts, bos=True)
+        return lambda texts: [[bos, *row] for row in
+                              tok(texts, add_special_tokens=False)['input_ids']]
+    if model is not None and tok.vocab_size != (size := model.cfg.vocab_size):
+        raise ValueError(f'the tokenizer has {tok.vocab_size} tokens, the model {size}; take the '
+                         'one saved with the checkpoint')
+    return lambda texts: tok.encode_batch(texts, bos=True)
 
 def hf_scorer(model, **kw) -> Scorer: # model: a transformers causal LM
     "A scorer from a Hugging Face model"
@@ -406,20 +400,21 @@ def base_eval(cfg:BaseEvalConfig, emit=print):
     emit(dict(bpb=bpb))
     if first: files.append(write_record('bpb', bpb, meta, mix.name, max_docs=cfg.max_docs))
     if cfg.core != 'none':
-        r = evaluate_core(ModelScorer(model, cfg.shared), enc, cfg.core, cfg.tasks, cfg.max_items)
-        figures = dict(name=r.name, mean=r.mean, stderr=r.stderr, missing=r.missing, tasks=r.tasks)
-        emit(dict(core=r.tasks, core_table=str(r)))
+        score = ModelScorer(model, cfg.shared)
+        result = evaluate_core(score, enc, cfg.core, cfg.tasks, cfg.max_items)
+        figures = {k: getattr(result, k) for k in ('name', 'mean', 'stderr', 'missing', 'tasks')}
+        emit(dict(core=result.tasks, core_table=str(result)))
         how = dict(max_items=cfg.max_items, shared=cfg.shared)
         if first: files.append(write_record('core', figures, meta, 'CORE', **how))
-    emit(dict(records=[str(f) for f in files]))
+    emit(dict(records=[str(file) for file in files]))
 
 # %% ../nbs/18_core_eval.ipynb #core-metric
 def core_metric(model, tok, step, max_items:int=100) -> dict:
     "CORE for the training loop, on the first questions of each task"
     was = model.training; model.eval()
-    r = evaluate_core(ModelScorer(model), encoder(tok, model), max_items=max_items, emit=str)
+    result = evaluate_core(ModelScorer(model), encoder(tok, model), max_items=max_items, emit=str)
     model.train(was)
-    return dict(core=r.mean, core_stderr=r.stderr, core_tasks=len(r.tasks))
+    return dict(core=result.mean, core_stderr=result.stderr, core_tasks=len(result.tasks))
 
 # %% ../nbs/18_core_eval.ipynb #proof-fns
 def random_scorer(seed:int=0):
@@ -429,5 +424,5 @@ def random_scorer(seed:int=0):
 
 def chance(task:Task, rows:list) -> float: # 0 for language modelling
     "Expected accuracy of random answers"
-    k = {'multiple_choice': 'choices', 'schema': 'context_options'}.get(task.kind)
-    return sum(1/len(r[k]) for r in rows)/len(rows) if k else 0.
+    key = {'multiple_choice': 'choices', 'schema': 'context_options'}.get(task.kind)
+    return sum(1/len(row[key]) for row in rows)/len(rows) if key else 0.

@@ -9,7 +9,7 @@ __all__ = ['NOISE', 'WORDS', 'NEEDLES', 'position_losses', 'long_rows', 'sample_
            'long_context']
 
 # %% ../nbs/19_long_context.ipynb #imports
-import math, random, pyarrow.parquet as pq, torch
+import math, random, numpy as np, pyarrow.parquet as pq, torch
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,19 +24,18 @@ from .core_eval import settle
 # %% ../nbs/19_long_context.ipynb #position-losses
 @torch.inference_mode()
 def position_losses(model:HybridModel,
-                    x:Tensor,        # (R, N) tokens
+                    x:Tensor,        # (R, T+1) tokens
                     piece:int=1024,  # tokens at once
                     rows:int=8       # rows at once
-                   ) -> Tensor: # (R, N-1) nats of each next token, float32, on the CPU
+                   ) -> Tensor: # (R, T) nats of each next token, float32, on the CPU
     "Loss at every position, in pieces through the state"
-    dev, out = model.wte.weight.device, []
-    for part in x.split(rows):
-        part, N = part.to(dev), x.shape[1] - 1
-        state = model.init_state(len(part), N)
-        cut = [model(part[:, a:min(a + piece, N)], targets=part[:, a+1:min(a + piece, N) + 1],
-                     state=state, reduction='none') for a in range(0, N, piece)]
-        out.append(torch.cat([c.view(len(part), -1) for c in cut], 1).float().cpu())
-    return torch.cat(out)
+    def losses(part):
+        state = model.init_state(len(part), part.shape[1] - 1)
+        for ids, ends in zip(part[:, :-1].split(piece, 1), part[:, 1:].split(piece, 1)):
+            loss = model(ids, targets=ends, state=state, reduction='none')
+            yield loss.view(len(part), -1).float().cpu()
+    device = model.wte.weight.device
+    return torch.cat([torch.cat([*losses(part.to(device))], 1) for part in x.split(rows)])
 
 # %% ../nbs/19_long_context.ipynb #windows
 def long_rows(texts,      # documents, or a file of them
@@ -47,10 +46,10 @@ def long_rows(texts,      # documents, or a file of them
     "Windows of long documents"
     if isinstance(texts, (str, Path)): texts = long_texts(texts)
     rows, longest = [], 0
-    for ids in (encode(t) for t in texts):
-        longest, n = max(longest, len(ids) + 1), min(per_doc, len(ids)//(length - 1))
-        gap = len(ids)//n if n else 0
-        rows += [[bos, *ids[i*gap:i*gap + length - 1]] for i in range(n)]
+    for ids in map(encode, texts):
+        longest, count = max(longest, len(ids) + 1), min(per_doc, len(ids)//(length - 1))
+        for i in range(count):
+            start = i*(len(ids)//count); rows.append([bos, *ids[start:start + length - 1]])
     if not rows:
         raise ValueError(f'no document of {length:,} tokens, the longest has {longest:,}; '
                          'take a smaller length or longer documents')
@@ -59,7 +58,8 @@ def long_rows(texts,      # documents, or a file of them
 def sample_books() -> list[str]: # two, which no run on the sample has trained on
     "The books of the sample's held-out part, each put together from its passages"
     rows, books = pq.read_table(package_data('sample_val.parquet')).to_pylist(), {}
-    for r in sorted(rows, key=lambda r: r['part']): books.setdefault(r['title'], []).append(r['text'])
+    for row in sorted(rows, key=lambda row: row['part']):
+        books.setdefault(row['title'], []).append(row['text'])
     return ['\n\n'.join(parts) for parts in books.values()]
 
 def long_texts(path:str|Path='' # '': the books of the sample
@@ -93,11 +93,11 @@ class PositionCurve:
 
 def position_curve(name:str, model, x:Tensor, train_len:int|None=None, **kw) -> PositionCurve:
     "Loss by bucket; kw goes to `position_losses`"
-    l = position_losses(model, x, **kw); edges = buckets(l.shape[1])
-    means = torch.stack([l[:, a:b].double().mean(1) for a, b in edges])      # (buckets, R)
-    se = means.std(1)/len(x)**.5 if len(x) > 1 else torch.full((len(edges),), math.nan)
+    losses = position_losses(model, x, **kw); edges = buckets(losses.shape[1])
+    means = torch.stack([losses[:, slice(*edge)].double().mean(1) for edge in edges]) # (buckets, R)
+    stderr = means.std(1)/len(x)**.5 if len(x) > 1 else torch.full((len(edges),), math.nan)
     return PositionCurve(name, train_len or model.cfg.sequence_len, edges, means.mean(1).tolist(),
-                         se.tolist(), len(x))
+                         stderr.tolist(), len(x))
 
 # %% ../nbs/19_long_context.ipynb #draw
 def draw_positions(curves:list, # PositionCurve, several models
@@ -105,14 +105,13 @@ def draw_positions(curves:list, # PositionCurve, several models
     "Loss against position, with the training length as a line"
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(5, 3), layout='constrained')[1]
-    for i, c in enumerate(curves):
-        x = [b for _, b in c.edges]
-        ax.plot(x, c.loss, 'o-', c=f'C{i}', ms=3, label=c.name)
-        lo, hi = ([m + k*s for m, s in zip(c.loss, c.stderr)] for k in (-1, 1))
-        ax.fill_between(x, lo, hi, color=f'C{i}', alpha=.2)
-        ax.axvline(c.train_len, c='k', lw=.5, ls=':')
-    ax.set_xscale('log', base=2); ax.set_xlabel('position (end of bucket)')
-    ax.set_ylabel('nats a token'); ax.legend(frameon=False, fontsize=8)
+    for i, curve in enumerate(curves):
+        x, mean, error = [end for _, end in curve.edges], *map(np.array, (curve.loss, curve.stderr))
+        ax.plot(x, mean, 'o-', c=f'C{i}', ms=3, label=curve.name)
+        ax.fill_between(x, mean - error, mean + error, color=f'C{i}', alpha=.2)
+        ax.axvline(curve.train_len, c='k', lw=.5, ls=':')
+    ax.set_xscale('log', base=2); ax.set(xlabel='position (end of bucket)', ylabel='nats a token')
+    ax.legend(frameon=False, fontsize=8)
     return ax
 
 # %% ../nbs/19_long_context.ipynb #forms
@@ -129,27 +128,27 @@ class Needle:
     noise: bool    # in repeated sentences instead of running text
 
 # %% ../nbs/19_long_context.ipynb #makers
-def _digits(r, n): return ''.join(r.choice('0123456789') for _ in range(n))
+def _digits(rng, count): return ''.join(rng.choice('0123456789') for _ in range(count))
 
-def passkey(r):
-    k = _digits(r, 5); said = f'The pass key is {k}. Remember it: {k} is the pass key.'
-    return Needle((said,), 'What is the pass key? The pass key is', f' {k}', True)
-def _magic(r, what, v):
-    it = f'magic {what} of the {r.choice(WORDS)}'
-    return Needle((f'The {it} is {v}.',), f'What is the {it}? The {it} is', f' {v}', False)
-def number(r): return _magic(r, 'number', _digits(r, 7))
-def uuid(r):
-    h = ''.join(r.choice('0123456789abcdef') for _ in range(32))
-    return _magic(r, 'code', '-'.join((h[:8], h[8:12], h[12:16], h[16:20], h[20:])))
-def variables(r):
-    *names, last = r.sample('ABCDEFGHJKMNPQRSTUVWXYZ', 4); v = _digits(r, 5)
-    links = [f'VAR {b} = VAR {a}.' for a, b in zip(names, names[1:] + [last])]
-    return Needle((f'VAR {names[0]} = {v}.', *links), f'Which value has VAR {last}? VAR {last} =',
-                  f' {v}', True)
-def copy_words(r):
-    w = ' '.join(r.sample(WORDS, 8))
-    return Needle((f'Learn these words by heart: {w}.',), 'The words that you learnt by heart:',
-                  f' {w}', False)
+def passkey(rng):
+    key = _digits(rng, 5); said = f'The pass key is {key}. Remember it: {key} is the pass key.'
+    return Needle((said,), 'What is the pass key? The pass key is', f' {key}', True)
+def _magic(rng, what, value):
+    it = f'magic {what} of the {rng.choice(WORDS)}'
+    return Needle((f'The {it} is {value}.',), f'What is the {it}? The {it} is', f' {value}', False)
+def number(rng): return _magic(rng, 'number', _digits(rng, 7))
+def uuid(rng):
+    hexa = [''.join(rng.choice('0123456789abcdef') for _ in range(n)) for n in (8, 4, 4, 4, 12)]
+    return _magic(rng, 'code', '-'.join(hexa))
+def variables(rng):
+    *names, last = rng.sample('ABCDEFGHJKMNPQRSTUVWXYZ', 4); value = _digits(rng, 5)
+    links = [f'VAR {new} = VAR {old}.' for old, new in zip(names, [*names[1:], last])]
+    return Needle((f'VAR {names[0]} = {value}.', *links),
+                  f'Which value has VAR {last}? VAR {last} =', f' {value}', True)
+def copy_words(rng):
+    words = ' '.join(rng.sample(WORDS, 8))
+    return Needle((f'Learn these words by heart: {words}.',),
+                  'The words that you learnt by heart:', f' {words}', False)
 
 # kind -> function of a random.Random
 NEEDLES = dict(passkey=passkey, number=number, uuid=uuid, variables=variables, copy=copy_words)
@@ -162,19 +161,21 @@ def needle_row(kind:str, tok,      # tokenizer
     "Hide a needle, ask for it, answer"
     if kind not in NEEDLES:
         raise ValueError(f'no needle {kind!r}, did you mean {closest(kind, NEEDLES)!r}?')
-    n = NEEDLES[kind](random.Random(f'{kind} {seed}')); enc = tok.encode
-    parts, q, a = [enc('\n' + p + '\n') for p in n.parts], enc('\n' + n.question), enc(n.answer)
-    room = length - 1 - sum(map(len, parts)) - len(q) - len(a)
+    needle = NEEDLES[kind](random.Random(f'{kind} {seed}')); encode = tok.encode
+    parts = [encode('\n' + part + '\n') for part in needle.parts]
+    question, answer = encode('\n' + needle.question), encode(needle.answer)
+    room = length - 1 - sum(map(len, parts)) - len(question) - len(answer)
     if (least := length - room + 8*len(parts)) > length:
         raise ValueError(f'{kind} needs {least} tokens, the row has {length}; take longer rows')
-    if n.noise: # what one more sentence adds, which may be less than the sentence alone
-        each = len(enc(NOISE*2)) - len(enc(NOISE)); hay = enc(NOISE*(room//each + 2))
+    if needle.noise: # what one more sentence adds, which may be less than the sentence alone
+        each = len(encode(NOISE*2)) - len(encode(NOISE)); hay = encode(NOISE*(room//each + 2))
     if len(hay) < room:
         raise ValueError(f'{len(hay):,} tokens of haystack, {room:,} needed; give a longer text')
-    spots = [round(room*(depth + (1 - depth)*i/len(parts))) for i in range(len(parts))]
     ids, last = [tok.bos_id], 0
-    for s, p in zip(spots, parts): ids += hay[last:s] + p; last = s
-    return ids + hay[last:room] + q + a, length - len(a)
+    for i, part in enumerate(parts):
+        spot = round(room*(depth + (1 - depth)*i/len(parts)))
+        ids += hay[last:spot] + part; last = spot
+    return ids + hay[last:room] + question + answer, length - len(answer)
 
 # %% ../nbs/19_long_context.ipynb #grid
 @torch.inference_mode()
@@ -182,43 +183,40 @@ def answered(model:HybridModel, ids:Tensor, # (R, N)
              start:list,     # where each answer begins
              piece:int=1024) -> Tensor: # (R,) bool
     "Would greedy decoding write the answers?"
-    dev, (R, N) = model.wte.weight.device, ids.shape
-    ids, first = ids.to(dev), min(start) - 1
-    state = model.init_state(R, N)
-    for a in range(0, first, piece):
-        model(ids[:, a:min(a + piece, first)], state=state, last_only=True)
+    dev, first = model.wte.weight.device, min(start) - 1
+    ids, state = ids.to(dev), model.init_state(*ids.shape)
+    for part in ids[:, :first].split(piece, 1): model(part, state=state, last_only=True)
     hit = model(ids[:, first:-1], state=state).argmax(-1) == ids[:, first+1:]
-    at = torch.arange(first + 1, N, device=dev) >= torch.tensor(start, device=dev)[:, None]
-    return (hit | ~at).all(1).cpu()
+    places = torch.arange(first + 1, ids.shape[1], device=dev)
+    return (hit | (places < torch.tensor(start, device=dev)[:, None])).all(1).cpu()
 
 # %% ../nbs/19_long_context.ipynb #needle-grid
 def needle_grid(model, tok, hay:list, kind:str, lengths:list, depths:list, n:int=16, # rows a cell
                 piece:int=1024, rows:int=16) -> dict: # (length, depth) -> share answered
     "Accuracy by length and depth"
-    out = {}
-    for L in lengths:
-        for d in depths:
-            made = [needle_row(kind, tok, hay, L, d, 10**6 + s) for s in range(n)]
-            parts = [zip(*made[a:a+rows]) for a in range(0, n, rows)]
-            ok = [answered(model, torch.tensor(ids), starts, piece) for ids, starts in parts]
-            out[L, d] = torch.cat(ok).float().mean().item()
-    return out
+    def share(length, depth):
+        made = [needle_row(kind, tok, hay, length, depth, 10**6 + i) for i in range(n)]
+        parts = [zip(*made[i:i+rows]) for i in range(0, n, rows)]
+        hits = [answered(model, torch.tensor(ids), starts, piece) for ids, starts in parts]
+        return torch.cat(hits).float().mean().item()
+    return {(length, depth): share(length, depth) for length in lengths for depth in depths}
 
 # %% ../nbs/19_long_context.ipynb #draw-grid
 def draw_grid(grid:dict, # (length, depth) -> share
               title:str='', ax=None):
     "Heat map: depth downwards, length to the right"
     import matplotlib.pyplot as plt
-    Ls, ds = (sorted({k[i] for k in grid}) for i in (0, 1))
-    ax = ax or plt.subplots(figsize=(.55*len(Ls) + 1.4, .3*len(ds) + 1), layout='constrained')[1]
-    ax.imshow([[grid[L, d] for L in Ls] for d in ds], vmin=0, vmax=1, aspect='auto')
-    for j, d in enumerate(ds):
-        for i, L in enumerate(Ls):
-            v = grid[L, d]
-            ax.text(i, j, f'{100*v:.0f}', ha='center', va='center', fontsize=7,
-                    color='w' if v < .6 else 'k')
-    ax.set_xticks(range(len(Ls)), [f'{L:,}' for L in Ls], fontsize=7)
-    ax.set_yticks(range(len(ds)), [f'{d:.0%}' for d in ds], fontsize=7)
+    lengths, depths = (sorted({key[i] for key in grid}) for i in (0, 1))
+    size = .55*len(lengths) + 1.4, .3*len(depths) + 1
+    ax = ax or plt.subplots(figsize=size, layout='constrained')[1]
+    shares = [[grid[length, depth] for length in lengths] for depth in depths]
+    ax.imshow(shares, vmin=0, vmax=1, aspect='auto')
+    for row, line in enumerate(shares):
+        for i, share in enumerate(line):
+            ax.text(i, row, f'{100*share:.0f}', ha='center', va='center', fontsize=7,
+                    color='w' if share < .6 else 'k')
+    ax.set_xticks(range(len(lengths)), [f'{length:,}' for length in lengths], fontsize=7)
+    ax.set_yticks(range(len(depths)), [f'{depth:.0%}' for depth in depths], fontsize=7)
     ax.set_xlabel('tokens', fontsize=8); ax.set_ylabel('depth', fontsize=8)
     ax.set_title(title, fontsize=9); return ax
 
@@ -226,13 +224,13 @@ def draw_grid(grid:dict, # (length, depth) -> share
 def needle_batch(tok, hay:list, kinds:list, length:int, rows:int, seed:int
                 ) -> tuple: # x, y, mask of the answers, each (rows, length-1)
     "Needles of random kinds at random depths, in random places of the text"
-    r, made = random.Random(seed), []
+    rng, made = random.Random(seed), []
     for i in range(rows):
-        a = r.randrange(max(1, len(hay) - length))
-        kind, depth = r.choice(kinds), r.random()
-        made.append(needle_row(kind, tok, hay[a:a+length], length, depth, seed*rows + i))
-    ids = torch.tensor([m for m, _ in made]); at = torch.arange(1, length)
-    return ids[:, :-1], ids[:, 1:], at >= torch.tensor([s for _, s in made])[:, None]
+        start = rng.randrange(max(1, len(hay) - length))
+        kind, depth = rng.choice(kinds), rng.random()
+        made.append(needle_row(kind, tok, hay[start:start+length], length, depth, seed*rows + i))
+    ids, starts = (torch.tensor(x) for x in zip(*made))
+    return ids[:, :-1], ids[:, 1:], torch.arange(1, length) >= starts[:, None]
 
 # %% ../nbs/19_long_context.ipynb #learn
 def learn_needles(model, tok, hay:list, kinds:list, steps:int=200,
@@ -244,14 +242,15 @@ def learn_needles(model, tok, hay:list, kinds:list, steps:int=200,
     opt = torch.optim.AdamW(model.parameters(), lr, (.9, .95), weight_decay=0.,
                             fused=dev.type == 'cuda')
     model.train()
-    for s in range(steps):
-        for p in opt.param_groups: p['lr'] = lr*min(1, (s + 1)/20, (steps - s)/(.5*steps))
-        x, y, on = (t.to(dev) for t in needle_batch(tok, hay, kinds, length, rows, seed*10**6 + s))
-        l = (forward or model)(x, targets=y, reduction='none').view(y.shape)
-        answer = (l*on).sum()/on.sum(); (l.mean() + answer).backward()
+    for step in range(steps):
+        opt.param_groups[0]['lr'] = lr*min(1, (step + 1)/20, (steps - step)/(.5*steps))
+        batch = needle_batch(tok, hay, kinds, length, rows, seed*10**6 + step)
+        x, targets, on = (t.to(dev) for t in batch)
+        loss = (forward or model)(x, targets=targets, reduction='none').view(x.shape)
+        answer = (loss*on).sum()/on.sum(); (loss.mean() + answer).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.); opt.step(); opt.zero_grad()
-        if s % every == 0 or s == steps - 1:
-            emit(f'step {s+1}: text {l.mean().item():.3f}, answers {answer.item():.3f} nats')
+        if step % every == 0 or step == steps - 1:
+            emit(f'step {step+1}: text {loss.mean().item():.3f}, answers {answer.item():.3f} nats')
     return model.eval()
 
 # %% ../nbs/19_long_context.ipynb #config
@@ -276,35 +275,39 @@ class LongContextConfig:
 
 # %% ../nbs/19_long_context.ipynb #run-one
 def _grids(cfg, model, tok, hay, name, emit): # kind -> {'length depth': share}
-    T, out = model.cfg.sequence_len, {}
-    kinds, half = cfg.kinds.split(), len(hay)//2
+    T, out, half = model.cfg.sequence_len, {}, len(hay)//2
+    kinds = cfg.kinds.split()
     if kinds and cfg.learn_steps:
         learn_needles(model, tok, hay[:half], kinds, cfg.learn_steps, T, cfg.learn_rows,
                       cfg.learn_rate)
-    lengths = [int(l) for l in cfg.lengths.split()] or [T//2*2**i for i in range(6)]
+    lengths = [*map(int, cfg.lengths.split())] or [T//2*2**i for i in range(6)]
+    lengths = [length for length in lengths if length < half]
     depths = [i/max(1, cfg.depths - 1)*.9 for i in range(cfg.depths)]
-    for k in kinds:
-        ok = [l for l in lengths if l < half]
-        g = needle_grid(model, tok, hay[half:], k, ok, depths, cfg.needles, cfg.piece, cfg.rows)
-        out[k] = {f'{l} {d}': v for (l, d), v in g.items()}
-        mean = lambda l: sum(g[l, d] for d in depths)/len(depths)
-        print0(f'{name}, {k}: ' + ', '.join(f'{l} {mean(l):.2f}' for l in ok))
-        emit(dict(model=name, kind=k, grid=[[l, d, v] for (l, d), v in g.items()]))
+    for kind in kinds:
+        grid = needle_grid(model, tok, hay[half:], kind, lengths, depths, cfg.needles, cfg.piece,
+                           cfg.rows)
+        out[kind] = {f'{length} {depth}': share for (length, depth), share in grid.items()}
+        means = [f'{length} {sum(grid[length, d] for d in depths)/len(depths):.2f}'
+                 for length in lengths]
+        print0(f'{name}, {kind}: ' + ', '.join(means))
+        emit(dict(model=name, kind=kind, grid=[[*at, share] for at, share in grid.items()]))
     return out
 
 # %% ../nbs/19_long_context.ipynb #run-all
 def long_context(cfg:LongContextConfig, emit=print):
     "Curves and grids of several checkpoints; one process"
     docs, files = long_texts(cfg.texts), []
-    for name in [n.strip() for n in cfg.models.split(',')]:
+    for name in [name.strip() for name in cfg.models.split(',')]:
         model, tok, meta = load_model(name, device=get_device(cfg.device)); settle(model)
-        name = name or Path(meta['path']).parent.name; N = cfg.factor*model.cfg.sequence_len + 1
+        name = Path(name or Path(meta['path']).parent).name
         if tok is None: raise ValueError(f'{name} has no tokenizer; evaluate a run that saved one')
-        x = long_rows(docs, tok.encode, tok.bos_id, N, cfg.per_doc)
-        c = position_curve(Path(name).name, model, x, piece=cfg.piece, rows=cfg.rows)
-        emit(dict(curve=asdict(c)))
-        print0(f'{c.name}: ' + ', '.join(f'{b} {l:.3f}' for (_, b), l in zip(c.edges, c.loss)))
-        hay = tok.encode(max(docs, key=len)); grids = _grids(cfg, model, tok, hay, c.name, emit)
-        files.append(str(write_record('long_context', dict(curve=asdict(c), needles=grids), meta,
-                                      Path(cfg.texts).name or 'sample', **asdict(cfg))))
+        length = cfg.factor*model.cfg.sequence_len + 1
+        x = long_rows(docs, tok.encode, tok.bos_id, length, cfg.per_doc)
+        curve = position_curve(name, model, x, piece=cfg.piece, rows=cfg.rows)
+        emit(dict(curve=asdict(curve)))
+        means = [f'{end} {loss:.3f}' for (_, end), loss in zip(curve.edges, curve.loss)]
+        print0(f'{name}: ' + ', '.join(means))
+        grids = _grids(cfg, model, tok, tok.encode(max(docs, key=len)), name, emit)
+        files.append(str(write_record('long_context', dict(curve=asdict(curve), needles=grids),
+                                      meta, Path(cfg.texts).name or 'sample', **asdict(cfg))))
     emit(dict(records=files))

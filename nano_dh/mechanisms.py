@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['PROBES', 'S3', 'Probe', 'register_probe', 'running', 's3_words', 'mqar', 'copying', 'distracted', 'probe_model',
-           'accuracy', 'ProbeRun', 'probe_rows', 'train_runs', 'CardCell', 'probe_card', 'draw_card',
+           'accuracy', 'probe_rows', 'ProbeRun', 'train_runs', 'CardCell', 'probe_card', 'draw_card',
            'MechanismsConfig', 'can_record', 'mechanisms']
 
 # %% ../nbs/20_mechanisms.ipynb #imports
 import time, torch
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import cache
 from dataclasses import asdict, dataclass
 from statistics import mean, stdev
 from fastcore.basics import patch
@@ -31,41 +32,42 @@ class Probe:
     asks: str=''     # in words
 
 PROBES = {} # name -> Probe
-def register_probe(p:Probe): PROBES[p.name] = p
+def register_probe(probe:Probe): PROBES[probe.name] = probe
 
-def _ints(g, n, *shape): return torch.randint(0, n, shape, generator=g, device=g.device)
+def _ints(g, top, *shape): return torch.randint(0, top, shape, generator=g, device=g.device)
+def _keys(g, B, known, count): # distinct numbers below `known` (B, count)
+    return torch.rand(B, known, generator=g, device=g.device).argsort(1)[:, :count]
 
 # %% ../nbs/20_mechanisms.ipynb #tracking-c
-def running(n:int) -> Callable:
-    "Sums modulo n"
-    def make(g, B, T): x = _ints(g, n, B, T); return x, x.cumsum(1) % n
+def running(modulus:int) -> Callable:
+    "Sums modulo a number"
+    def make(g, B, T): x = _ints(g, modulus, B, T); return x, x.cumsum(1) % modulus
     return make
 
 S3 = [(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)]
 def s3_words(g, B, T):
     "Products of permutations of three things"
-    table = [[S3.index(tuple(a[i] for i in b)) for b in S3] for a in S3]
+    table = [[S3.index(tuple(old[i] for i in new)) for new in S3] for old in S3]
     table = torch.tensor(table, device=g.device)
-    x = _ints(g, 6, B, T); y = x.clone()
-    for t in range(1, T): y[:, t] = table[y[:, t-1], x[:, t]]
-    return x, y
+    x = _ints(g, 6, B, T); so_far = x.clone()
+    for i in range(1, T): so_far[:, i] = table[so_far[:, i-1], x[:, i]]
+    return x, so_far
 
 register_probe(Probe('parity', 2, 32, running(2), True, 'odd or even number of ones'))
 register_probe(Probe('mod5', 5, 32, running(5), True, 'sum modulo 5'))
 register_probe(Probe('s3', 6, 32, s3_words, True, 'product of permutations'))
 
 # %% ../nbs/20_mechanisms.ipynb #mqar
-def mqar(keys:int, values:int, every:int, a:float=.01) -> Callable:
+def mqar(keys:int, values:int, every:int, power:float=.01) -> Callable:
     "Multi-query associative recall, a pair for each `every` tokens; token 0 is blank"
     def make(g, B, T):
-        n = min(T//every, keys); slots = (T - 2*n)//2
-        k = 1 + torch.rand(B, keys, generator=g, device=g.device).argsort(1)[:, :n]
-        v = 1 + keys + _ints(g, values, B, n)
+        count = min(T//every, keys); slots = (T - 2*count)//2
+        k, v = 1 + _keys(g, B, keys, count), 1 + keys + _ints(g, values, B, count)
         x = torch.zeros(B, T, dtype=torch.int64, device=g.device); y = x - 1
-        x[:, 0:2*n:2], x[:, 1:2*n:2] = k, v
-        p = (a - 1)*torch.arange(1, slots + 1, device=g.device).log()    # distinct, by Gumbel
-        u = torch.rand(B, slots, generator=g, device=g.device).clamp(1e-9, 1 - 1e-9)
-        at = 2*n + 2*(p - (-u.log()).log()).topk(n).indices
+        x[:, 0:2*count:2], x[:, 1:2*count:2] = k, v
+        chance = (power - 1)*torch.arange(1, slots + 1, device=g.device).log()
+        noise = torch.rand(B, slots, generator=g, device=g.device).clamp(1e-9, 1 - 1e-9)
+        at = 2*count + 2*(chance - (-noise.log()).log()).topk(count).indices # distinct, by Gumbel
         return x.scatter_(1, at, k), y.scatter_(1, at, v)
     return make
 
@@ -73,21 +75,21 @@ register_probe(Probe('mqar-easy', 65, 32, mqar(32, 32, 4), False, '8 pairs in 32
 register_probe(Probe('mqar-hard', 257, 128, mqar(128, 128, 4), False, '32 pairs in 128 tokens'))
 
 # %% ../nbs/20_mechanisms.ipynb #copy
-def copying(n:int=32) -> Callable: # n different tokens
+def copying(kinds:int=32) -> Callable: # different tokens
     "Repeat the first half"
     def make(g, B, T):
-        w = 1 + _ints(g, n, B, T//2); sep = torch.zeros_like(w[:, :1])
-        return torch.cat([w, sep, w[:, :-1]], 1), torch.cat([torch.full_like(w, -1), w], 1)
+        half = 1 + _ints(g, kinds, B, T//2); blank = torch.zeros_like(half[:, :1])
+        return (torch.cat([half, blank, half[:, :-1]], 1),
+                torch.cat([torch.full_like(half, -1), half], 1))
     return make
 
-def distracted(n:int=16, pairs:int=4) -> Callable: # n keys, n values, n kinds of noise
+def distracted(kinds:int=16, pairs:int=4) -> Callable: # so many keys, values, kinds of noise
     "Pairs, noise, then their keys again"
     def make(g, B, T):
-        k = torch.rand(B, n, generator=g, device=g.device).argsort(1)[:, :pairs]
-        v = n + _ints(g, n, B, pairs)
-        x = 2*n + _ints(g, n, B, T); y = torch.full_like(x, -1)
+        k, v = _keys(g, B, kinds, pairs), kinds + _ints(g, kinds, B, pairs)
+        x = 2*kinds + _ints(g, kinds, B, T); y = torch.full_like(x, -1)
         x[:, 0:2*pairs:2], x[:, 1:2*pairs:2] = k, v
-        order = torch.rand(B, pairs, generator=g, device=g.device).argsort(1)
+        order = _keys(g, B, pairs, pairs)
         x[:, -pairs:], y[:, -pairs:] = k.gather(1, order), v.gather(1, order)
         return x, y
     return make
@@ -115,15 +117,19 @@ def accuracy(model, probe:Probe, length:int, rows:int=256, seed:int=10**6, # of 
              tokens:int=2**15 # of a batch
             ) -> float:
     "Share of right answers"
-    dev = model.wte.weight.device; n = max(1, min(rows, tokens//length))
+    dev = model.wte.weight.device; batch = max(1, min(rows, tokens//length))
     g, hit, asked = torch.Generator(dev).manual_seed(seed), 0, 0
-    for _ in range(-(-rows//n)):
-        x, y = probe.make(g, n, length)
-        if probe.late: y[:, :length//2] = -1
-        hit += ((model(x).argmax(-1) == y) & (y >= 0)).sum(); asked += (y >= 0).sum()
+    for _ in range(-(-rows//batch)):
+        x, answer = probe.make(g, batch, length)
+        if probe.late: answer[:, :length//2] = -1
+        hit += (model(x).argmax(-1) == answer).sum(); asked += (answer >= 0).sum()
     return (hit/asked).item()
 
 # %% ../nbs/20_mechanisms.ipynb #run
+def probe_rows(probe:Probe, T:int, n:int, seed:int=0, device='cpu') -> tuple: # x, y (n, T)
+    "Rows to train on"
+    return probe.make(torch.Generator(device).manual_seed(1000*seed + T), n, T)
+
 class ProbeRun:
     "One model on its way through a probe"
     def __init__(self, pattern:str, probe:Probe, lr:float=3e-3, seed:int=0, steps:int=1000,
@@ -133,33 +139,28 @@ class ProbeRun:
         self.pattern, self.probe, self.lr, self.seed = pattern, probe, lr, seed
         self.steps, self.batch, self.device, self.graph = steps, batch, torch.device(device), None
         self.model = probe_model(pattern, probe, seed=seed, device=device, **kw)
-        self.stages = [(max(8, int(s*probe.train_len)), round(f*steps)) for s, f in shares]
+        self.stages = [(max(8, int(length*probe.train_len)), round(part*steps))
+                       for length, part in shares]
         self.data = data or (lambda T, n: probe_rows(probe, T, n, device=device))
-        gpu, s = self.device.type == 'cuda', torch.arange(steps + 64)
-        warm, fall = (s + 1)/max(1, .05*steps), (steps - s)/(.4*steps)
+        gpu, at = self.device.type == 'cuda', torch.arange(steps + 64)
+        warm, fall = (at + 1)/max(1, .05*steps), (steps - at)/(.4*steps)
         self.table = (lr*torch.minimum(warm, fall).clamp(0., 1.)).to(device)
         self.rate = torch.tensor(lr, device=device) if gpu else lr
         self.opt = torch.optim.AdamW(self.model.parameters(), self.rate, betas, weight_decay=0.,
                                      foreach=True, capturable=gpu)
         self.at = torch.zeros(1, dtype=torch.int64, device=device) # steps done
 
-def probe_rows(probe:Probe, T:int, n:int, seed:int=0, device='cpu') -> tuple: # x, y (n, T)
-    "Rows to train on"
-    return probe.make(torch.Generator(device).manual_seed(1000*seed + T), n, T)
+    def rows_for(self, T, steps): return self.data(T, min(steps*self.batch, 2**16))
 
-# %% ../nbs/20_mechanisms.ipynb #step
-@patch
-def one_step(self:ProbeRun, x, y):
-    "Take the next rows, descend"
-    i = (self.at*self.batch + torch.arange(self.batch, device=x.device) + 7919*self.seed) % len(x)
-    loss = self.model(x[i], targets=y[i]); loss.backward()
-    if self.device.type == 'cuda': self.rate.copy_(self.table.index_select(0, self.at)[0])
-    else: self.opt.param_groups[0]['lr'] = self.table[self.at].item()
-    self.opt.step(); self.opt.zero_grad(set_to_none=True); self.at += 1
-    return loss.detach()
-
-@patch
-def rows_for(self:ProbeRun, T, n): return self.data(T, min(n*self.batch, 2**16))
+    def one_step(self, x, y):
+        "Take the next rows, descend"
+        first = self.at*self.batch + 7919*self.seed
+        i = (first + torch.arange(self.batch, device=x.device)) % len(x)
+        loss = self.model(x[i], targets=y[i]); loss.backward()
+        if self.device.type == 'cuda': self.rate.copy_(self.table.index_select(0, self.at)[0])
+        else: self.opt.param_groups[0]['lr'] = self.table[self.at].item()
+        self.opt.step(); self.opt.zero_grad(set_to_none=True); self.at += 1
+        return loss.detach()
 
 # %% ../nbs/20_mechanisms.ipynb #record
 @patch
@@ -167,7 +168,7 @@ def recorded(self:ProbeRun, T:int, n:int, stream): # -> function of no arguments
     "The step for rows of length T, recorded if this is a GPU; what recording changed is undone"
     x, y = self.rows_for(T, n)
     if stream is None: return lambda: self.one_step(x, y)
-    state = lambda: [t for s in self.opt.state.values() for t in s.values()]
+    def state(): return [t for moments in self.opt.state.values() for t in moments.values()]
     keep = [*self.model.parameters(), self.at, *state()]; old = [t.detach().clone() for t in keep]
     fresh, graph = not self.opt.state, torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
@@ -177,7 +178,7 @@ def recorded(self:ProbeRun, T:int, n:int, stream): # -> function of no arguments
         graph.capture_begin(); self.one_step(x, y); graph.capture_end()
     torch.cuda.synchronize()
     with torch.no_grad():
-        for t, o in zip(keep, old): t.copy_(o)
+        for now, was in zip(keep, old): now.copy_(was)
         for t in state() if fresh else (): t.zero_()
     self.graph = graph                              # lives as long as it is replayed
     return graph.replay
@@ -188,17 +189,17 @@ def train_runs(runs:list, # ProbeRun, of equal numbers of steps
                record:bool=True # steps as CUDA graphs, on a GPU
               ) -> list:   # the same, trained
     "Train several runs; on a GPU side by side"
-    for a in range(0, len(runs), group):
-        part = runs[a:a+group]; gpu = record and part[0].device.type == 'cuda'
+    for first in range(0, len(runs), group):
+        part = runs[first:first+group]; gpu = record and part[0].device.type == 'cuda'
         streams = [torch.cuda.Stream() if gpu else None for _ in part]
-        for k in range(len(part[0].stages)):
-            steps = [r.recorded(*r.stages[k], s) for r, s in zip(part, streams)]
+        for stage, (_, count) in enumerate(part[0].stages):
+            steps = [run.recorded(*run.stages[stage], s) for run, s in zip(part, streams)]
             if gpu: torch.cuda.synchronize()
-            for _ in range(part[0].stages[k][1]):
-                for f, s in zip(steps, streams):
-                    with torch.cuda.stream(s) if gpu else nullcontext(): f()
+            for _ in range(count):
+                for step, stream in zip(steps, streams):
+                    with torch.cuda.stream(stream) if gpu else nullcontext(): step()
             if gpu: torch.cuda.synchronize()
-        for r in part: r.graph = None
+        for run in part: run.graph = None
     return runs
 
 # %% ../nbs/20_mechanisms.ipynb #card
@@ -211,8 +212,8 @@ class CardCell:
     tried: dict              # learning rate -> accuracy at the training length, first seed
     acc: dict                # length / training length -> one accuracy a seed
     def text(self, k): # 'mean ± spread' in per cent
-        a = self.acc[k]
-        return f'{100*mean(a):.1f}' + (f' ± {100*stdev(a):.1f}' if len(a) > 1 else '')
+        shares = self.acc[k]; spread = f' ± {100*stdev(shares):.1f}' if len(shares) > 1 else ''
+        return f'{100*mean(shares):.1f}' + spread
 
 # %% ../nbs/20_mechanisms.ipynb #card-all
 def probe_card(patterns:list, probes:list, lrs:list, seeds:int=3, steps:int=1000, device='cpu',
@@ -221,37 +222,35 @@ def probe_card(patterns:list, probes:list, lrs:list, seeds:int=3, steps:int=1000
                **kw) -> list: # of CardCell; kw: of `ProbeRun`
     "Train and ask everything"
     cells = []
-    for p in (_known(p) for p in probes):
-        store = {}
-        def data(T, n, p=p): # the same rows for all patterns
-            if (T, n) not in store: store[T, n] = probe_rows(p, T, n, device=device)
-            return store[T, n]
-        make = lambda pat, lr, s: ProbeRun(pat, p, lr, s, steps, device=device, data=data, **kw)
-        first = train_runs([make(pat, lr, 0) for pat in patterns for lr in lrs], group, record)
-        cells += _rest(p, patterns, first, make, seeds, factors, (group, record), emit)
+    for probe in map(_known, probes):
+        @cache
+        def data(T, n, probe=probe): return probe_rows(probe, T, n, device=device) # for all alike
+        def trained(wanted): # -> pattern -> [(learning rate, factor -> accuracy)]
+            runs = [ProbeRun(pattern, probe, lr, seed, steps, device=device, data=data, **kw)
+                    for pattern, lr, seed in wanted]
+            out = {pattern: [] for pattern in patterns}
+            for run in train_runs(runs, group, record):
+                asked = {k: accuracy(run.model, probe, k*probe.train_len) for k in factors}
+                out[run.pattern].append((run.lr, asked))
+            return out
+        first = trained([(pattern, lr, 0) for pattern in patterns for lr in lrs])
+        best = {pattern: max(tried, key=lambda t: sum(t[1].values()))
+                for pattern, tried in first.items()}
+        more = trained([(pattern, best[pattern][0], seed)
+                        for pattern in patterns for seed in range(1, seeds)])
+        for pattern in patterns:
+            asked = [shares for _, shares in [best[pattern], *more[pattern]]]
+            tried = {lr: shares[factors[0]] for lr, shares in first[pattern]}
+            cell = CardCell(pattern, probe.name, best[pattern][0], tried,
+                            {k: [shares[k] for shares in asked] for k in factors})
+            text = '  '.join(f'{k}x {cell.text(k)}' for k in factors)
+            emit(f'{probe.name:10} {pattern:6} lr {cell.lr:g}  {text}'); cells.append(cell)
     return cells
 
-# %% ../nbs/20_mechanisms.ipynb #card-rest
 def _known(name):
     if name in PROBES: return PROBES[name]
     near = closest(name, PROBES)
     raise ValueError(f'no probe {name!r}, did you mean {near!r}? {", ".join(PROBES)}')
-
-def _rest(p, patterns, first, make, seeds, factors, group, emit):
-    ask = lambda r: {k: accuracy(r.model, p, k*p.train_len) for k in factors}
-    tried = {pat: {r.lr: (ask(r), r) for r in first if r.pattern == pat} for pat in patterns}
-    best = {pat: max(t, key=lambda lr: sum(t[lr][0].values())) for pat, t in tried.items()}
-    others = [make(pat, best[pat], s) for pat in patterns for s in range(1, seeds)]
-    more = train_runs(others, *group)
-    out = []
-    for pat in patterns:
-        asked = [tried[pat][best[pat]][0]] + [ask(r) for r in more if r.pattern == pat]
-        first = {lr: t[0][factors[0]] for lr, t in tried[pat].items()}
-        c = CardCell(pat, p.name, best[pat], first, {k: [a[k] for a in asked] for k in factors})
-        text = '  '.join(f'{k}x {c.text(k)}' for k in factors)
-        emit(f'{p.name:10} {pat:6} lr {c.lr:g}  {text}')
-        out.append(c)
-    return out
 
 # %% ../nbs/20_mechanisms.ipynb #draw
 def draw_card(cells:list, # of `probe_card`
@@ -259,13 +258,16 @@ def draw_card(cells:list, # of `probe_card`
               ax=None):
     "Bars by pattern for every probe, a thin line from the worst seed to the best"
     import matplotlib.pyplot as plt
-    pats, probes = ([*dict.fromkeys(getattr(c, k) for c in cells)] for k in ('pattern', 'probe'))
-    ax, w = ax or plt.subplots(figsize=(8, 2.6), layout='constrained')[1], .8/len(pats)
-    for i, pat in enumerate(pats):
-        a = [c.acc[factor] for p in probes for c in cells if (c.pattern, c.probe) == (pat, p)]
-        x, m = [j + (i - (len(pats) - 1)/2)*w for j in range(len(probes))], [mean(v) for v in a]
-        err = [[max(0, s*(q - f(v))) for q, v in zip(m, a)] for s, f in ((1, min), (-1, max))]
-        ax.bar(x, m, w*.92, yerr=err, error_kw=dict(lw=.8), label=pat)
+    patterns = [*dict.fromkeys(cell.pattern for cell in cells)]
+    probes = [*dict.fromkeys(cell.probe for cell in cells)]
+    ax, width = ax or plt.subplots(figsize=(8, 2.6), layout='constrained')[1], .8/len(patterns)
+    shares = {(cell.pattern, cell.probe): cell.acc[factor] for cell in cells}
+    for i, pattern in enumerate(patterns):
+        x = [k + (i - (len(patterns) - 1)/2)*width for k in range(len(probes))]
+        got = [shares[pattern, probe] for probe in probes]
+        low, high = ([abs(end(v) - mean(v)) for v in got] for end in (min, max))
+        ax.bar(x, [*map(mean, got)], width*.92, yerr=[low, high], error_kw=dict(lw=.8),
+               label=pattern)
     ax.set_xticks(range(len(probes)), probes); ax.set_ylim(0, 1.02)
     ax.set_ylabel('share right')
     ax.set_title(f'{factor} x training length', fontsize=9); return ax
@@ -292,13 +294,15 @@ class MechanismsConfig:
 def can_record(device, emit=print0, **kw) -> bool:
     "Are steps recorded here, and do they train as unrecorded ones do?"
     if torch.device(device).type != 'cuda': return False
-    make = lambda: ProbeRun('GL', PROBES['parity'], 1e-3, 0, 8, device=device, **kw)
-    try: a, b = train_runs([make()])[0], train_runs([make()], record=False)[0]
-    except RuntimeError as e:
-        emit(f'steps are not recorded here: {str(e).splitlines()[0]}'); return False
-    pairs = zip(a.model.parameters(), b.model.parameters())
-    gap = max((p - q).abs().max().item() for p, q in pairs)
-    emit(f'recorded and unrecorded training differ by {gap:.1e} in a weight after {a.steps} steps')
+    def trained(record):
+        run = ProbeRun('GL', PROBES['parity'], 1e-3, 0, 8, device=device, **kw)
+        return train_runs([run], record=record)[0]
+    try: runs = trained(True), trained(False)
+    except RuntimeError as err:
+        emit(f'steps are not recorded here: {str(err).splitlines()[0]}'); return False
+    pairs = zip(*(run.model.parameters() for run in runs))
+    gap = max((one - other).abs().max().item() for one, other in pairs)
+    emit(f'recorded and unrecorded training differ by {gap:.1e} in a weight after 8 steps')
     return gap < 1e-2
 
 # %% ../nbs/20_mechanisms.ipynb #mechanisms
@@ -307,16 +311,16 @@ def mechanisms(cfg:MechanismsConfig, emit=print):
     dev, begun, took, cells = get_device(cfg.device), time.time(), 0., []
     if dev.type == 'cuda': set_backend('torch')
     size = dict(depth=cfg.depth, d_model=cfg.d_model, head_dim=cfg.head_dim)
-    lrs, record, left = [float(l) for l in cfg.lrs.split()], can_record(dev, **size), []
+    lrs, record, left = [*map(float, cfg.lrs.split())], can_record(dev, **size), []
     for name in cfg.probes.split():
         if time.time() - begun + took > 60*cfg.minutes: left.append(name); continue
-        t = time.time()
+        start = time.time()
         new = probe_card(cfg.patterns.split(), [name], lrs, cfg.seeds, cfg.steps, dev,
                          group=cfg.group, record=record, batch=cfg.batch, **size)
-        took = time.time() - t; cells += new; print0(f'{name}: {took:.0f} s')
-        for c in new: emit(dict(cell=asdict(c)))
+        took = time.time() - start; cells += new; print0(f'{name}: {took:.0f} s')
+        for cell in new: emit(dict(cell=asdict(cell)))
     if left: print0(f'no time for {", ".join(left)}; raise minutes')
-    figures = {f'{c.probe} {c.pattern}': asdict(c) for c in cells}
+    figures = {f'{cell.probe} {cell.pattern}': asdict(cell) for cell in cells}
     how = asdict(cfg) | dict(recorded=record, seconds=time.time() - begun, left_out=left)
     models = f'depth {cfg.depth}, width {cfg.d_model}'
     emit(dict(records=[str(write_record('mechanisms', figures, models, cfg.probes, **how))]))

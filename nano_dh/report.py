@@ -27,17 +27,18 @@ from .train import _meta_of, read_metrics
 
 # %% ../nbs/27_report.ipynb #git
 def _out(*cmd, cwd=None): # what a command prints; '' if it is not here or fails
-    try: r = subprocess.run(cmd, cwd=cwd, capture_output=True, text=True, timeout=20)
+    try: done = subprocess.run(cmd, cwd=cwd, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired): return ''
-    return r.stdout.rstrip() if r.returncode == 0 else ''
+    return done.stdout.rstrip() if done.returncode == 0 else ''
 
 def git_state(folder:str|Path='' # '': the package
              ) -> dict: # commit, date, changed, diff; all empty where git knows nothing
     "Commit of the code and what was changed since; works without git"
-    at = Path(folder or Path(nano_dh.__file__).parent); git = lambda *a: _out('git', *a, cwd=at)
+    at = Path(folder or Path(nano_dh.__file__).parent)
+    def git(*words): return _out('git', *words, cwd=at)
     if not git('ls-files', '--', '.'): return dict(commit='', date='', changed=[], diff='')
     top = git('rev-parse', '--show-toplevel')
-    changed = [l[3:] for l in _out('git', 'status', '--porcelain', cwd=top).splitlines()]
+    changed = [line[3:] for line in _out('git', 'status', '--porcelain', cwd=top).splitlines()]
     text = git('diff', 'HEAD') + ''.join(changed)
     return dict(commit=git('rev-parse', 'HEAD'), date=git('log', '-1', '--format=%cI'),
                 changed=changed, diff=hashlib.sha256(text.encode()).hexdigest()[:8]*bool(changed))
@@ -47,20 +48,21 @@ def code_name(git:dict # from `git_state`
              ) -> str: # '1a2b3c4, 2 files changed (diff 9f8e7d6c)'
     "A commit in few words"
     if not git.get('commit'): return 'no git'
-    n = len(git['changed'])
-    more = f", {n} file{'s'*(n > 1)} changed (diff {git['diff']})" if n else ''
+    count = len(git['changed'])
+    more = f", {count} file{'s'*(count > 1)} changed (diff {git['diff']})" if count else ''
     return git['commit'][:7] + more
 
 # %% ../nbs/27_report.ipynb #smi
 def _gpus(): # [(name, bytes, driver)] of the GPUs that this process may use
-    q = '--query-gpu=name,memory.total,driver_version'
-    lines = _out('nvidia-smi', q, '--format=csv,noheader,nounits').splitlines()
-    rows = [l.rsplit(', ', 2) for l in lines if l.count(', ') > 1]      # others are messages
-    return [(n, int(m)*2**20, d) for n, m, d in rows if m.isdigit()][:n_gpus()]
+    ask = '--query-gpu=name,memory.total,driver_version'
+    lines = _out('nvidia-smi', ask, '--format=csv,noheader,nounits').splitlines()
+    rows = [line.rsplit(', ', 2) for line in lines if line.count(', ') > 1] # others are messages
+    known = [(name, int(size)*2**20, driver) for name, size, driver in rows if size.isdigit()]
+    return known[:n_gpus()]
 
 def _cpu():
-    f = Path('/proc/cpuinfo')
-    names = re.findall(r'model name\s*:\s*(.+)', f.read_text()) if f.exists() else []
+    file = Path('/proc/cpuinfo')
+    names = re.findall(r'model name\s*:\s*(.+)', file.read_text()) if file.exists() else []
     return names[0] if names else _out('sysctl', '-n', 'machdep.cpu.brand_string') \
         or platform.processor() or platform.machine()
 
@@ -73,18 +75,18 @@ def _memory(): # bytes of RAM, or the container's limit
 # %% ../nbs/27_report.ipynb #system
 def system() -> dict: # cpu, cores, memory, gpus, gpu_memory, driver, cuda, os
     "The computer, found without creating a CUDA context"
-    gpus = _gpus(); names = [n for n, *_ in gpus]
+    gpus = _gpus(); names = [name for name, *_ in gpus]
     return dict(cpu=_cpu(), cores=n_cores(), memory=_memory(),
-                gpus={n: names.count(n) for n in names}, gpu_memory=sum(b for _, b, _ in gpus),
-                driver=gpus[0][2] if gpus else '', cuda=torch.version.cuda or '',
-                os=platform.platform(terse=True))
+                gpus={name: names.count(name) for name in names},
+                gpu_memory=sum(size for _, size, _ in gpus), driver=gpus[0][2] if gpus else '',
+                cuda=torch.version.cuda or '', os=platform.platform(terse=True))
 
 # %% ../nbs/27_report.ipynb #sysname
-def machine_name(s:dict # from `system`
+def machine_name(machine:dict # from `system`
                 ) -> str: # '8 x NVIDIA H200' or '2 cores of Intel Xeon'
     "A computer in few words"
-    if s['gpus']: return ', '.join(f'{k} x {n}' for n, k in s['gpus'].items())
-    return f"{s['cores']} core{'s'*(s['cores'] > 1)} of {s['cpu']}"
+    if machine['gpus']: return ', '.join(f'{k} x {name}' for name, k in machine['gpus'].items())
+    return f"{machine['cores']} core{'s'*(machine['cores'] > 1)} of {machine['cpu']}"
 
 # %% ../nbs/27_report.ipynb #made-by
 def made_by() -> str:
@@ -97,26 +99,27 @@ def made_by() -> str:
 def code_lines(source:str # of a Python module
               ) -> int:   # without blank lines, comments and documentation
     "Lines that hold a token of the program"
-    free = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
-            tokenize.ENDMARKER)
-    docs = {(n.lineno, n.col_offset) for n in ast.walk(ast.parse(source))
-            if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)}
+    kinds = 'COMMENT NL NEWLINE INDENT DEDENT ENDMARKER'.split()
+    free = [getattr(tokenize, kind) for kind in kinds]
+    docs = {(node.lineno, node.col_offset) for node in ast.walk(ast.parse(source))
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)}
     rows = set()
-    for t in tokenize.generate_tokens(io.StringIO(source).readline):
-        if t.type not in free and t.start not in docs: rows |= {*range(t.start[0], t.end[0] + 1)}
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in free and token.start not in docs:
+            rows |= {*range(token.start[0], token.end[0] + 1)}
     return len(rows)
 
 # %% ../nbs/27_report.ipynb #chapters
 def _loose(source): # lines of a cell, which need not be a whole module
-    return sum(bool(l.strip()) and l.strip()[0] != '#' for l in source.splitlines())
+    return sum(bool(line.strip()) and line.strip()[0] != '#' for line in source.splitlines())
 
 # %% ../nbs/27_report.ipynb #nbsize
 def _notebook(path): # -> lines of code that are not exported, words of prose
     cells, lines, words = json.loads(path.read_text())['cells'], 0, 0
-    for c in cells:
-        s = ''.join(c['source'])
-        if c['cell_type'] == 'markdown': words += len(s.split())
-        elif not re.search(r'^#\|\s*export', s, re.M): lines += _loose(s)
+    for cell in cells:
+        source = ''.join(cell['source'])
+        if cell['cell_type'] == 'markdown': words += len(source.split())
+        elif not re.search(r'^#\|\s*export', source, re.M): lines += _loose(source)
     return lines, words
 
 # %% ../nbs/27_report.ipynb #chapters-b
@@ -124,26 +127,26 @@ def _notebook(path): # -> lines of code that are not exported, words of prose
 def code_size() -> list[dict]: # chapter, module, lines, shown, words; in reading order
     "The package by chapter: lines of code, and what its notebook has besides"
     package, out = Path(nano_dh.__file__).parent, []
-    for f in package.glob('[!_]*.py'):
-        text = f.read_text(); m = re.search(r'File to edit: (\S+/)?(\S+)\.ipynb', text[:2000])
-        nb = package.parent/'nbs'/f'{m[2]}.ipynb' if m else None
-        shown, words = _notebook(nb) if nb and nb.exists() else (None, None)
-        out.append(dict(chapter=m[2] if m else f.stem, module=f.stem, lines=code_lines(text),
-                        shown=shown, words=words))
-    return sorted(out, key=lambda r: r['chapter'])
+    for file in package.glob('[!_]*.py'):
+        text = file.read_text(); made = re.search(r'to edit: (?:\S+/)?(\S+)\.ipynb', text[:2000])
+        chapter = made[1] if made else file.stem; nb = package.parent/'nbs'/f'{chapter}.ipynb'
+        shown, words = _notebook(nb) if nb.exists() else (None, None)
+        out.append(dict(chapter=chapter, module=file.stem, lines=code_lines(text), shown=shown,
+                        words=words))
+    return sorted(out, key=lambda row: row['chapter'])
 
 # %% ../nbs/27_report.ipynb #deps
 def dependencies() -> dict: # '' and the names of extras -> requirements
     "What the package asks for: its own list"
-    f, name = Path(nano_dh.__file__).parent.parent/'pyproject.toml', re.compile(r'[\w.-]+')
-    p = tomllib.loads(f.read_text()).get('project', {}) if f.exists() else {}
-    if p.get('name') == 'nano_dh':
-        return {'': p['dependencies'], **p.get('optional-dependencies', {})}
+    file = Path(nano_dh.__file__).parent.parent/'pyproject.toml'
+    project = tomllib.loads(file.read_text()).get('project', {}) if file.exists() else {}
+    if project.get('name') == 'nano_dh':
+        return {'': project['dependencies'], **project.get('optional-dependencies', {})}
     try: all_ = importlib.metadata.requires('nano_dh') or []
     except importlib.metadata.PackageNotFoundError: return {}
     out = {'': []}
-    for r in all_:
-        what, _, extra = r.partition('; extra == ')
+    for need in all_:
+        what, _, extra = need.partition('; extra == ')
         out.setdefault(extra.strip('"\' '), []).append(what)
     return out
 
@@ -152,9 +155,9 @@ def versions() -> dict: # name -> version, or None if it is not installed
     "Python, this package, what it depends on directly, and what compiles its kernels"
     out = dict(python=platform.python_version(), nano_dh=nano_dh.__version__)
     needs = dependencies(); names = needs.get('', []) + needs.get('gpu', [])
-    for n in [re.match(r'[\w.-]+', r)[0] for r in names] + ['triton', 'tilelang']:
-        try: out[n] = importlib.metadata.version(n)
-        except importlib.metadata.PackageNotFoundError: out[n] = None
+    for name in [re.match(r'[\w.-]+', need)[0] for need in names] + ['triton', 'tilelang']:
+        try: out[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError: out[name] = None
     return out
 
 # %% ../nbs/27_report.ipynb #lineage
@@ -170,71 +173,77 @@ def lineage(run:str|Path='' # run or checkpoint; '' is the newest run
     while at and at not in out:
         out.insert(0, at)
         was = (_json(at/'meta.json', {}).get('train') or {}).get('base') or ''
-        here = [Path(was), runs_dir()/Path(was).parent.name] if was else []    # it may have moved
-        at = None
-        for p in here:
-            try: at = find_checkpoint(p); break
-            except CheckpointError: continue
+        at = _found(Path(was)) or _found(runs_dir()/Path(was).parent.name) if was else None # moved
     return out
+
+def _found(place):
+    try: return find_checkpoint(place)
+    except CheckpointError: return None
 
 # %% ../nbs/27_report.ipynb #stage-a
 FIGURES = dict(loss='train loss', val_bpb='val bpb', reward='reward', core='CORE',
                val_reward='held-out reward')
 
-def _thin(xs, n=200): # at most about n of a list, with both ends
-    k = max(1, -(-len(xs)//n))
+def _thin(xs, most=200): # at most about n of a list, with both ends
+    k = max(1, -(-len(xs)//most))
     return xs[:-1][::k] + xs[-1:]
 
-def _ends(rs, key): # first and last value of a key with its error and step
-    got = [r for r in rs if r.get(key) is not None]
-    pair = lambda r: dict(value=r[key], stderr=r.get(f'{key}_stderr', r.get(
-        key.replace('bpb', 'stderr') if key == 'val_bpb' else '')), step=r['step'])
-    return dict(before=pair(got[0]), after=pair(got[-1])) if got else None
+def _ends(records, key): # first and last value of a key with its error and step
+    error = 'val_stderr' if key == 'val_bpb' else f'{key}_stderr'
+    got = [dict(value=record[key], stderr=record.get(error), step=record['step'])
+           for record in records if record.get(key) is not None]
+    return dict(before=got[0], after=got[-1]) if got else None
 
 # %% ../nbs/27_report.ipynb #stage
 def stage_figures(path:str|Path # a checkpoint
                  ) -> dict:
     "What a stage of training left: parameters, figures before and after, curves, time"
-    path = Path(path); meta = _json(path/'meta.json'); t = meta.get('train') or {}
-    rs = [r for r in read_metrics(path.parent) if r['step'] <= meta['step']]
-    speed = sorted(r['tok_s'] for r in rs if r.get('tok_s')) or [None]
-    curves = {k: _thin([(r['step'], r[k]) for r in rs if r.get(k) is not None])
-              for k in ('loss', 'reward', 'val_bpb', 'val_reward')}
+    path = Path(path); meta = _json(path/'meta.json'); told = meta.get('train') or {}
+    records = [record for record in read_metrics(path.parent) if record['step'] <= meta['step']]
+    speed = sorted(record['tok_s'] for record in records if record.get('tok_s')) or [None]
+    curves = {k: _thin([(record['step'], record[k]) for record in records
+                        if record.get(k) is not None]) for k in FIGURES if k != 'core'}
     counts = _meta_of(json.dumps(meta['model'])).param_counts()
-    if t.get('base'): t = dict(t, base='/'.join(Path(t['base']).parts[-2:]))     # run/step
-    return dict(stage=t.get('stage', 'base'), run=path.parent.name,
-                step=meta['step'], steps=t.get('num_iterations', meta['step']), train=t,
-                tokens=meta['step']*t.get('total_batch_size', 0), params=counts,
+    if told.get('base'): told = told | dict(base='/'.join(Path(told['base']).parts[-2:])) # run/step
+    return dict(stage=told.get('stage', 'base'), run=path.parent.name,
+                step=meta['step'], steps=told.get('num_iterations', meta['step']), train=told,
+                tokens=meta['step']*told.get('total_batch_size', 0), params=counts,
                 seconds=meta.get('seconds', 0.), speed=speed[len(speed)//2],
                 ranks=meta['world_size'], saved=meta['saved'], torch=meta['torch'],
                 nano_dh=meta['nano_dh'], curves={k: v for k, v in curves.items() if v},
-                figures={k: e for k in FIGURES if (e := _ends(rs, k))
-                         and (k, t.get('stage')) != ('loss', 'rl')})     # which says nothing there
+                figures={k: ends for k in FIGURES if (ends := _ends(records, k)) # of RL the loss
+                         and (k, told.get('stage')) != ('loss', 'rl')})          # says nothing
 
 # %% ../nbs/27_report.ipynb #judged
+def _by_age(folder, names): return sorted(folder.glob(names), key=lambda file: file.stat().st_mtime)
+
 def _records(run): # kind -> newest record of a checkpoint of this run
     out = {}
-    for f in sorted((base_dir()/'records').glob('*.json'), key=lambda f: f.stat().st_mtime):
-        r = _json(f, {}); m = r.get('model')
-        p = Path(m.get('path') or '') if isinstance(m, dict) else Path()
-        if p.parent.name == run and p.parent.parent.name == 'runs': out[r.get('kind')] = r
+    for file in _by_age(base_dir()/'records', '*.json'):
+        record = _json(file, {}); model = record.get('model')
+        place = Path(model.get('path') or '') if isinstance(model, dict) else Path()
+        if place.parent.parts[-2:] == ('runs', run): out[record.get('kind')] = record
     return out
+
+def _chat_eval(run): # its newest
+    files = _by_age(runs_dir()/run, 'chat_eval-*.json')
+    return _json(files[-1], {}) if files else {}
 
 # %% ../nbs/27_report.ipynb #scorefn
 def scores(run:str # name of a run
           ) -> dict: # label -> [value, standard error or None]
     "What evaluations said about a run: bits per byte by source, CORE, chat tasks"
     out, found = {}, _records(run)
-    if b := found.get('bpb', {}).get('figures'):
-        out['bits per byte'] = [b['bpb'], b['stderr']]
-        own = {k: v for k, v in b.items() if isinstance(v, dict)}
-        if len(own) > 1:
-            out |= {f'bits per byte, {k}': [v['bpb'], v['stderr']] for k, v in own.items()}
-    if c := found.get('core', {}).get('figures'): out[c['name']] = [c['mean'], c['stderr']]
-    files = sorted((runs_dir()/run).glob('chat_eval-*.json'), key=lambda f: f.stat().st_mtime)
-    r = _json(files[-1], {}) if files else {}
-    if 'chat_core' in r: out['ChatCORE'] = [r['chat_core'], None]
-    return out | {t['task']: [t['accuracy'], t['stderr']] for t in r.get('results', [])}
+    if bpb := found.get('bpb', {}).get('figures'):
+        own = {f', {k}': v for k, v in bpb.items() if isinstance(v, dict)}
+        for k, v in {'': bpb, **(own if len(own) > 1 else {})}.items():
+            out['bits per byte' + k] = [v['bpb'], v['stderr']]
+    if core := found.get('core', {}).get('figures'):
+        out[core['name']] = [core['mean'], core['stderr']]
+    chat = _chat_eval(run)
+    if 'chat_core' in chat: out['ChatCORE'] = [chat['chat_core'], None]
+    return out | {task['task']: [task['accuracy'], task['stderr']]
+                  for task in chat.get('results', [])}
 
 # %% ../nbs/27_report.ipynb #time
 def status_file(name:str) -> Path: return base_dir()/'speedruns'/name/'status.json'
@@ -244,28 +253,27 @@ def read_status(path:str|Path) -> dict|None: # None: there is no such file
     if not Path(path).exists(): return None
     x = _json(path); keys = {'status', 'digest', 'given', 'params', 'product', 'attempts'}
     whole = x and isinstance(x.get('earlier'), list) and isinstance(x.get('stages'), dict) and \
-        all(isinstance(r, dict) and keys <= {*r} for r in x['stages'].values())
+        all(isinstance(record, dict) and keys <= {*record} for record in x['stages'].values())
     if whole: return x
     raise ValueError(f'{path} is damaged; move it away to begin anew')
 
 # %% ../nbs/27_report.ipynb #timeof
 def _time_of(stages, status): # a row each: stage, seconds, tries, status, commit, machine
     if not status:
-        on = lambda s: f"{s['train'].get('device', '?')}, ranks: {s['ranks']}"
         return [dict(stage=s['stage'], seconds=s['seconds'], tries=1, status='done', commit='',
-                     machine=on(s)) for s in stages]
-    out, names = [], lambda xs: ', '.join(dict.fromkeys(xs))
-    for k, r in status['stages'].items():
-        tries = r['attempts']
-        out.append(dict(stage=k, seconds=sum(a['seconds'] for a in tries), tries=len(tries),
-                        status=r['status'], commit=names(code_name(a['git']) for a in tries),
-                        machine=names(a['machine'] for a in tries)))
-    return out
+                     machine=f"{s['train'].get('device', '?')}, ranks: {s['ranks']}")
+                for s in stages]
+    def row(stage, tries, status):
+        def names(texts): return ', '.join(dict.fromkeys(texts))
+        return dict(stage=stage, seconds=sum(one['seconds'] for one in tries), tries=len(tries),
+                    status=status, commit=names(code_name(one['git']) for one in tries),
+                    machine=names(one['machine'] for one in tries))
+    return [row(k, r['attempts'], r['status']) for k, r in status['stages'].items()]
 
 def _gpu_seconds(stages, status): # of a whole pipeline every GPU of the machine counts
     if status:
-        tries = [a for r in status['stages'].values() for a in r['attempts']]
-        return sum(a['seconds']*a['gpus'] for a in tries)
+        return sum(one['seconds']*one['gpus'] for r in status['stages'].values()
+                   for one in r['attempts'])
     return sum(s['seconds']*s['ranks'] for s in stages if s['train'].get('device') == 'cuda')
 
 # %% ../nbs/27_report.ipynb #compression
@@ -283,25 +291,25 @@ KINDS = dict(base='pretraining', mid='mid-training', sft='fine-tuning',
              rl='reinforcement learning')
 
 def _missing(stages, judged, status): # sentences
-    have = [s['stage'] for s in stages]; done = (status or {}).get('stages', {})
+    have = [stage['stage'] for stage in stages]; done = (status or {}).get('stages', {})
     names = dict(base='pretrain', mid='midtrain')
     for k, what in KINDS.items():
-        r = done.get(names.get(k, k), {})
-        if k not in have: yield f"{what}: {r.get('error') or r.get('status') or 'no such run'}"
-    for s in stages:
-        if s['step'] < s['steps']: yield f"{s['run']}: stopped at step {s['step']} of {s['steps']}"
-        got = judged[s['stage']]
-        if s['stage'] == 'base':
-            if 'bits per byte' not in got: yield f"bits per byte of {s['run']}: not evaluated"
-            if not any('CORE' in k for k in got): yield f"CORE of {s['run']}: not evaluated"
-        elif 'ChatCORE' not in got: yield f"chat evaluation of {s['run']}: not done"
+        job = done.get(names.get(k, k), {})
+        if k not in have: yield f"{what}: {job.get('error') or job.get('status') or 'no such run'}"
+    for stage in stages:
+        run, got, step, steps = stage['run'], judged[stage['stage']], stage['step'], stage['steps']
+        if step < steps: yield f'{run}: stopped at step {step} of {steps}'
+        if stage['stage'] == 'base':
+            if 'bits per byte' not in got: yield f'bits per byte of {run}: not evaluated'
+            if not any('CORE' in k for k in got): yield f'CORE of {run}: not evaluated'
+        elif 'ChatCORE' not in got: yield f'chat evaluation of {run}: not done'
 
 # %% ../nbs/27_report.ipynb #answers
-def _answers(run, n=6): # first answers that a chat evaluation kept, of each task in turn
-    files = sorted((runs_dir()/run).glob('chat_eval-*.json'), key=lambda f: f.stat().st_mtime)
-    rs = (_json(files[-1], {}) if files else {}).get('results', [])
-    rows = [[r['task'], *x] for i in range(n) for r in rs for x in r.get('samples', [])[i:i+1]]
-    return rows[:n]
+def _answers(run, most=6): # first answers that a chat evaluation kept, of each task in turn
+    results = _chat_eval(run).get('results', [])
+    rows = [[result['task'], *x] for i in range(most) for result in results
+            for x in result.get('samples', [])[i:i+1]]
+    return rows[:most]
 
 # %% ../nbs/27_report.ipynb #cardclass
 @dataclass(repr=False)
@@ -312,7 +320,7 @@ class Card:
     def _repr_markdown_(self): return self.markdown()
     def __repr__(self): return self.markdown()
     def last(self, stage): # the figures of a stage by its kind
-        return next((s for s in self['stages'] if s['stage'] == stage), None)
+        return next((one for one in self['stages'] if one['stage'] == stage), None)
 
 # %% ../nbs/27_report.ipynb #make
 def _latest(name): # status of a pipeline or None, and its checkpoints
@@ -328,8 +336,8 @@ def report_card(name:str='',       # a pipeline's name, a run or a checkpoint; '
                 price:float|None=None # dollars a GPU hour; None: what the run was given
                ) -> 'Card':
     "Gather what a run and its stages left"
-    status, paths = _latest(name); stages = [stage_figures(p) for p in paths]
-    judged = {s['stage']: scores(s['run']) for s in stages}
+    status, paths = _latest(name); stages = [stage_figures(path) for path in paths]
+    judged = {stage['stage']: scores(stage['run']) for stage in stages}
     tok = compression(paths[0]/'tokenizer') if paths else None
     hours = _gpu_seconds(stages, status)/3600
     if price is None: price = (status or {}).get('config', {}).get('gpu_hour_price', 3.)
@@ -342,9 +350,9 @@ def report_card(name:str='',       # a pipeline's name, a run or a checkpoint; '
         answers=_answers(stages[-1]['run']) if stages else [])))
 
 # %% ../nbs/27_report.ipynb #tables
-def _table(head, rows): # Markdown
-    clean = lambda x: str(x).replace('|', '\\|').replace('\n', ' ')
-    line = lambda r: '| ' + ' | '.join(map(clean, r)) + ' |'
+def _table(head, rows): # Markdown; bars and line breaks of a cell cannot break it
+    def line(row): return '| ' + ' | '.join(map(clean, row)) + ' |'
+    def clean(cell): return str(cell).replace('|', '\\|').replace('\n', ' ')
     return '\n'.join([line(head), '|' + '---|'*len(head), *map(line, rows)]) + '\n'
 
 def _num(x, err=None, digits=4):
@@ -355,9 +363,9 @@ def _num(x, err=None, digits=4):
 @patch
 def score_table(self:Card) -> str: # Markdown
     "Evaluations: a row a score, a column a stage"
-    kinds = [s['stage'] for s in self['stages']]; got = self['scores']
-    labels = list(dict.fromkeys(l for k in kinds for l in got[k]))
-    rows = [[l, *(_num(*got[k].get(l, (None,))) for k in kinds)] for l in labels]
+    kinds = [stage['stage'] for stage in self['stages']]; got = self['scores']
+    labels = list(dict.fromkeys(label for k in kinds for label in got[k]))
+    rows = [[label, *(_num(*got[k].get(label, (None,))) for k in kinds)] for label in labels]
     return _table(['score', *kinds], rows) if rows else 'No evaluation was found.\n'
 
 # %% ../nbs/27_report.ipynb #tables-b
@@ -365,24 +373,25 @@ def score_table(self:Card) -> str: # Markdown
 def stage_table(self:Card) -> str: # Markdown
     "Training: a row for each stage and figure, before and after"
     rows = []
-    for s in self['stages']:
-        for i, (k, e) in enumerate(s['figures'].items() or [('', None)]):
-            b, a = (e['before'], e['after']) if e else ({}, {})
-            first = f" (step {b['step']})" if b.get('step') else ''
-            much = human(s['tokens']) + ' answers'*(s['stage'] == 'rl')
-            what = [s['stage'], s['run'], f"{s['step']:,}", much]
-            if i: what = ['']*4
-            rows.append([*what, FIGURES.get(k, k), _num(b.get('value'), b.get('stderr')) + first,
-                         _num(a.get('value'), a.get('stderr'))])
+    for stage in self['stages']:
+        much = human(stage['tokens']) + ' answers'*(stage['stage'] == 'rl')
+        what = [stage['stage'], stage['run'], f"{stage['step']:,}", much]
+        for k, ends in stage['figures'].items():
+            before, after = ends['before'], ends['after']
+            first = f" (step {before['step']})" if before['step'] else ''
+            rows.append([*what, FIGURES.get(k, k), _num(before['value'], before['stderr']) + first,
+                         _num(after['value'], after['stderr'])])
+            what = ['']*4
+        if what[0]: rows.append([*what, '', '-', '-'])
     return _table(['stage', 'run', 'steps', 'tokens', 'figure', 'before', 'after'], rows)
 
 # %% ../nbs/27_report.ipynb #tables-c
 @patch
 def time_table(self:Card) -> str: # Markdown
     "Seconds, attempts, commit and machine of each stage; money where GPUs worked"
-    rows = [[t['stage'], t['status'], duration(t['seconds']), t['tries'],
-             t['commit'] or 'not recorded', t['machine']] for t in self['time']]
-    total = sum(t['seconds'] for t in self['time'])
+    rows = [[row['stage'], row['status'], duration(row['seconds']), row['tries'],
+             row['commit'] or 'not recorded', row['machine']] for row in self['time']]
+    total = sum(row['seconds'] for row in self['time'])
     what = 'in all stages, start-up included' if self['whole'] else 'of training steps alone'
     cost = (f"{self['gpu_hours']:.2f} GPU hours at ${self['price']:g} each: ${self['cost']:.2f}"
             if self['gpu_hours'] else 'No GPU, no cost.')
@@ -393,17 +402,17 @@ def time_table(self:Card) -> str: # Markdown
 @patch
 def machine_table(self:Card) -> str: # Markdown
     "Where and with what this report was made"
-    s, v = self['system'], self['versions']; code = self['code']
-    gpu = f"{machine_name(s)}, {human(s['gpu_memory'], unit='B')}, driver {s['driver']}"
-    needs = {k: len(x) for k, x in self['dependencies'].items()}
-    extra = ', '.join(f'{n} more for {k}' for k, n in needs.items() if k)
-    rows = [('processor', f"{s['cpu']}, {s['cores']} cores, {human(s['memory'], unit='B')}"),
-            ('GPU', gpu if s['gpus'] else 'none'), ('system', s['os']),
-            ('versions', ', '.join(f'{n} {x}' for n, x in v.items() if x)),
-            ('CUDA of torch', s['cuda'] or 'none'),
+    machine, code, needs = self['system'], self['code'], self['dependencies']
+    def size(k): return human(machine[k], unit='B')
+    gpu = f"{machine_name(machine)}, {size('gpu_memory')}, driver {machine['driver']}"
+    extra = ', '.join(f'{len(x)} more for {k}' for k, x in needs.items() if k)
+    rows = [('processor', f"{machine['cpu']}, {machine['cores']} cores, {size('memory')}"),
+            ('GPU', gpu if machine['gpus'] else 'none'), ('system', machine['os']),
+            ('versions', ', '.join(f'{k} {v}' for k, v in self['versions'].items() if v)),
+            ('CUDA of torch', machine['cuda'] or 'none'),
             ('code', code_name(self['git'])),
-            ('size', f"{sum(r['lines'] for r in code):,} lines in {len(code)} modules"),
-            ('dependencies', f"{needs.get('', 0)}" + f' ({extra})'*bool(extra))]
+            ('size', f"{sum(row['lines'] for row in code):,} lines in {len(code)} modules"),
+            ('dependencies', f"{len(needs.get('', []))}" + f' ({extra})'*bool(extra))]
     return _table(['', ''], rows)
 
 # %% ../nbs/27_report.ipynb #md
@@ -411,13 +420,14 @@ def machine_table(self:Card) -> str: # Markdown
 def head(self:Card) -> str: # one paragraph
     "The run in a sentence or two"
     if not self['stages']: return 'No stage has left a checkpoint.\n'
-    m, t = self['stages'][0], self['tokenizer']
-    cfg, p, kinds = m['train'], m['params'], ' → '.join(s['stage'] for s in self['stages'])
-    tok = (f" Tokenizer: {t['vocab_size']:,} tokens, {t['bytes_per_token']:.2f} bytes each "
-           "on the held-out sample.") if t else ''
+    first, tok = self['stages'][0], self['tokenizer']
+    cfg, params = first['train'], first['params']
+    kinds = ' → '.join(stage['stage'] for stage in self['stages'])
+    tok = (f" Tokenizer: {tok['vocab_size']:,} tokens, {tok['bytes_per_token']:.2f} bytes each "
+           "on the held-out sample.") if tok else ''
     return (f"Depth {cfg.get('depth', '?')}, pattern {cfg.get('pattern', '?')}, "
-            f"{human(p['total'])} parameters ({human(p['scaling'])} in matrices and head). "
-            f"Stages: {kinds}.{tok}\n")
+            f"{human(params['total'])} parameters ({human(params['scaling'])} in matrices and "
+            f"head). Stages: {kinds}.{tok}\n")
 
 # %% ../nbs/27_report.ipynb #md-b
 @patch
@@ -427,10 +437,11 @@ def markdown(self:Card, figure:str='' # file name of the figure to show
     parts = [f"# {self['name']}", self.head(), '## Scores', self.score_table(), '## Stages',
              self.stage_table(), *([f'![curves]({figure})\n'] if figure else []),
              '## Time and cost', self.time_table()]
-    code = lambda x: '`' + x.replace('`', "'") + '`'      # text of the model stays text
-    if self['answers']: parts += ['## Answers', _table(['task', 'question', 'answer', ''], [
-        [k, code(q), code(a), 'right' if ok else 'wrong'] for k, q, a, ok in self['answers']])]
-    if self['missing']: parts += ['## Missing', *(f'- {m}' for m in self['missing']), '']
+    def code(x): return '`' + x.replace('`', "'") + '`'      # text of the model stays text
+    rows = [[task, code(asked), code(said), 'right' if right else 'wrong']
+            for task, asked, said, right in self['answers']]
+    if rows: parts += ['## Answers', _table(['task', 'question', 'answer', ''], rows)]
+    if self['missing']: parts += ['## Missing', *(f'- {line}' for line in self['missing']), '']
     parts += ['## Machine and code of this report', self.machine_table(),
               f"Made {self['made']}.\n"]
     return '\n'.join(parts)
@@ -439,20 +450,21 @@ def markdown(self:Card, figure:str='' # file name of the figure to show
 @patch
 def figure(self:Card) -> bytes: # PNG
     "Loss of each stage, and where the time went"
-    stages = [s for s in self['stages'] if s['curves']]
-    t = [r for r in self['time'] if r['seconds']]
-    unit, size = ('minutes', 60) if sum(r['seconds'] for r in t) > 120 else ('seconds', 1)
+    stages = [stage for stage in self['stages'] if stage['curves']]
+    times = [row for row in self['time'] if row['seconds']]
+    unit, size = ('minutes', 60) if sum(row['seconds'] for row in times) > 120 else ('seconds', 1)
     def draw(fig):
         axes = fig.subplots(1, len(stages) + 1, squeeze=False)[0]
-        for ax, s in zip(axes, stages):
-            for k, pts in s['curves'].items():
-                x, y = zip(*pts); mark = 'o'*(len(x) < 12)
-                ax.plot(x, y, lw=1, label=FIGURES[k], marker=mark, ms=3)
-            ax.set_title(s['stage'], fontsize=9); ax.set_xlabel('step'); ax.legend(fontsize=7)
-        axes[-1].barh([r['stage'] for r in t], [r['seconds']/size for r in t])
+        for ax, stage in zip(axes, stages):
+            for k, pts in stage['curves'].items():
+                x, values = zip(*pts); mark = 'o'*(len(x) < 12)
+                ax.plot(x, values, lw=1, label=FIGURES[k], marker=mark, ms=3)
+            ax.set_title(stage['stage'], fontsize=9); ax.set_xlabel('step'); ax.legend(fontsize=7)
+        axes[-1].barh([row['stage'] for row in times], [row['seconds']/size for row in times])
         axes[-1].invert_yaxis(); axes[-1].set_title(unit, fontsize=9)
         for ax in axes: ax.tick_params(labelsize=7)
-    return LiveFigure(draw, figsize=(2.6*len(stages) + 2.8, 2.6)).draw_now()
+        fig.suptitle(f"{self['name']}: what each stage learned, and its time", fontsize=10)
+    return LiveFigure(draw, figsize=(2.6*len(stages) + 2.8, 2.8)).draw_now()
 
 # %% ../nbs/27_report.ipynb #savecard
 @patch
@@ -471,20 +483,20 @@ def save(self:Card, folder:str|Path='' # '': beside the pipeline's status, or th
 def figures(self:Card) -> dict: # label -> (value, standard error or None)
     "Every figure of the page under one name"
     out, tok = {}, self['tokenizer'] or {}
-    for s in self['stages']:
-        for k, e in s['figures'].items():
-            out[f"{s['stage']} {FIGURES[k]}"] = e['after']['value'], e['after']['stderr']
-        got = self['scores'][s['stage']]
-        out |= {f"{s['stage']} {l}": tuple(v) for l, v in got.items()}
+    for stage in self['stages']:
+        for k, ends in stage['figures'].items():
+            out[f"{stage['stage']} {FIGURES[k]}"] = ends['after']['value'], ends['after']['stderr']
+        got = self['scores'][stage['stage']]
+        out |= {f"{stage['stage']} {label}": tuple(v) for label, v in got.items()}
     if tok: out['tokenizer bytes a token'] = tok['bytes_per_token'], None
-    out |= {f"{t['stage']} seconds": (t['seconds'], None) for t in self['time']}
+    out |= {f"{row['stage']} seconds": (row['seconds'], None) for row in self['time']}
     return out
 
 # %% ../nbs/27_report.ipynb #settings
-def _settings(card): # what the stages were told, without names and places
-    drop = ('run', 'base', 'resume', 'wandb')
-    cfgs = {s['stage']: s['train'] for s in card['stages']}
-    return {f'{k}.{n}': v for k, c in cfgs.items() for n, v in c.items() if n not in drop}
+def _told(card): # what the stages were told, without names and places; code, machine
+    return {f"{stage['stage']}.{k}": v for stage in card['stages']
+            for k, v in stage['train'].items() if k not in ('run', 'base', 'resume', 'wandb')} \
+        | dict(code=code_name(card['git']), machine=machine_name(card['system']))
 
 # %% ../nbs/27_report.ipynb #compare
 def _card(x): # a Card from a Card, a report.json, or a name
@@ -492,24 +504,22 @@ def _card(x): # a Card from a Card, a report.json, or a name
     return Card(json.loads(Path(x).read_text())) if str(x).endswith('.json') else report_card(x)
 
 # %% ../nbs/27_report.ipynb #compare-b-fn
-def compare_cards(a:'Card|str', # a card, the path of a report.json, or a name
-                  b:'Card|str'
+def compare_cards(one:'Card|str', # a card, the path of a report.json, or a name
+                  other:'Card|str'
                  ) -> str:      # Markdown
     "Two runs side by side: what was told differently, and every figure both have"
-    a, b = _card(a), _card(b)
-    fa, fb, sa, sb = a.figures(), b.figures(), _settings(a), _settings(b)
-    told = [[k, sa.get(k, '-'), sb.get(k, '-')] for k in {**sa, **sb} if sa.get(k) != sb.get(k)]
-    told += [[k, f(a), f(b)] for k, f in dict(code=lambda c: code_name(c['git']),
-             machine=lambda c: machine_name(c['system'])).items() if f(a) != f(b)]
+    cards = one, other = _card(one), _card(other)
+    names, said, seen = ([*x] for x in zip(*((c['name'], _told(c), c.figures()) for c in cards)))
+    told = [[k, *(x.get(k, '-') for x in said)] for k in said[0] | said[1]
+            if said[0].get(k, ...) != said[1].get(k, ...)]
     rows = []
-    for k in [k for k in fa if k in fb]:
-        (x, ex), (y, ey) = fa[k], fb[k]
-        if x is None or y is None: continue
-        err = math.hypot(ex, ey) if ex and ey else None
-        star = ' *' if err and abs(y - x) > 2*err else ''
-        rows.append([k, _num(x, ex), _num(y, ey), _num(y - x, err) + star])
-    lone = [k for k in {**fa, **fb} if (k in fa) != (k in fb)]
-    names = a['name'], b['name']
+    for k in [k for k in seen[0] if k in seen[1]]:
+        (was, was_err), (now, now_err) = seen[0][k], seen[1][k]
+        if was is None or now is None: continue
+        err = math.hypot(was_err, now_err) if was_err and now_err else None
+        star = ' *' if err and abs(now - was) > 2*err else ''
+        rows.append([k, _num(was, was_err), _num(now, now_err), _num(now - was, err) + star])
+    lone = [k for k in seen[0] | seen[1] if (k in seen[0]) != (k in seen[1])]
     return '\n'.join([_table(['parameter', *names], told) if told else 'Told the same.\n',
                       _table(['figure', *names, 'difference'], rows),
                       f"On one page only: {', '.join(lone)}." if lone else ''])

@@ -27,9 +27,9 @@ MARK = re.compile(r'#\s*\|\s*')         # what nbdev reads at the head of a cell
 
 def shown(source:str) -> str: # '' if nothing of the cell is
     "Code as a reader sees it: without its marks, and hidden cells not at all"
-    lines = source.splitlines(); marks = [l for l in lines if MARK.match(l)]
-    if any(re.match(r'(hide|default_exp)\b', MARK.sub('', m)) for m in marks): return ''
-    return '\n'.join(l for l in lines if l not in marks).strip('\n')
+    lines = source.splitlines(); marks = [line for line in lines if MARK.match(line)]
+    if any(re.match(r'(hide|default_exp)\b', MARK.sub('', mark)) for mark in marks): return ''
+    return '\n'.join(line for line in lines if line not in marks).strip('\n')
 
 def fence(text:str, kind:str # classes, such as '.python'
          ) -> str: # Markdown
@@ -42,21 +42,22 @@ ANSI = re.compile(r'\x1b\[[0-9;?]*[A-Za-z]')   # colours of a terminal
 
 def joined(x) -> str: return ''.join(x)         # a notebook keeps text as lines
 
-def output(o:dict,        # of a code cell
+def output(out:dict,      # of a code cell
            file:str,      # name of a picture
            pictures:dict, # name -> bytes; a picture is put here
            alt:str=''     # its text for those who do not see it
           ) -> str: # Markdown
     "What a cell gave"
-    data = o.get('data', {})
-    if o['output_type'] == 'error': return fence(f"{o['ename']}: {o['evalue']}", '.text .output')
+    data = out.get('data', {})
+    if out['output_type'] == 'error':
+        return fence(f"{out['ename']}: {out['evalue']}", '.text .output')
     if 'image/png' in data:
         pictures[file] = b64decode(joined(data['image/png'])); return f'![{alt}]({file})'
     if 'text/html' in data: return f"<div class='given'>{joined(data['text/html'])}</div>"
     if 'text/markdown' in data:
         text = re.sub(r'\[([^\]]*)\]\((?!https?:)[^)]*\)', r'\1', joined(data['text/markdown']))
         return f"<div class='given' markdown>\n\n{text}\n\n</div>"
-    text = joined(o['text']) if 'text' in o else joined(data.get('text/plain', ''))
+    text = joined(out['text']) if 'text' in out else joined(data.get('text/plain', ''))
     return fence(ANSI.sub('', text), '.text .output') if text.strip() else ''
 
 # %% ../nbs/29_site.ipynb #page
@@ -88,51 +89,52 @@ def notebook_page(root:Path, # of the repository
                  ) -> Page:
     "A notebook as Markdown; every code cell can be linked to as #cell-ID"
     at, parts, pictures, code = address(origin), [], {}, ''
-    for c in json.loads((root/origin).read_text())['cells']:
-        source = joined(c['source'])
-        if c['cell_type'] != 'code': parts.append(source); continue
+    for cell in json.loads((root/origin).read_text())['cells']:
+        source = joined(cell['source'])
+        if cell['cell_type'] != 'code': parts.append(source); continue
         code += source + '\n'
         if not (seen := shown(source)): continue
-        parts.append(fence(seen, f".python #cell-{c['id']}"))
-        for o in c['outputs']:
-            n = len(pictures) + 1
-            file, alt = f'{Path(at).stem}-{n}.png', f'Figure {n} of this page'
-            parts.append(output(o, file, pictures, alt))
-    text = '\n\n'.join(p for p in parts if p)
+        parts.append(fence(seen, f".python #cell-{cell['id']}"))
+        for out in cell['outputs']:
+            number = len(pictures) + 1
+            file, alt = f'{Path(at).stem}-{number}.png', f'Figure {number} of this page'
+            parts.append(output(out, file, pictures, alt))
+    text = '\n\n'.join(part for part in parts if part)
     title = re.search(r'^# (.+)$', text, re.M)
     module = re.search(r'^#\|\s*default_exp (\w+)', code, re.M)
     return Page(origin, at, title[1] if title else Path(at).stem, text, pictures,
                 module[1] if module else '')
 
 # %% ../nbs/29_site.ipynb #defined
-def public(name:str) -> bool: return not any(p.startswith('_') for p in name.split('.'))
+def public(name:str) -> bool: return not any(part.startswith('_') for part in name.split('.'))
 
-def patches(s) -> str: # 'Class.' if a function is patched into one
-    marks = [ast.unparse(d) for d in s.decorator_list]
-    if isinstance(s, ast.ClassDef) or not any(m.startswith('patch') for m in marks): return ''
-    return ast.unparse(s.args.args[0].annotation) + '.'
+def patches(node) -> str: # 'Class.' if a function is patched into one
+    marks = [ast.unparse(decorator) for decorator in node.decorator_list]
+    patched = any(mark.startswith('patch') for mark in marks) and not isinstance(node, ast.ClassDef)
+    return ast.unparse(node.args.args[0].annotation) + '.' if patched else ''
 
 def names_in(body:list): # of statements; yields names
     "What statements define, inside a condition too"
-    for s in body:
-        if isinstance(s, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            yield patches(s) + s.name; continue
-        for t in getattr(s, 'targets', [getattr(s, 'target', None)]):
-            if t and not isinstance(s, ast.For):
-                yield from (n.id for n in ast.walk(t) if isinstance(n, ast.Name))
-        for k in ('body', 'handlers', 'orelse'): yield from names_in(getattr(s, k, []))
+    for node in body:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            yield patches(node) + node.name; continue
+        for target in getattr(node, 'targets', [getattr(node, 'target', None)]):
+            if target and not isinstance(node, ast.For):
+                yield from (name.id for name in ast.walk(target) if isinstance(name, ast.Name))
+        for k in ('body', 'handlers', 'orelse'): yield from names_in(getattr(node, k, []))
 
 # %% ../nbs/29_site.ipynb #defined-b
 def defined(nb:dict # a notebook
            ) -> dict: # name, 'Class.method' if patched -> id of the cell
     "Public names that the exported cells of a notebook define, in their order"
     out = {}
-    for c in nb['cells']:
-        source = joined(c['source'])
-        marks = [MARK.sub('', l) for l in source.splitlines() if MARK.match(l)]
-        if c['cell_type'] != 'code' or not any(m.startswith('export') for m in marks): continue
+    for cell in nb['cells']:
+        source = joined(cell['source'])
+        marks = [MARK.sub('', line) for line in source.splitlines() if MARK.match(line)]
+        exported = any(mark.startswith('export') for mark in marks)
+        if cell['cell_type'] != 'code' or not exported: continue
         for name in names_in(ast.parse(source).body):
-            if public(name): out.setdefault(name, c['id'])
+            if public(name): out.setdefault(name, cell['id'])
     return out
 
 # %% ../nbs/29_site.ipynb #entry
@@ -155,9 +157,9 @@ def described(name:str, obj) -> str: # Markdown
     return fence(f'{name} = {value[:200]}' + ' ...'*(len(value) > 200), '.python')
 
 def methods(cls:type, module:str) -> list: # (name, object); public ones that the module defines
-    own = [(k, v, plain(v)) for k, v in vars(cls).items() if public(k)]
-    return [(k, v) for k, v, f in own if isinstance(f, FunctionType)
-            and (f.__module__, f.__name__) == (module, k)]
+    def own(name, obj): # not one that was handed over
+        return isinstance(obj, FunctionType) and (obj.__module__, obj.__name__) == (module, name)
+    return [(k, v) for k, v in vars(cls).items() if public(k) and own(k, plain(v))]
 
 # %% ../nbs/29_site.ipynb #api
 def api_page(chapter:Page, nb:dict) -> tuple[Page, dict]: # the page; name -> its address
@@ -191,9 +193,9 @@ def moved(target:str, # of a link: 'x.ipynb#part', 'https://...'
     path, hash, anchor = target.partition('#')
     if not path or urlsplit(target).scheme or path[0] == '/': return target
     folder = posixpath.dirname(page.origin); up = posixpath.dirname(folder)
-    tries = [posixpath.normpath(posixpath.join(f, unquote(path)))
-             for f in ([folder, up] if folder == 'runs/records' else [folder])]
-    file = next((f for f in tries if f in where or (root/f).exists()), tries[0])
+    tries = [posixpath.normpath(posixpath.join(start, unquote(path)))
+             for start in ([folder, up] if folder == 'runs/records' else [folder])]
+    file = next((file for file in tries if file in where or (root/file).exists()), tries[0])
     if file in where:
         new = posixpath.relpath(where[file], posixpath.dirname(page.at) or '.')
         return new + hash + (anchor.lower() if anchor[:5] != 'cell-' else anchor)
@@ -205,12 +207,13 @@ def link_name(tick:str,  # what stands between back-ticks
               names:dict # name, module.name -> addresses in the site
              ) -> str: # address, '' if there is none
     "Where a name is explained"
-    m = re.fullmatch(r'(?:nano_dh\.)?([A-Za-z_][\w.]*)(\(.*\))?', tick)
-    if not m: return ''
+    said = re.fullmatch(r'(?:nano_dh\.)?([A-Za-z_][\w.]*)(\(.*\))?', tick)
+    if not said: return ''
     if tick in names and tick.startswith('nano_dh.'): return names[tick][0]   # a module
-    found = names.get(m[1], []); own = [a for a in found if a.startswith(f'api/{module}.md#')]
-    if own: return own[0]
-    return found[0] if len(found) == 1 and (m[2] or re.search('[A-Z_.]', m[1])) else ''
+    found = names.get(said[1], [])
+    for at in found:
+        if at.startswith(f'api/{module}.md#'): return at
+    return found[0] if len(found) == 1 and (said[2] or re.search('[A-Z_.]', said[1])) else ''
 
 # %% ../nbs/29_site.ipynb #relink
 TOKEN = re.compile(r'(?P<fence>^ *(?P<mark>`{3,}).*?^ *(?P=mark)`*[ ]*$)|(?P<head>^\#[^\n]*$)'
@@ -220,13 +223,12 @@ TOKEN = re.compile(r'(?P<fence>^ *(?P<mark>`{3,}).*?^ *(?P=mark)`*[ ]*$)|(?P<hea
 def relinked(page:Page, where:dict, names:dict, root:Path) -> str: # Markdown
     "The text of a page with its links and names resolved"
     up = posixpath.dirname(page.at) or '.'
-    def one(m):
-        to = m['to'] or m['to2']
-        if to: return m[0][:-len(to)] + moved(to, page, where, root)
-        if not m['tick']: return m[0]
-        found = where.get(m['tick']) or link_name(m['tick'], page.module, names)
-        if not found or found.split('#')[0] == page.at and '#' not in found: return m[0]
-        return f'[{m[0]}]({posixpath.relpath(found, up)})'
+    def one(found):
+        to = found['to'] or found['to2']
+        if to: return found[0][:-len(to)] + moved(to, page, where, root)
+        if not found['tick']: return found[0]
+        at = where.get(found['tick']) or link_name(found['tick'], page.module, names)
+        return f'[{found[0]}]({posixpath.relpath(at, up)})' if at not in ('', page.at) else found[0]
     return TOKEN.sub(one, page.text)
 
 # %% ../nbs/29_site.ipynb #order
@@ -235,27 +237,27 @@ ROW = re.compile(r'^\| *([^|]*?) *\| *\[[^\]]*\]\((nbs/[^)]+\.ipynb)\)', re.M)
 def parts(readme:str) -> dict: # path of a chapter -> its part
     "The chapters' parts, as the README's table has them"
     out, part = {}, ''
-    for m in ROW.finditer(readme): part = m[1] or part; out[m[2]] = part
+    for row in ROW.finditer(readme): part = row[1] or part; out[row[2]] = part
     return out
 
 def by_part(chapters:list, readme:str) -> list: # for mkdocs: [{part: [{title: file}]}]
     "Chapters in the order of their numbers, grouped"
     known, out, part = parts(readme), [], 'chapters'
-    for c in chapters:
-        part = known.get(c.origin, part).capitalize()
+    for chapter in chapters:
+        part = known.get(chapter.origin, part).capitalize()
         if not out or part not in out[-1]: out.append({part: []})
-        out[-1][part].append({f'{c.number} {c.title}': c.at})
+        out[-1][part].append({f'{chapter.number} {chapter.title}': chapter.at})
     return out
 
 # %% ../nbs/29_site.ipynb #records
 def records_page(root:Path) -> Page:
     "Every record with its card, commit and day"
     rows = []
-    for f in sorted((root/'runs/records').glob('*.json')):
-        r = json.loads(f.read_text()); git, system = r.get('git', {}), r.get('system', {})
-        on = r.get('card') or f"{system.get('cores', '?')} CPU cores"
-        commit, time = r.get('commit') or git.get('commit', ''), r.get('time') or r['made']
-        rows.append((f'[{f.name}]({f.name})', r.get('kind', 'report card'), on, commit[:7],
+    for file in sorted((root/'runs/records').glob('*.json')):
+        rec = json.loads(file.read_text()); git, system = rec.get('git', {}), rec.get('system', {})
+        on = rec.get('card') or f"{system.get('cores', '?')} CPU cores"
+        commit, time = rec.get('commit') or git.get('commit', ''), rec.get('time') or rec['made']
+        rows.append((f'[{file.name}]({file.name})', rec.get('kind', 'report card'), on, commit[:7],
                      time[:10]))
     text = '# Records\n\nWhat was measured, as files that programs can read.\n\n'
     return Page('runs/records/', 'runs/records/index.md', 'Records',
@@ -268,7 +270,7 @@ def measured_page(root:Path) -> Page:
     found = re.findall(r'^## (?:Measured|What was wrong)[^\n]*\n.*?(?=^## |\Z)',
                        (root/'README.md').read_text(), re.S | re.M)
     here = re.sub(r'\]\((?![a-z]+:|[#/])', '](../', '\n'.join(found))
-    text = re.sub('<!-- README -->.*?<!-- /README -->', lambda m: here, text, flags=re.S)
+    text = re.sub('<!-- README -->.*?<!-- /README -->', lambda match: here, text, flags=re.S)
     return Page('docs/measured.md', 'measured.md', 'Measured', text)
 
 # %% ../nbs/29_site.ipynb #site
@@ -279,53 +281,50 @@ class Site:
     def __init__(self, root:str|Path=''): # of the repository; '': this one
         self.root = Path(root or Path(nano_dh.__file__).parent.parent)
 
+    def found(self, *patterns) -> list: # paths in the repository
+        files = {file for pattern in patterns for file in self.root.glob(pattern)}
+        return [file.relative_to(self.root).as_posix() for file in sorted(files)]
+
+    def files(self) -> list: # the same in repository and site
+        "What pages link to besides pages"
+        return self.found('runs/records/*.json', 'runs/records/*.png', 'LICENSE', 'licenses/*')
+
     def collect(self):
         "Read everything anew"
-        here = {k: [notebook_page(self.root, f.relative_to(self.root).as_posix())
-                    for f in sorted(self.root.glob(k))]
-                for k in ('nbs/*.ipynb', 'runs/*.ipynb', 'runs/records/*.ipynb', 'docs/*.ipynb')}
-        self.chapters, self.runs, self.executed, self.extra = here.values()
+        self.chapters, self.runs, self.executed, self.extra = (
+            [notebook_page(self.root, file) for file in self.found(folder + '/*.ipynb')]
+            for folder in ('nbs', 'runs', 'runs/records', 'docs'))
         self.api, self.names = [], {}
-        for c in self.chapters: self.document(c)
-        texts = [f for p in ('*.md', 'docs/*.md', 'runs/records/*.md') for f in self.root.glob(p)]
-        names = [f.relative_to(self.root).as_posix() for f in sorted(texts)]
-        self.texts = [Page(n, address(n), '', HEAD.sub('', (self.root/n).read_text())) for n in names
-                      if n not in ('README.md', 'docs/measured.md')]     # made below
+        for chapter in self.chapters: self.document(chapter)
+        self.texts = [Page(file, address(file), '', HEAD.sub('', (self.root/file).read_text()))
+                      for file in self.found('*.md', 'docs/*.md', 'runs/records/*.md')
+                      if file not in ('README.md', 'docs/measured.md')]     # made below
         self.made = [measured_page(self.root), records_page(self.root)]
-        self.where = {p.origin: p.at for p in self.pages if p.origin and p.origin != 'README.md'}
-        self.where |= {'README.md': 'index.md'} | {f: f for f in self.files()}
-        self.where |= {f'docs/assets/{f.name}': f'assets/{f.name}'
-                       for f in self.root.glob('docs/assets/*')}
+        self.where = {page.origin: page.at for page in self.pages if page.origin}
+        self.where |= {'README.md': 'index.md'} | {file: file for file in self.files()}
+        self.where |= {file: file.removeprefix('docs/') for file in self.found('docs/assets/*')}
         return self
 
-# %% ../nbs/29_site.ipynb #site2
-@patch(as_prop=True)
-def pages(self:Site) -> list:
-    return [*self.chapters, *self.runs, *self.executed, *self.extra, *self.api, *self.texts,
-            *self.made]
+    def document(self, chapter:Page):
+        "Add the reference of a chapter's module"
+        if not chapter.module: return
+        page, where = api_page(chapter, json.loads((self.root/chapter.origin).read_text()))
+        self.api.append(page); self.names[f'nano_dh.{chapter.module}'] = [page.at]
+        for name, at in where.items():
+            self.names.setdefault(name, []).append(at)
+            self.names[f'{chapter.module}.{name}'] = [at]
 
-@patch
-def document(self:Site, chapter:Page):
-    "Add the reference of a chapter's module"
-    if not chapter.module: return
-    page, where = api_page(chapter, json.loads((self.root/chapter.origin).read_text()))
-    self.api.append(page); self.names[f'nano_dh.{chapter.module}'] = [page.at]
-    for name, at in where.items():
-        self.names.setdefault(name, []).append(at)
-        self.names[f'{chapter.module}.{name}'] = [at]
-
-@patch
-def files(self:Site) -> list: # paths, the same in repository and site
-    "What pages link to besides pages"
-    kinds = 'runs/records/*.json', 'runs/records/*.png', 'LICENSE', 'licenses/*'
-    return [f.relative_to(self.root).as_posix() for k in kinds for f in sorted(self.root.glob(k))]
+    @property
+    def pages(self) -> list:
+        return [*self.chapters, *self.runs, *self.executed, *self.extra, *self.api, *self.texts,
+                *self.made]
 
 # %% ../nbs/29_site.ipynb #site3
 @patch
 def text(self:Site, at:str # of a page in the site
         ) -> str|None: # Markdown; None: no page of ours
     "A page as mkdocs gets it"
-    page = next((p for p in self.pages if p.at == at), None)
+    page = next((page for page in self.pages if page.at == at), None)
     if page is None: return None
     text = relinked(page, self.where, self.names, self.root)
     if page not in self.chapters: return text
@@ -338,13 +337,13 @@ def text(self:Site, at:str # of a page in the site
 def nav(self:Site, skeleton:list # of mkdocs.yml: titles and files; '<chapters>' and the like
        ) -> list: # with their pages
     "The navigation"
-    def listed(pages): return [{p.title: p.at} for p in pages]
+    def listed(pages): return [{page.title: page.at} for page in pages]
     fill = {'<chapters>': by_part(self.chapters, (self.root/'README.md').read_text()),
             '<runs>': listed(self.runs), '<executed>': listed(self.executed),
-            '<api>': [{p.module: p.at} for p in self.api]}
+            '<api>': [{page.module: page.at} for page in self.api]}
     def branch(x): return {k: self.nav(v) if isinstance(v, list) else v for k, v in x.items()}
-    return [y for x in skeleton
-            for y in (fill.get(x, [x]) if isinstance(x, str) else [branch(x)])]
+    return [entry for x in skeleton
+            for entry in (fill.get(x, [x]) if isinstance(x, str) else [branch(x)])]
 
 # %% ../nbs/29_site.ipynb #refs
 class Refs(HTMLParser):
@@ -354,36 +353,36 @@ class Refs(HTMLParser):
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
-        a = dict(attrs); self.ids |= {a[k] for k in ('id', 'name') if a.get(k)}
-        style = tag == 'link' and a.get('rel') not in ('canonical', 'prev', 'next')
-        if to := a.get('src') or (a.get('href') if style else ''): self.loads.append(to)
-        if tag == 'a' and a.get('href'): self.links.append(a['href'])
+        given = dict(attrs); self.ids |= {given[k] for k in ('id', 'name') if given.get(k)}
+        style = tag == 'link' and given.get('rel') not in ('canonical', 'prev', 'next')
+        if to := given.get('src') or (given.get('href') if style else ''): self.loads.append(to)
+        if tag == 'a' and given.get('href'): self.links.append(given['href'])
 
 def resolved(page:Path, to:str, root:Path) -> tuple[Path, str]: # file, place in it
     "Where a link of a page leads"
-    u = urlsplit(to); path = unquote(u.path)
+    parts = urlsplit(to); path = unquote(parts.path)
     file = (root/path[1:] if path[:1] == '/' else page.parent/path) if path else page
-    return (file/'index.html' if file.is_dir() else file), unquote(u.fragment)
+    return (file/'index.html' if file.is_dir() else file), unquote(parts.fragment)
 
 # %% ../nbs/29_site.ipynb #broken
 def broken(folder:str|Path # a finished site
           ) -> tuple[int, list]: # links looked at; a line for each that is wrong
     "Dead links, missing places, and what would be fetched from a network"
-    root = Path(folder).resolve(); wrong, n = [], 0
-    seen = {f.resolve(): Refs(f.read_text()) for f in root.rglob('*.html')}
+    root = Path(folder).resolve(); wrong, count = [], 0
+    seen = {file.resolve(): Refs(file.read_text()) for file in root.rglob('*.html')}
     for page, refs in seen.items():
         name = page.relative_to(root).as_posix()
         for to in refs.loads + refs.links:
-            n += 1; u = urlsplit(to)
-            if u.scheme or u.netloc:
-                if to in refs.loads and u.scheme != 'data':
+            count += 1; url = urlsplit(to)
+            if url.scheme or url.netloc:
+                if to in refs.loads and url.scheme != 'data':
                     wrong.append(f'{name}: loads {to} from a network')
                 continue
             file, place = resolved(page, to, root)
             if not file.exists(): wrong.append(f'{name}: {to} leads nowhere')
             elif place and file.resolve() in seen and place not in seen[file.resolve()].ids:
                 wrong.append(f'{name}: {to} has no such place')
-    return n, list(dict.fromkeys(wrong))
+    return count, list(dict.fromkeys(wrong))
 
 # %% ../nbs/29_site.ipynb #hooks
 def mathjax() -> Path: # one file that needs no other
@@ -408,12 +407,12 @@ def on_files(self:Site, files, config): # adds what mkdocs does not see in docs/
     from mkdocs.structure.files import File
     def add(at, **kw):
         if not files.get_file_from_path(at): files.append(File.generated(config, at, **kw))
-    for p in self.pages:
-        add(p.at, content=self.boost(p) + p.text)
-        for f, data in p.pictures.items():
-            add(posixpath.join(posixpath.dirname(p.at), f), content=data)
-        if p in self.chapters: add(p.origin, abs_src_path=str(self.root/p.origin))
-    for f in self.files(): add(f, abs_src_path=str(self.root/f))
+    for page in self.pages:
+        add(page.at, content=self.boost(page) + page.text)
+        for file, data in page.pictures.items():
+            add(posixpath.join(posixpath.dirname(page.at), file), content=data)
+        if page in self.chapters: add(page.origin, abs_src_path=str(self.root/page.origin))
+    for file in self.files(): add(file, abs_src_path=str(self.root/file))
     add('assets/mathjax.js', abs_src_path=str(mathjax()))
     return files
 
@@ -425,8 +424,8 @@ def on_page_markdown(self:Site, markdown, page, **kw):
 @patch
 def on_post_build(self:Site, config): # the check
     from mkdocs.exceptions import Abort
-    n, wrong = broken(config.site_dir)
-    print(f'{config.site_dir}: {n:,} links, {len(wrong)} broken')
+    count, wrong = broken(config.site_dir)
+    print(f'{config.site_dir}: {count:,} links, {len(wrong)} broken')
     if wrong: raise Abort('\n'.join(wrong))
 
 def nbdev_docs():
@@ -441,8 +440,8 @@ def main(argv:list|None=None # default: the command line
     if len(args) != 1: print(main.__doc__); return 2
     if not Path(args[0]).is_dir():
         print(f'{args[0]} is no folder; build it with make docs'); return 2
-    n, wrong = broken(args[0])
-    for line in [*wrong, f'{n:,} links, {len(wrong)} broken']: print(line)
+    count, wrong = broken(args[0])
+    for line in [*wrong, f'{count:,} links, {len(wrong)} broken']: print(line)
     return int(bool(wrong))
 
 # %% ../nbs/29_site.ipynb #main-run

@@ -28,7 +28,7 @@ MUTANTS = { # name -> file, text, the changed text, test that fails on it
  'schedule a step late: RL': ('rl', 'self.opt.schedule(self.step - 1, c', 'self.opt.schedule(self.step, c', HERE + 'test_the_first_step'),
  'a stop string, not the earliest': ('engine', 'return s[:min(at)], True', 'return s[:at[0]], True', HERE + 'test_the_earliest_stop'),
  'chance is a quarter: chat': ('chat_eval', "sum(1/c['n_choices'] for c in convs)", '.25*len(convs)', HERE + 'test_chance_is'),
- 'chance is a quarter: CORE': ('core_eval', 'sum(1/len(r[k]) for r in rows)/len(rows)', '.25', HERE + 'test_chance_is'),
+ 'chance is a quarter: CORE': ('core_eval', 'sum(1/len(row[key]) for row in rows)/len(rows)', '.25', HERE + 'test_chance_is'),
  'an end inside a draft is passed': ('speculate', 't == d[right] and t not in ends', 't == d[right]', HERE + 'test_an_end_inside'),
  'no rank scale: fine-tuning': ('sft', 'scale = (self.world/total', 'scale = (1/total', HERE + 'test_gradients_are_the_same'),
  'no rank scale: RL': ('rl', '(l*self.world/count)', '(l/count)', HERE + 'test_gradients_are_the_same'),
