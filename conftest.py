@@ -1,5 +1,5 @@
 "One pytest command for the chapters (nbs/*.ipynb, as nbdev_test runs them) and for tests/; with -n auto on every core."
-import gc, importlib, os, pytest, tempfile
+import gc, importlib, os, pytest, sys, tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -69,7 +69,14 @@ def package_classes() -> dict: # class -> its attributes
     mods = [importlib.import_module(f'nano_dh.{n}') for n in names]
     return {c: dict(vars(c)) for m in mods for c in vars(m).values() if isinstance(c, type) and c.__module__ == m.__name__}
 
-def restore(classes:dict):
+def package_functions() -> list: # (replaceable function, the version in place)
+    "Which version of each replaceable function is in place, before a chapter puts in its own"
+    from nano_dh.core import Replaceable
+    mods = [m for name, m in [*sys.modules.items()] if name.startswith('nano_dh.')]
+    return [(f, f.now) for m in mods for f in [*vars(m).values()] if isinstance(f, Replaceable)]
+
+def restore(classes:dict, functions:list):
+    for f, now in functions: f.now = now
     for c, was in classes.items():
         for k in [k for k in vars(c) if k not in was]: delattr(c, k)
         for k, v in was.items():
@@ -80,10 +87,11 @@ class ChapterItem(pytest.Item):
         from nbdev.config import get_config
         from nbdev.test import test_nb
         cfg, cwd, classes = get_config(), os.getcwd(), package_classes()
+        functions = package_functions()
         os.chdir(self.path.parent)
         try:
             ok, _ = test_nb(self.path, skip_flags=cfg.tst_flags.split(), basepath=cfg.config_path,
                             force_flags=self.config.getoption("flags").split())
-        finally: os.chdir(cwd); restore(classes); gc.collect(); gc.freeze()   # the next chapter looks at its own objects alone
+        finally: os.chdir(cwd); restore(classes, functions); gc.collect(); gc.freeze()   # the next chapter looks at its own objects alone
         if not ok: pytest.fail(f"{self.path.name}: the failing cell's traceback is in captured stderr", pytrace=False)
     def reportinfo(self): return self.path, 0, self.path.name

@@ -9,10 +9,19 @@ __all__ = ['REPLACING', 'ADDED', 'install', 'home']
 import importlib
 
 # %% ../nbs/14d_volume2.ipynb #replacing
-REPLACING = () # modules that put a version of theirs in the place of one of volume 1
+REPLACING = ( # modules that put a version of theirs in the place of one of volume 1
+    'sharded_optim',
+    'safe_checkpoint',
+    'eval_records',
+)
 
 # %% ../nbs/14d_volume2.ipynb #added
-ADDED = {} # (module of volume 1, module of volume 2) -> the names of the second that the first has too
+ADDED = { # (module of volume 1, module of volume 2) -> the names of the second that the first has too
+    ('optim', 'sharded_optim'): 'LocalShard ShardedBucket ShardedMuonAdamW copy_overlap reduce_scatter all_gather',
+    ('loss_eval', 'eval_records'): 'add_ranks write_record bpb_figures _plain',
+    ('checkpoint', 'safe_checkpoint'): 'verify set_aside dh_runs read_meta read_tokenizer foreign FOREIGN register_format',
+    ('core', 'safe_checkpoint'): 'run_stored',
+}
 
 # %% ../nbs/14d_volume2.ipynb #install
 def install():
