@@ -70,17 +70,18 @@ def package_classes() -> dict: # class -> its attributes
     mods = [importlib.import_module(f'nano_dh.{n}') for n in names]
     return {c: dict(vars(c)) for m in mods for c in vars(m).values() if isinstance(c, type) and c.__module__ == m.__name__}
 
-def restore(classes:dict):
+def package_functions() -> list: # (replaceable function, the version in place)
+    "Which version of each replaceable function is in place, before a chapter puts in its own"
+    from nano_dh.core import Replaceable
+    mods = [m for name, m in [*sys.modules.items()] if name.startswith('nano_dh.')]
+    return [(f, f.now) for m in mods for f in [*vars(m).values()] if isinstance(f, Replaceable)]
+
+def restore(classes:dict, functions:list):
+    for f, now in functions: f.now = now
     for c, was in classes.items():
         for k in [k for k in vars(c) if k not in was]: delattr(c, k)
         for k, v in was.items():
             if vars(c).get(k) is not v: setattr(c, k, v)
-
-def replaceable() -> dict: # function of volume 1 -> the version that stands in its place
-    "A chapter that replaces one puts its own there, which knows nothing of the package"
-    from nano_dh.core import Replaceable
-    mods = [m for n, m in sys.modules.items() if n.startswith('nano_dh.')]
-    return {f: f.now for m in mods for f in vars(m).values() if isinstance(f, Replaceable)}
 
 class ChapterItem(pytest.Item):
     def runtest(self):
@@ -88,15 +89,13 @@ class ChapterItem(pytest.Item):
         from nbdev.test import test_nb
         from outputs import faults, recorded
         cfg, cwd, classes = get_config(), os.getcwd(), package_classes()
-        functions = replaceable()
+        functions = package_functions()
         os.chdir(self.path.parent)
         try:
             with recorded() as run:
                 ok, _ = test_nb(self.path, skip_flags=cfg.tst_flags.split(), basepath=cfg.config_path,
                                 force_flags=self.config.getoption("flags").split())
-        finally:
-            for f, now in functions.items(): f.now = now
-            os.chdir(cwd); restore(classes); gc.collect(); gc.freeze()   # the next chapter looks at its own objects alone
+        finally: os.chdir(cwd); restore(classes, functions); gc.collect(); gc.freeze()   # the next chapter looks at its own objects alone
         if not ok: pytest.fail(f"{self.path.name}: the failing cell's traceback is in captured stderr", pytrace=False)
         if wrong := faults(self.path, run): pytest.fail('\n'.join(wrong), pytrace=False)
     def reportinfo(self): return self.path, 0, self.path.name

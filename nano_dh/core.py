@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['DTYPES', 'OWN', 'MORE', 'MANY', 'RATE', 'COUNT', 'EVERY', 'SHARE', 'BOUNDS', 'base_dir', 'package_data', 'DistInfo',
            'dist_info', 'print0', 'get_device', 'compute_dtype', 'peak_flops', 'human', 'set_seed', 'duration',
-           'atomic_write', 'file_lock', 'load_imports', 'run_stored', 'Replaceable', 'volume2', 'added', 'closest',
-           'checked', 'check_bounds', 'options']
+           'atomic_write', 'file_lock', 'load_imports', 'Replaceable', 'volume2', 'added', 'closest', 'checked',
+           'check_bounds', 'options']
 
 # %% ../nbs/00_core.ipynb #imp
 import csv, hashlib, importlib.util, inspect, math, os, random, re, sys, tempfile, types, typing
@@ -20,31 +20,30 @@ from filelock import FileLock
 
 # %% ../nbs/00_core.ipynb #base
 def _base():
-    p = os.environ.get('NANO_DH_BASE_DIR')
-    if not p: p = Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'nano_dh'
-    return Path(p).expanduser().absolute()
+    folder = os.environ.get('NANO_DH_BASE_DIR')
+    if not folder: folder = Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'nano_dh'
+    return Path(folder).expanduser().absolute()
 
 @contextmanager
-def _writing(p): # what the system refuses in the base folder says how to move it
+def _writing(path): # what the system refuses in the base folder says how to move it
     try: yield
-    except OSError as e:
-        if not e.errno or not Path(p).absolute().is_relative_to(_base()): raise
-        raise OSError(e.errno, f'{os.strerror(e.errno)}: {p}; NANO_DH_BASE_DIR can name another '
-                               'base folder') from None
+    except OSError as error:
+        if not error.errno or not Path(path).absolute().is_relative_to(_base()): raise
+        raise OSError(error.errno, f'{os.strerror(error.errno)}: {path}; NANO_DH_BASE_DIR can name '
+                                   'another base folder') from None
 
 def base_dir() -> Path: # exists on return
     "Folder of checkpoints, tokenizers, caches: NANO_DH_BASE_DIR, or nano_dh in the user's cache"
-    p = _base()
-    with _writing(p): p.mkdir(parents=True, exist_ok=True)
-    return p
+    folder = _base()
+    with _writing(folder): folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
-def package_data(name:str # file name inside nano_dh/data
-                ) -> Path:
+def package_data(name:str) -> Path: # file name inside nano_dh/data
     "A file that ships with the package"
     import nano_dh
-    p = Path(nano_dh.__file__).parent/'data'/name
-    if not p.exists(): raise FileNotFoundError(f'{p} is missing; reinstall nano_dh')
-    return p
+    path = Path(nano_dh.__file__).parent/'data'/name
+    if not path.exists(): raise FileNotFoundError(f'{path} is missing; reinstall nano_dh')
+    return path
 
 # %% ../nbs/00_core.ipynb #dist
 @dataclass(frozen=True)
@@ -100,29 +99,28 @@ def compute_dtype(device:torch.device|str # where the matrix products run
 @lru_cache
 def _peaks():
     rows = csv.DictReader(package_data('peak_flops.csv').read_text().splitlines())
-    return [(set(r['name'].lower().split()), float(r['bf16_dense_tflops'])*1e12) for r in rows]
+    return [(set(row['name'].lower().split()), float(row['bf16_dense_tflops'])*1e12) for row in rows]
 
 def peak_flops(name:str # as torch.cuda.get_device_name gives it
               ) -> float|None: # bf16 dense FLOP/s; None if the device is not in the table
     "Peak of a GPU, from the table nano_dh/data/peak_flops.csv"
     words = set(re.findall(r'[a-z0-9]+', name.lower()))
-    hits = [(len(k), f) for k, f in _peaks() if k <= words]
+    hits = [(len(k), flops) for k, flops in _peaks() if k <= words]
     return None if {'laptop', 'mig'} & words or not hits else max(hits)[1]
 
 # %% ../nbs/00_core.ipynb #small
-def human(n:float,      # a count: tokens, parameters; or an amount of `unit`
+def human(x:float,      # a count: tokens, parameters; or an amount of `unit`
           digits:int=3, # significant digits
           unit:str=''   # 'B', 'FLOP/s': then billions are G, and a space comes before
          ) -> str:
     "1234567 -> '1.23M'; with a unit '1.23 MB'"
-    k = min(int(math.log10(abs(n)) // 3), 6) if abs(n) >= 1 and math.isfinite(n) else 0
-    s = f'{n/1000**k:.{digits}g}'
-    if abs(float(s)) >= 1000 and k < 6: k, s = k + 1, f'{n/1000**(k + 1):.{digits}g}'
+    k = min(int(math.log10(abs(x)) // 3), 6) if abs(x) >= 1 and math.isfinite(x) else 0
+    text = f'{x/1000**k:.{digits}g}'
+    if abs(float(text)) >= 1000 and k < 6: k, text = k + 1, f'{x/1000**(k + 1):.{digits}g}'
     prefix = ['', 'K', 'M', 'G' if unit else 'B', 'T', 'P', 'E'][k]
-    return f'{float(s):g}' + (' ' + prefix + unit if unit else prefix)
+    return f'{float(text):g}' + (' ' + prefix + unit if unit else prefix)
 
-def set_seed(seed:int # for python and for torch on every device
-            ):
+def set_seed(seed:int): # for python and for torch on every device
     "Make this process's random numbers repeatable"
     random.seed(seed); torch.manual_seed(seed)
 
@@ -130,40 +128,34 @@ def set_seed(seed:int # for python and for torch on every device
 # from so many seconds on, a unit of so many
 _UNITS = (172800, 86400, 'days'), (6000, 3600, 'h'), (100, 60, 'min'), (0, 1, 's')
 
-def duration(s:float,         # seconds
-             about:bool=False # an estimate: one number
-            ) -> str:
+def duration(seconds:float, about:bool=False) -> str: # about: an estimate, one number
     "'8 s', '3 min 51 s', '2 h 05 min', '3 days 04 h'; about: '8 s', '4 min', '2.1 h', '3 days'"
-    if about or not math.isfinite(s):
-        _, size, unit = next((u for u in _UNITS if s >= u[0]), _UNITS[-1])
-        return f'{s/size:.{int(unit == "h")}f} {unit}'
-    s = round(s)
-    if s < 60: return f'{s} s'
-    if s < 3600: return f'{s//60} min {s%60:02} s'
-    if s < 172800: return f'{s//3600} h {s%3600//60:02} min'
-    return f'{s//86400} days {s%86400//3600:02} h'
+    if about or not math.isfinite(seconds):
+        _, size, unit = next((unit for unit in _UNITS if seconds >= unit[0]), _UNITS[-1])
+        return f'{seconds/size:.{int(unit == "h")}f} {unit}'
+    S = round(seconds)
+    if S < 60: return f'{S} s'
+    if S < 3600: return f'{S//60} min {S%60:02} s'
+    if S < 172800: return f'{S//3600} h {S%3600//60:02} min'
+    return f'{S//86400} days {S%86400//3600:02} h'
 
 # %% ../nbs/00_core.ipynb #atomic
-def atomic_write(path:str|Path, # its folder is made if missing
-                 data:str|bytes # text is written as UTF-8
-                ):
+def atomic_write(path:str|Path, data:str|bytes): # its folder is made; text is written as UTF-8
     "Write a file so that a reader sees the old content or the new, never half of it"
     path = Path(path)
     with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
+        opened, tmp = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
     try:
-        with _writing(path), os.fdopen(fd, 'wb') as f:
-            f.write(data.encode() if isinstance(data, str) else data)
-            f.flush(); os.fsync(f.fileno())
+        with _writing(path), os.fdopen(opened, 'wb') as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush(); os.fsync(file.fileno())
         os.replace(tmp, path)
     except BaseException: Path(tmp).unlink(missing_ok=True); raise
 
 # %% ../nbs/00_core.ipynb #lock
 @contextmanager
-def file_lock(path:str|Path,     # what is protected; the lock is path + '.lock'
-              timeout:float=3600 # seconds to wait for another process
-             ):
+def file_lock(path:str|Path, timeout:float=3600): # its lock is path + '.lock'; seconds to wait
     "Hold a lock against the other processes of this machine"
     path = Path(path); lock = FileLock(f'{path}.lock', timeout=timeout)
     with _writing(path): path.parent.mkdir(parents=True, exist_ok=True); lock.acquire()
@@ -174,50 +166,38 @@ def file_lock(path:str|Path,     # what is protected; the lock is path + '.lock'
 OWN = {}              # module -> dict(name, sha256, text) of what `load_imports` ran
 _STORED = [False]     # may code that a checkpoint holds be run?
 
+def _note(name, text):
+    OWN[name] = dict(name=name, sha256=hashlib.sha256(text.encode()).hexdigest(), text=text)
+
 def _run_text(name, text, where): # as a module
     if name in sys.modules and name not in OWN:
         raise ValueError(f'imports: a module {name!r} is loaded already; give {where} another name')
     module = sys.modules[name] = types.ModuleType(name); module.__file__ = where
-    OWN[name] = dict(name=name, sha256=hashlib.sha256(text.encode()).hexdigest(), text=text)
+    _note(name, text)
     try: exec(compile(text, where, 'exec'), module.__dict__)
     except BaseException: del sys.modules[name], OWN[name]; raise
+
+def _source_of(word): # a module that is imported -> its text, '' if it has none
+    if '' not in sys.path and os.getcwd() not in sys.path: sys.path.insert(0, os.getcwd())
+    try: file = importlib.import_module(word).__file__ or ''
+    except ModuleNotFoundError as error:
+        if error.name != word: raise
+        raise ModuleNotFoundError(f'imports: no module {word!r}; a file ends in .py') from None
+    return Path(file).read_text() if file.endswith('.py') else ''
 
 def load_imports(words:str # files (.py) and modules, separated by commas; 'stored': a checkpoint's
                 ) -> None:
     "Run code of one's own, once a process; a file that has changed is run again"
     for word in filter(None, map(str.strip, words.split(','))):
         if word == 'stored': _STORED[0] = True; continue
-        path = Path(word).expanduser(); name = path.stem if word.endswith('.py') else word
-        if not word.endswith('.py'): path = _source_of(word)
-        elif not path.is_file(): raise FileNotFoundError(
+        if not word.endswith('.py'): _note(word, _source_of(word)); continue
+        path = Path(word).expanduser(); name = path.stem
+        if not path.is_file(): raise FileNotFoundError(
             f'imports: no file {word!r} in {Path.cwd()}; give a path, or the name of a module')
-        elif not name.isidentifier():
+        if not name.isidentifier():
             raise ValueError(f'imports: {word!r} makes no module name; rename the file')
-        text = path.read_text() if path else ''
-        if OWN.get(name, {}).get('text') == text: continue
-        if word.endswith('.py'): _run_text(name, text, str(path.absolute()))
-        else: OWN[name] = dict(name=name, sha256=hashlib.sha256(text.encode()).hexdigest(), text=text)
-
-# %% ../nbs/00_core.ipynb #own-b
-def _source_of(word): # a module that is imported -> its file, or None
-    if '' not in sys.path and os.getcwd() not in sys.path: sys.path.insert(0, os.getcwd())
-    try: file = importlib.import_module(word).__file__ or ''
-    except ModuleNotFoundError as e:
-        if e.name != word: raise
-        raise ModuleNotFoundError(f'imports: no module {word!r}; a file ends in .py') from None
-    return Path(file) if file.endswith('.py') else None
-
-# %% ../nbs/00_core.ipynb #own-c
-def run_stored(records:list, # of OWN, as a checkpoint holds them
-               where:str     # the checkpoint
-              ) -> None:
-    "Run the code that came with a checkpoint if `imports` says so; say where it differs from what ran"
-    for r in records:
-        mine = OWN.get(r['name'])
-        if mine and mine['sha256'] != r['sha256']:
-            print0(f"imports: {r['name']} is not as {where} has it ({mine['sha256'][:8]}, "
-                   f"there {r['sha256'][:8]})")
-        if not mine and _STORED[0]: _run_text(r['name'], r['text'], f"{r['name']} of {where}")
+        text = path.read_text()
+        if OWN.get(name, {}).get('text') != text: _run_text(name, text, str(path.absolute()))
 
 # %% ../nbs/00_core.ipynb #replaceable
 class Replaceable:
@@ -247,31 +227,32 @@ def added(module:str): # __name__ of a module of volume 1
             if home: return getattr(importlib.import_module(f'nano_dh.{home}'), name)
         raise AttributeError(f'module {module!r} has no attribute {name!r}')
     return find
+__getattr__ = added('nano_dh.core')
 
 # %% ../nbs/00_core.ipynb #closest
 def closest(name:str, known) -> str: # '' if nothing is near
     "The known name most like a misspelt one"
     return (get_close_matches(name, list(known), 1, .5) or [''])[0]
 
-def _fits(v, t): # -> (does v fit type t, v as that type)
-    if t is type(None): return v is None or v == '', None
-    if t is bool: return isinstance(v, bool), v
-    if t is int:
+def _fits(v, kind): # -> (does v fit the type, v as that type)
+    if kind is type(None): return v is None or v == '', None
+    if kind is bool: return isinstance(v, bool), v
+    if kind is int:
         if isinstance(v, float) and v.is_integer(): v = int(v)
         return isinstance(v, int) and not isinstance(v, bool), v
-    if t is float:
-        ok = isinstance(v, (int, float)) and not isinstance(v, bool)
-        return ok, float(v) if ok else v
-    if typing.get_origin(t) in (typing.Union, types.UnionType):
-        return next((x for x in (_fits(v, a) for a in typing.get_args(t)) if x[0]), (False, v))
-    return t is typing.Any or isinstance(v, typing.get_origin(t) or t), v
+    if kind is float:
+        number = isinstance(v, (int, float)) and not isinstance(v, bool)
+        return number, float(v) if number else v
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        tries = (_fits(v, each) for each in typing.get_args(kind))
+        return next((found for found in tries if found[0]), (False, v))
+    return kind is typing.Any or isinstance(v, typing.get_origin(kind) or kind), v
 
 # %% ../nbs/00_core.ipynb #checked
-def checked(cls:type,  # a dataclass
-            kw:dict    # loose values: from a notebook, a command line, a JSON file
-           ): # -> an instance of cls
+def checked(cls:type, kw:dict): # a dataclass, loose values -> an instance of cls
     "A dataclass from loose values; an unknown name or a wrong type is an error that says so"
-    hints, known, out = typing.get_type_hints(cls), [f.name for f in fields(cls) if f.init], {}
+    hints, out = typing.get_type_hints(cls), {}
+    known = [field.name for field in fields(cls) if field.init]
     for k, v in kw.items():
         if k not in known:
             near = closest(k, known)
@@ -295,8 +276,8 @@ BOUNDS = dict( # field -> least and greatest value; for every stage that has the
     target_param_data_ratio=(MORE, MANY), device_batch_size=COUNT, total_batch_size=COUNT,
     embedding_lr=RATE, unembedding_lr=RATE, matrix_lr=RATE, scalar_lr=RATE, lr_frac=RATE,
     weight_decay=RATE, clip=(0, MANY), warmup_steps=EVERY, warmdown_ratio=SHARE,
-    final_lr_frac=SHARE, eval_every=EVERY, eval_tokens=COUNT, core_metric_every=EVERY, metrics_every=EVERY,
-    sample_every=EVERY, save_every=EVERY, keep=EVERY, max_hours=(MORE, MANY),
+    final_lr_frac=SHARE, eval_every=EVERY, eval_tokens=COUNT, core_metric_every=EVERY,
+    metrics_every=EVERY, sample_every=EVERY, save_every=EVERY, keep=EVERY, max_hours=(MORE, MANY),
     gpu_hour_price=(0, MANY), epochs=(MORE, MANY), questions=COUNT, samples=(2, 10**15),
     max_tokens=COUNT, temperature=(MORE, 100), top_k=EVERY, minutes=(0, MANY),
     eval_questions=COUNT, eval_samples=COUNT, train_bytes=COUNT, eval_bytes=COUNT,
@@ -336,23 +317,23 @@ def options(argv:list, # ['--port', '80', 'run=x', '-p', 'hi'], as in sys.argv[1
     out, kinds, argv = {}, typing.get_type_hints(cls), list(argv)
     if {'-h', '--help'} & {*argv}: print(_help(cls)); sys.exit()
     while argv:
-        word = argv.pop(0); k, (_, eq, v) = _field(word, short), word.partition('=')
+        word = argv.pop(0); k, (_, equals, v) = _field(word, short), word.partition('=')
         if not k: raise NameError(f'{word!r} is no option; --help lists them')
         if k not in kinds: out[k] = v; break                       # `checked` says what is near
         more = argv and not (argv[0].startswith('--') and _field(argv[0]) in kinds)
         bare = kinds[k] is bool and (not more or argv[0][:1] == '-' or '=' in argv[0])
-        if not (eq or bare or more): raise ValueError(f'{word} needs a value')
-        if not eq: v = 'true' if bare else argv.pop(0)
+        if not (equals or bare or more): raise ValueError(f'{word} needs a value')
+        if not equals: v = 'true' if bare else argv.pop(0)
         out[k] = v if kinds[k] in (str, str|None) else _word(v)
     return checked(cls, out)
 
 # %% ../nbs/00_core.ipynb #help
 def _help(cls): # a line for each field: name, default, comment
     says = {}
-    for c in reversed(cls.__mro__[:-1]):                           # a field may be inherited
+    for base in reversed(cls.__mro__[:-1]):                        # a field may be inherited
         with suppress(OSError, TypeError):
-            says |= re.findall(r'^ +(\w+):.*?  ?# *(.*)', inspect.getsource(c), re.M)
-    rows = [(f.name.replace('_', '-'), '' if f.default is MISSING else repr(f.default),
-             says.get(f.name, '')) for f in fields(cls)]
-    wide = max(len(n) for n, *_ in rows)
-    return '\n'.join(f'--{n:{wide}} {d:14} {t}'.rstrip() for n, d, t in rows)
+            says |= re.findall(r'^ +(\w+):.*?  ?# *(.*)', inspect.getsource(base), re.M)
+    rows = [(field.name.replace('_', '-'), '' if field.default is MISSING else repr(field.default),
+             says.get(field.name, '')) for field in fields(cls)]
+    wide = max(len(name) for name, *_ in rows)
+    return '\n'.join(f'--{name:{wide}} {default:14} {text}'.rstrip() for name, default, text in rows)

@@ -29,31 +29,31 @@ from .report import lineage, scores, stage_figures
 def merges_of(tokens:list[bytes] # in the order of their ranks
              ) -> list[tuple]: # pairs of bytes
     "Every way to make a token of two"
-    rank, out = {t: i for i, t in enumerate(tokens)}, []
-    for t in tokens:
-        cuts = [(t[:i], t[i:]) for i in range(1, len(t)) if t[:i] in rank and t[i:] in rank]
-        out += sorted(cuts, key=lambda c: (rank[c[0]], rank[c[1]]))
+    rank, out = {token: i for i, token in enumerate(tokens)}, []
+    for token in tokens:
+        cuts = [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in rank and token[i:] in rank]
+        out += sorted(cuts, key=lambda pair: (rank[pair[0]], rank[pair[1]]))
     return out
 
 def hf_tokenizer(tok:Tokenizer): # -> a Tokenizer of Hugging Face's library
     "The same ids; <|bos|> goes before a text that asks for special tokens"
     from tokenizers import AddedToken, Regex, Tokenizer as Engine, decoders, models, pre_tokenizers
     from tokenizers.processors import TemplateProcessing
-    if tok.kind == 'hf': e = Engine.from_str(tok._text)
+    if tok.kind == 'hf': engine = Engine.from_str(tok._text)
     else:
-        char = {b: c for c, b in _BYTE.items()}
-        text = lambda t: ''.join(char[b] for b in t)
-        pairs = [(text(a), text(b)) for a, b in merges_of(tok.tokens)]
-        e = Engine(models.BPE({text(t): i for i, t in enumerate(tok.tokens)}, pairs))
+        char = {byte: letter for letter, byte in _BYTE.items()}
+        def text(token): return ''.join(char[byte] for byte in token)
+        pairs = [(text(first), text(second)) for first, second in merges_of(tok.tokens)]
+        engine = Engine(models.BPE({text(v): i for i, v in enumerate(tok.tokens)}, pairs))
         cut = pre_tokenizers.Split(Regex(tok.pattern), 'isolated')
         words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        e.pre_tokenizer, e.decoder = pre_tokenizers.Sequence([cut, words]), decoders.ByteLevel()
-        name = {i: s for s, i in tok.special.items()}
-        e.add_special_tokens([AddedToken(name.get(i, f'<|unused_{i}|>'), special=True, normalized=False)
+        engine.pre_tokenizer, engine.decoder = pre_tokenizers.Sequence([cut, words]), decoders.ByteLevel()
+        name = {i: special for special, i in tok.special.items()}
+        engine.add_special_tokens([AddedToken(name.get(i, f'<|unused_{i}|>'), special=True, normalized=False)
                               for i in range(len(tok.tokens), tok.vocab_size)])
-    e.post_processor = TemplateProcessing(single='<|bos|> $A', pair='<|bos|> $A <|bos|> $B',
+    engine.post_processor = TemplateProcessing(single='<|bos|> $A', pair='<|bos|> $A <|bos|> $B',
                                           special_tokens=[('<|bos|>', tok.bos_id)])
-    return e
+    return engine
 
 # %% ../nbs/28_exchange.ipynb #chat
 TEMPLATE = """{{- bos_token -}}
@@ -101,9 +101,8 @@ def standalone_code() -> str: # of modeling_nano_dh.py
 def cropped(model:HybridModel) -> dict: # name -> tensor on the CPU
     "The weights without the rows that pad the vocabulary"
     cfg, tables = model.cfg, ('wte.weight', 'lm_head.weight')
-    pads = lambda k: k in tables or k.startswith('value_embeds.')
-    cut = lambda k, t: t[:cfg.vocab_size] if pads(k) else t
-    return {k: cut(k, t).detach().cpu().contiguous() for k, t in model.state_dict().items()}
+    def cut(k, v): return v[:cfg.vocab_size] if k in tables or k.startswith('value_embeds.') else v
+    return {k: cut(k, v).detach().cpu().contiguous() for k, v in model.state_dict().items()}
 
 def _ids(tok): # special ids for config.json
     if tok is None: return {}
@@ -116,7 +115,7 @@ def nano_dh_format(model:HybridModel) -> tuple[dict, dict]: # config.json, tenso
     if alien := set(letters) - set('GLS'):
         raise FileError(f'pattern {letters}: {", ".join(sorted(alien))} is not in the file that goes '
                         'with the model; G, L and S are')
-    to = lambda kind: f'modeling_nano_dh.NanoDH{kind}'
+    def to(kind): return f'modeling_nano_dh.NanoDH{kind}'
     return dict(model_type='nano_dh', architectures=['NanoDHForCausalLM'],
                 auto_map=dict(AutoConfig=to('Config'), AutoModelForCausalLM=to('ForCausalLM')),
                 hybrid=cfg.to_dict() | dict(pattern=letters), vocab_size=cfg.vocab_size,
@@ -135,55 +134,58 @@ def misfits(cfg:HybridConfig) -> list[str]: # [] if there are none
     return out
 
 # %% ../nbs/28_exchange.ipynb #qwen-layers
-def _delta(m) -> dict: # tensors of a delta layer there
-    H, R, V = m.n_qk_head, m.n_v_head//m.n_qk_head, m.head_v_dim
-    by_key = lambda lin: lin.weight.detach().unflatten(0, (H, -1))            # (H, rows, d)
-    rows = lambda *ms: torch.cat([by_key(x) for x in ms], 1).flatten(0, 1)
-    return {'in_proj_qkvz.weight': rows(m.q_proj, m.k_proj, m.v_proj, m.z_proj),
-            'in_proj_ba.weight': rows(m.b_proj, m.a_proj), 'conv1d.weight': m.conv_weight[:, None],
-            'A_log': m.A_log, 'dt_bias': m.dt_bias, 'norm.weight': m.o_norm,
-            'out_proj.weight': m.o_proj.weight}
+def _delta(layer) -> dict: # tensors of a delta layer there
+    H = layer.n_qk_head
+    def rows(*matrices): # of one key head together
+        parts = [matrix.weight.detach().unflatten(0, (H, -1)) for matrix in matrices] # (H, rows, d)
+        return torch.cat(parts, 1).flatten(0, 1)
+    qkvz = rows(layer.q_proj, layer.k_proj, layer.v_proj, layer.z_proj)
+    return {'in_proj_qkvz.weight': qkvz, 'in_proj_ba.weight': rows(layer.b_proj, layer.a_proj),
+            'conv1d.weight': layer.conv_weight[:, None], 'A_log': layer.A_log,
+            'dt_bias': layer.dt_bias, 'norm.weight': layer.o_norm,
+            'out_proj.weight': layer.o_proj.weight}
 
-def _attention(m, scale, rot) -> dict: # tensors of an attention layer there
-    D, H = m.head_dim, m.n_head
-    def turned(lin):                                                          # (heads, D, d)
-        w = lin.weight.detach().unflatten(0, (-1, D)); a, b, rest = w.split([rot//2, rot//2, D - rot], 1)
-        return torch.cat([b, a, rest], 1)
-    gate = m.gate.weight.detach().unflatten(0, (H, -1)).expand(H, D, -1)
-    q = torch.cat([turned(m.c_q), gate], 1).flatten(0, 1)
-    qk = torch.full((D,), scale - 1)
-    return {'q_proj.weight': q, 'k_proj.weight': turned(m.c_k).flatten(0, 1),
-            'v_proj.weight': m.c_v.weight, 'o_proj.weight': m.c_proj.weight,
-            'q_norm.weight': qk, 'k_norm.weight': qk.clone()}
+def _attention(layer, scale, rot) -> dict: # tensors of an attention layer there
+    size, H = layer.head_dim, layer.n_head
+    def turned(matrix):                                                     # (heads, size, d)
+        heads = matrix.weight.detach().unflatten(0, (-1, size))
+        first, second, rest = heads.split([rot//2, rot//2, size - rot], 1)
+        return torch.cat([second, first, rest], 1)
+    gate = layer.gate.weight.detach().unflatten(0, (H, -1)).expand(H, size, -1)
+    q = torch.cat([turned(layer.c_q), gate], 1).flatten(0, 1)
+    length = torch.full((size,), scale - 1)
+    return {'q_proj.weight': q, 'k_proj.weight': turned(layer.c_k).flatten(0, 1),
+            'v_proj.weight': layer.c_v.weight, 'o_proj.weight': layer.c_proj.weight,
+            'q_norm.weight': length, 'k_norm.weight': length.clone()}
 
 # %% ../nbs/28_exchange.ipynb #qwen
-def _block(b, letter, cfg): # tensors of a layer there
+def _block(block, letter, cfg): # tensors of a layer there
     zero, kind = torch.zeros(cfg.d_model), 'linear_attn' if letter == 'G' else 'self_attn'
-    mix = _delta(b.mixer) if letter == 'G' else _attention(b.mixer, cfg.qk_scale, cfg.rot_dim)
-    mlp = dict(gate_proj=b.mlp.c_fc, up_proj=b.mlp.c_up, down_proj=b.mlp.c_proj)
-    return {**{f'{kind}.{k}': t for k, t in mix.items()}, 'input_layernorm.weight': zero,
+    mix = _delta(block.mixer) if letter == 'G' else _attention(block.mixer, cfg.qk_scale, cfg.rot_dim)
+    mlp = dict(gate_proj=block.mlp.c_fc, up_proj=block.mlp.c_up, down_proj=block.mlp.c_proj)
+    return {**{f'{kind}.{k}': v for k, v in mix.items()}, 'input_layernorm.weight': zero,
             **{f'mlp.{k}.weight': x.weight for k, x in mlp.items()},
             'post_attention_layernorm.weight': zero.clone()}
 
 def _every(letters): # each n-th layer is L; 0 if they lie otherwise
-    n = letters.index('L') + 1 if 'L' in letters else 0
-    return n if n and all((l == 'L') == ((i + 1) % n == 0) for i, l in enumerate(letters)) else 0
+    every = letters.index('L') + 1 if 'L' in letters else 0
+    return every if every and all((letter == 'L') == ((i + 1) % every == 0) for i, letter in enumerate(letters)) else 0
 
 # %% ../nbs/28_exchange.ipynb #qwen-b
 def qwen_format(model:HybridModel) -> tuple[dict, dict]: # config.json, tensors
     "For transformers' own class Qwen3-Next"
-    cfg, n = model.cfg, model.cfg.vocab_size
+    cfg, size = model.cfg, model.cfg.vocab_size
     if bad := misfits(cfg):
         raise FileError(f'Qwen3-Next has no place for {"; ".join(bad)}: train with preset=qwen, or '
                         'export this one with --format hf')
-    w = {'model.embed_tokens.weight': norm(model.wte.weight.detach()[:n].float()),
-         'model.norm.weight': torch.zeros(cfg.d_model), 'lm_head.weight': model.head_weight[:n]}
-    for i, (b, letter) in enumerate(zip(model.blocks, cfg.layer_types)):
-        w |= {f'model.layers.{i}.{k}': t for k, t in _block(b, letter, cfg).items()}
+    tensors = {'model.embed_tokens.weight': norm(model.wte.weight.detach()[:size].float()),
+         'model.norm.weight': torch.zeros(cfg.d_model), 'lm_head.weight': model.head_weight[:size]}
+    for i, (block, letter) in enumerate(zip(model.blocks, cfg.layer_types)):
+        tensors |= {f'model.layers.{i}.{k}': v for k, v in _block(block, letter, cfg).items()}
     kinds = dict(G='linear_attention', L='full_attention')
     share = cfg.rot_dim/cfg.head_dim
     config = dict(
-        model_type='qwen3_next', architectures=['Qwen3NextForCausalLM'], vocab_size=n,
+        model_type='qwen3_next', architectures=['Qwen3NextForCausalLM'], vocab_size=size,
         hidden_size=cfg.d_model, intermediate_size=len(model.blocks[0].mlp.c_fc.weight),
         num_hidden_layers=cfg.n_layer, num_attention_heads=cfg.n_head,
         num_key_value_heads=cfg.n_kv_head, head_dim=cfg.head_dim, hidden_act='silu',
@@ -192,53 +194,53 @@ def qwen_format(model:HybridModel) -> tuple[dict, dict]: # config.json, tensors
         rope_parameters=dict(rope_type='default', rope_theta=cfg.rope_base, partial_rotary_factor=share),
         linear_conv_kernel_dim=cfg.conv_size, linear_key_head_dim=cfg.head_k_dim,
         linear_value_head_dim=cfg.head_v_dim, linear_num_key_heads=cfg.n_qk_head,
-        linear_num_value_heads=cfg.n_v_head, layer_types=[kinds[l] for l in cfg.layer_types],
+        linear_num_value_heads=cfg.n_v_head, layer_types=[kinds[kind] for kind in cfg.layer_types],
         num_experts=0, num_experts_per_tok=1, decoder_sparse_step=1,          # no experts
         mlp_only_layers=list(range(cfg.n_layer)), moe_intermediate_size=32,
         shared_expert_intermediate_size=32, full_attention_interval=_every(cfg.layer_types),
         attention_bias=False, attention_dropout=0., use_cache=True)
-    return config, {k: t.detach().cpu().contiguous() for k, t in w.items()}
+    return config, {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
 
 # %% ../nbs/28_exchange.ipynb #expert
 def expert_format(model:HybridModel) -> tuple[dict, dict]: # config.json, tensors
     "For Qwen3-Next with experts: each MLP is its layer's only one"
-    config, w = qwen_format(model)
-    n, d, few = config['intermediate_size'], config['hidden_size'], 128
+    config, tensors = qwen_format(model)
+    size, width, few = config['intermediate_size'], config['hidden_size'], 128
     for i in range(config['num_hidden_layers']):
         at = f'model.layers.{i}.mlp.'
-        for k, shape in dict(gate_proj=(few, d), up_proj=(few, d), down_proj=(d, few)).items():
-            w[f'{at}experts.0.{k}.weight'] = w.pop(f'{at}{k}.weight')
-            w[f'{at}shared_expert.{k}.weight'] = torch.zeros(shape)
-        w |= {f'{at}gate.weight': torch.zeros(1, d), f'{at}shared_expert_gate.weight': torch.zeros(1, d)}
+        for k, shape in dict(gate_proj=(few, width), up_proj=(few, width), down_proj=(width, few)).items():
+            tensors[f'{at}experts.0.{k}.weight'] = tensors.pop(f'{at}{k}.weight')
+            tensors[f'{at}shared_expert.{k}.weight'] = torch.zeros(shape)
+        tensors |= {f'{at}gate.weight': torch.zeros(1, width), f'{at}shared_expert_gate.weight': torch.zeros(1, width)}
     return config | dict(num_experts=1, num_experts_per_tok=1, norm_topk_prob=True, mlp_only_layers=[],
-                         moe_intermediate_size=n, shared_expert_intermediate_size=few), w
+                         moe_intermediate_size=size, shared_expert_intermediate_size=few), tensors
 
 # %% ../nbs/28_exchange.ipynb #parts
 def qwen_parts() -> str: # variants for runs/compare.ipynb
     "The default model, each part of the preset `qwen` alone, and the preset"
-    p = PRESETS['qwen']
-    alone = [{k: v} for k, v in p.items() if k not in ('activation', 'mlp_ratio')]
-    alone.append({k: p[k] for k in ('activation', 'mlp_ratio')})              # matched in size
-    plus = ['+'.join(f'{k}:{v}' for k, v in d.items()) for d in alone]
+    preset = PRESETS['qwen']
+    alone = [{k: v} for k, v in preset.items() if k not in ('activation', 'mlp_ratio')]
+    alone.append({k: preset[k] for k in ('activation', 'mlp_ratio')})              # matched in size
+    plus = ['+'.join(f'{k}:{v}' for k, v in fields.items()) for fields in alone]
     return ' '.join(['GGGL', *(f'GGGL+{x}' for x in plus), 'qwen'])
 
 # %% ../nbs/28_exchange.ipynb #card
 def _lines(run) -> list: # what a run's evaluations and stages said
     out, name = [], Path(run).parent.name
-    for p in lineage(run):
-        if not (p/'meta.json').exists(): continue
-        s = stage_figures(p); b = s['figures'].get('val_bpb', {}).get('after')
-        end = f", validation bits per byte {b['value']:.4f}" if b else ''
-        data = s['train'].get('data', '-') or 'the shipped sample'            # no place on a disk
-        more = f" of {Path(data).name}" if s['stage'] == 'base' and data != '-' else ''
-        seen = f", {human(s['tokens'])} tokens{more}" if s['tokens'] else ''
-        out.append(f"- {s['stage']}: {s['step']:,} steps{seen}{end}")
-    return out + [f'- {k}: {v:.4f}' + (f' ± {e:.4f}' if e else '') for k, (v, e) in scores(name).items()]
+    for path in lineage(run):
+        if not (path/'meta.json').exists(): continue
+        stage = stage_figures(path); loss = stage['figures'].get('val_bpb', {}).get('after')
+        end = f", validation bits per byte {loss['value']:.4f}" if loss else ''
+        data = stage['train'].get('data', '-') or 'the shipped sample'            # no place on a disk
+        more = f" of {Path(data).name}" if stage['stage'] == 'base' and data != '-' else ''
+        seen = f", {human(stage['tokens'])} tokens{more}" if stage['tokens'] else ''
+        out.append(f"- {stage['stage']}: {stage['step']:,} steps{seen}{end}")
+    return out + [f'- {k}: {v:.4f}' + (f' ± {error:.4f}' if error else '') for k, (v, error) in scores(name).items()]
 
 # %% ../nbs/28_exchange.ipynb #card-b
 def model_card(model:HybridModel, meta:dict, kind:str) -> str: # Markdown
     "What a stranger has to know"
-    cfg, c, code = model.cfg, model.param_counts(), kind == 'hf'
+    cfg, counts, code = model.cfg, model.param_counts(), kind == 'hf'
     origin = meta.get('nanochat') or {}
     lines = _lines(meta['path']) if meta.get('path') and not origin else []
     if 'val_bpb' in origin: lines.append(f"- validation bits per byte in nanochat: {origin['val_bpb']}")
@@ -252,7 +254,7 @@ tags: [nano_dh, gated-deltanet]
 ---
 # {Path(meta['path']).parent.name if meta.get('path') else 'A nano_dh model'}
 
-{human(c['total'])} parameters ({human(c['scaling'])} in matrices and head), {cfg.n_layer} layers `{''.join(cfg.layer_types)}`
+{human(counts['total'])} parameters ({human(counts['scaling'])} in matrices and head), {cfg.n_layer} layers `{''.join(cfg.layer_types)}`
 (G Gated DeltaNet, L attention, S attention in a window), {cfg.vocab_size:,} tokens, trained on rows of {cfg.sequence_len:,}. {what}
 
 ```python
@@ -294,17 +296,16 @@ def save_pretrained(self:HybridModel,
     "Write a folder that transformers opens"
     from huggingface_hub import save_torch_state_dict
     if format not in FORMATS: raise _unknown(format)
-    config, w = FORMATS[format](self); _empty(folder)
+    config, tensors = FORMATS[format](self); _empty(folder)
     if dtype and dtype not in DTYPES: raise FileError(f'dtype {dtype!r}: known: {", ".join(DTYPES)}')
     if dtype: # the decay stays exact
-        w = {k: t if k.endswith(('A_log', 'dt_bias')) else t.to(DTYPES[dtype]) for k, t in w.items()}
-    own = lambda t: t if t.untyped_storage().nbytes() == t.nbytes else t.clone()
-    w = {k: own(t) for k, t in w.items()}                                     # no hidden rows
+        tensors = {k: v if k.endswith(('A_log', 'dt_bias')) else v.to(DTYPES[dtype]) for k, v in tensors.items()}
+    tensors = {k: v if v.untyped_storage().nbytes() == v.nbytes else v.clone() for k, v in tensors.items()} # no hidden rows
     config |= dict(dtype=dtype or str(self.wte.weight.dtype).removeprefix('torch.')) | _ids(tokenizer)
     folder = Path(folder).absolute(); folder.parent.mkdir(parents=True, exist_ok=True)
     tmp = Path(tempfile.mkdtemp(dir=folder.parent, prefix='.unfinished-'))
     try:
-        save_torch_state_dict(w, tmp)
+        save_torch_state_dict(tensors, tmp)
         (tmp/'config.json').write_text(json.dumps(config, indent=1))
         (tmp/'generation_config.json').write_text(json.dumps(_ids(tokenizer)))
         (tmp/'README.md').write_text(model_card(self, meta or {}, format))
@@ -320,25 +321,26 @@ def _tensors(folder): # every tensor of the safetensors files
     from safetensors.torch import load_file
     files = sorted(Path(folder).glob('*.safetensors'))
     if not files: raise FileError(f'{folder} has no .safetensors file; give the folder of dh_export')
-    return {k: t for f in files for k, t in load_file(f).items()}
+    return {k: v for file in files for k, v in load_file(file).items()}
 
 def read_exported(folder:str|Path): # -> (HybridModel in eval mode on the CPU, Tokenizer or None, meta)
     "A folder that `save_pretrained` wrote with format hf"
-    p, no = Path(folder), lambda why: FileError(f'{folder}{why}; give a folder of dh_export --format hf')
-    try: c = json.loads((p/'config.json').read_text())
-    except (OSError, ValueError) as e: raise no(f': no readable config.json ({type(e).__name__})') from None
-    if c.get('model_type') != 'nano_dh': raise no(f" is a {c.get('model_type')!r}")
-    cfg, w = HybridConfig.from_dict(c['hybrid']), _tensors(p)
+    path = Path(folder)
+    def no(why): return FileError(f'{folder}{why}; give a folder of dh_export --format hf')
+    try: config = json.loads((path/'config.json').read_text())
+    except (OSError, ValueError) as error: raise no(f': no readable config.json ({type(error).__name__})') from None
+    if config.get('model_type') != 'nano_dh': raise no(f" is a {config.get('model_type')!r}")
+    cfg, tensors = HybridConfig.from_dict(config['hybrid']), _tensors(path)
     with torch.device('meta'): model = HybridModel(cfg)
-    for k, t in model.state_dict().items():
-        if k in w and w[k].shape[1:] == t.shape[1:] and len(w[k]) < len(t) == cfg.padded_vocab:
-            w[k] = torch.cat([w[k], w[k].new_zeros(len(t) - len(w[k]), t.shape[1])])
-    have, want = ({k: tuple(t.shape) for k, t in d.items()} for d in (w, model.state_dict()))
+    for k, v in model.state_dict().items():
+        if k in tensors and tensors[k].shape[1:] == v.shape[1:] and len(tensors[k]) < len(v) == cfg.padded_vocab:
+            tensors[k] = torch.cat([tensors[k], tensors[k].new_zeros(len(v) - len(tensors[k]), v.shape[1])])
+    have, want = ({k: tuple(v.shape) for k, v in found.items()} for found in (tensors, model.state_dict()))
     if off := sorted(k for k in have.keys() | want.keys() if have.get(k) != want.get(k)):
         raise no(f': tensors do not fit its config.json ({", ".join(off[:3])})')
-    model = model.to_empty(device='cpu'); model.load_state_dict(w)
-    tok = Tokenizer.from_hf(p) if (p/'tokenizer.json').exists() else None
-    return model.eval(), tok, dict(step=0, model=cfg.to_dict(), path=str(p.absolute()))
+    model = model.to_empty(device='cpu'); model.load_state_dict(tensors)
+    tok = Tokenizer.from_hf(path) if (path/'tokenizer.json').exists() else None
+    return model.eval(), tok, dict(step=0, model=cfg.to_dict(), path=str(path.absolute()))
 
 @patch(cls_method=True)
 def from_pretrained(cls:HybridModel, folder:str|Path) -> HybridModel: # on the CPU, in eval mode
@@ -370,10 +372,10 @@ def placed(argv:list, *names # words of a command line; fields that the first on
           ) -> list: # with names
     "Words before the first option get the names of fields"
     names, out = iter(names), list(argv)
-    for i, w in enumerate(argv):
-        name = None if w.startswith('-') else next(names, None)
+    for i, word in enumerate(argv):
+        name = None if word.startswith('-') else next(names, None)
         if name is None: break
-        out[i] = f'--{name}={w}'
+        out[i] = f'--{name}={word}'
     return out
 
 # %% ../nbs/28_exchange.ipynb #run
@@ -410,13 +412,13 @@ def dh_import(argv:list|None=None): # default: the command line
     try:
         path = import_run(options(placed(sys.argv[1:] if argv is None else argv, 'folder', 'run'), ImportConfig))
         print(f'run {path.parent.name}, step {int(path.name.split(".")[0])}: dh_chat --model {path.parent.name}')
-    except _FAILS as e: sys.exit(f'dh_import: {e}')
+    except _FAILS as error: sys.exit(f'dh_import: {error}')
 
 def dh_export(argv:list|None=None): # default: the command line
     "Console command: write a run as a folder that transformers opens"
     try:
         cfg = options(placed(sys.argv[1:] if argv is None else argv, 'run', 'out'), ExportConfig)
-        path = export_run(cfg); size = sum(f.stat().st_size for f in path.iterdir())
+        path = export_run(cfg); size = sum(file.stat().st_size for file in path.iterdir())
         trust = ', trust_remote_code=True' if cfg.format == 'hf' else ''
         print(f"{human(size, unit='B')}: AutoModelForCausalLM.from_pretrained({cfg.out!r}{trust})")
-    except _FAILS as e: sys.exit(f'dh_export: {e}')
+    except _FAILS as error: sys.exit(f'dh_export: {error}')

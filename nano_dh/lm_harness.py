@@ -21,24 +21,24 @@ def grouped(pairs:list, # (context ids, continuation ids)
            ) -> tuple[list, list]: # items of chapter 18; for each, which pairs its rows are
     "Continuations of the same context together"
     by, items, owners = {}, [], []
-    for i, (c, _) in enumerate(pairs): by.setdefault(tuple(c), []).append(i)
-    for c, own in by.items():
-        rows = [[*c, *pairs[i][1]] for i in own]
-        cut = [max(0, len(r) - (max_len or len(r))) for r in rows]
-        starts = [max(len(c) - k, 1) for k in cut]
-        items.append(Item([r[k:] for r, k in zip(rows, cut)], starts, 0, len(items))); owners.append(own)
+    for i, (context, _) in enumerate(pairs): by.setdefault(tuple(context), []).append(i)
+    for context, own in by.items():
+        rows = [[*context, *pairs[i][1]] for i in own]
+        cut = [max(0, len(row) - (max_len or len(row))) for row in rows]
+        starts = [max(len(context) - k, 1) for k in cut]
+        items.append(Item([row[k:] for row, k in zip(rows, cut)], starts, 0, len(items))); owners.append(own)
     return items, owners
 
 def loglikelihoods(score:ModelScorer, pairs:list, # (context ids, continuation ids)
                    max_len:int|None=None
                   ) -> list: # (nats, is it what greedy decoding writes)
     "Of each continuation; one of no tokens is certain"
-    full = [i for i, (_, t) in enumerate(pairs) if t]
+    full = [i for i, (_, target) in enumerate(pairs) if target]
     out = [(0., True)]*len(pairs)
     items, owners = grouped([pairs[i] for i in full], max_len)
-    for it, own, (losses, right) in zip(items, owners, score(items)):
-        for j, r, s, loss, ok in zip(own, it.rows, it.starts, losses, right):
-            out[full[j]] = -loss*(len(r) - s), bool(ok)
+    for item, own, (losses, right) in zip(items, owners, score(items)):
+        for at, row, start, loss, ok in zip(own, item.rows, item.starts, losses, right):
+            out[full[at]] = -loss*(len(row) - start), bool(ok)
     return out
 
 # %% ../nbs/28b_lm_harness.ipynb #chat
@@ -48,9 +48,9 @@ def chat_string(conv:list, # messages
                 open_answer:bool=True # the assistant's turn begins
                ) -> str:
     "A conversation as a string that `special_ids` reads"
-    conv = [dict(m, content=m['content'].replace(MARK, '')) if isinstance(m['content'], str) else m for m in conv]
+    conv = [dict(message, content=message['content'].replace(MARK, '')) if isinstance(message['content'], str) else message for message in conv]
     last = conv[-1]['role'] == 'assistant' and not open_answer                # the harness goes on writing it
-    parts = [f'{MARK}{t}{MARK}' if special else t for t, special, _ in segments(messages(conv))]
+    parts = [f'{MARK}{text}{MARK}' if special else text for text, special, _ in segments(messages(conv))]
     return ''.join(parts[:-1] if last else parts + [f'{MARK}<|assistant_start|>{MARK}']*open_answer)
 
 def special_ids(tok, text:str) -> list[int]: # without BOS, unless the text has it
@@ -100,26 +100,26 @@ def _loglikelihood_tokens(self:Harness, requests, disable_tqdm=False, chunk=1024
     from tqdm import tqdm
     order = sorted(range(len(requests)), key=lambda i: (-len(requests[i][1]), requests[i][1]))
     out = [None]*len(requests)
-    for a in tqdm(range(0, len(order), chunk), disable=disable_tqdm, desc='nano_dh'):
-        part = order[a:a+chunk]
+    for at in tqdm(range(0, len(order), chunk), disable=disable_tqdm, desc='nano_dh'):
+        part = order[at:at+chunk]
         got = loglikelihoods(self.score, [requests[i][1:] for i in part], self.most)
-        for i, r in zip(part, got):
-            out[i] = r
-            if requests[i][0] is not None: self.cache_hook.add_partial('loglikelihood', requests[i][0], r)
+        for i, result in zip(part, got):
+            out[i] = result
+            if requests[i][0] is not None: self.cache_hook.add_partial('loglikelihood', requests[i][0], result)
     return out
 
 @patch
 def loglikelihood_rolling(self:Harness, requests, disable_tqdm=False):
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-    out, rows, n = [], [], self.max_length
-    for r in requests:
-        ids = self.tok_encode(r.args[0], add_special_tokens=False)
-        windows = get_rolling_token_windows(ids, self.prefix_token_id, n, 1)
-        rows.append([(None, *make_disjoint_window(w)) for w in windows])
-    got = iter(self._loglikelihood_tokens([w for ws in rows for w in ws], disable_tqdm))
-    for r, ws in zip(requests, rows):
+    out, rows, length = [], [], self.max_length
+    for request in requests:
+        ids = self.tok_encode(request.args[0], add_special_tokens=False)
+        windows = get_rolling_token_windows(ids, self.prefix_token_id, length, 1)
+        rows.append([(None, *make_disjoint_window(window)) for window in windows])
+    got = iter(self._loglikelihood_tokens([window for ws in rows for window in ws], disable_tqdm))
+    for request, ws in zip(requests, rows):
         out.append(sum(next(got)[0] for _ in ws))
-        self.cache_hook.add_partial('loglikelihood_rolling', r.args, out[-1])
+        self.cache_hook.add_partial('loglikelihood_rolling', request.args, out[-1])
     return out
 
 # %% ../nbs/28b_lm_harness.ipynb #generate
@@ -129,17 +129,17 @@ def generate_until(self:Harness, requests, disable_tqdm=False):
     from lm_eval.models.utils import normalize_gen_kwargs
     self.engine = self.engine or Engine(self.model, self.tok)
     asked = []
-    for r in requests:
-        context, kw = r.args[0], normalize_gen_kwargs(r.args[1], self.max_gen_toks)
-        ids, n = self.tok_encode(context), kw['max_gen_toks']
-        if self.engine.max_len: ids = ids[-max(1, self.engine.max_len - n - 1):]
+    for request in requests:
+        context, kw = request.args[0], normalize_gen_kwargs(request.args[1], self.max_gen_toks)
+        ids, limit = self.tok_encode(context), kw['max_gen_toks']
+        if self.engine.max_len: ids = ids[-max(1, self.engine.max_len - limit - 1):]
         how = dict(top_k=kw.get('top_k') or 0, top_p=kw.get('top_p') or 1.) if kw.get('do_sample') else {}
-        asked.append(self.engine.submit(Request(ids, n, temperature=kw.get('temperature', 0.),
-                                                stop=tuple(s for s in kw['until'] if s), **how)))
+        asked.append(self.engine.submit(Request(ids, limit, temperature=kw.get('temperature', 0.),
+                                                stop=tuple(x for x in kw['until'] if x), **how)))
     out = []
-    for r, s in zip(requests, asked):
-        out.append(s.result().text)
-        self.cache_hook.add_partial('generate_until', r.args, out[-1])
+    for request, x in zip(requests, asked):
+        out.append(x.result().text)
+        self.cache_hook.add_partial('generate_until', request.args, out[-1])
     return out
 
 # %% ../nbs/28b_lm_harness.ipynb #register

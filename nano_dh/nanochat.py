@@ -23,21 +23,21 @@ def renamed(name:str # of a parameter of nanochat
            ) -> str: # of the same parameter here
     "Our name for it, without what torch.compile and DDP put before"
     name = name.replace('_orig_mod.', '').removeprefix('module.')
-    for a, b in RENAMES: name = name.replace(a, b)
+    for theirs, ours in RENAMES: name = name.replace(theirs, ours)
     return name
 
 # %% ../nbs/11b_nanochat.ipynb #era
-def _up(n, of): return -(-n//of//128)*128 # an of-th, rounded up to 128
+def _up(number, of): return -(-number//of//128)*128 # an of-th, rounded up to 128
 
-def era(w:dict, # renamed weights
-        n:int   # sequence length
+def era(tensors:dict, # renamed weights
+        length:int   # sequence length
        ) -> tuple[dict, list]: # fields of the configuration, what is to be said
     "The constants of the version that wrote these weights"
-    gates = [v.shape[1] for k, v in w.items() if k.endswith('ve_gate.weight')]
-    if 'smear_gate.weight' in w: return dict(ve_gate_channels=(gates or [12])[0]), []
+    gates = [v.shape[1] for k, v in tensors.items() if k.endswith('ve_gate.weight')]
+    if 'smear_gate.weight' in tensors: return dict(ve_gate_channels=(gates or [12])[0]), []
     if gates and gates[0] == 12:
-        return dict(qk_scale=1.15, window=_up(n, 3)), ['of March 2026: q and k times 1.15']
-    kw = dict(qk_scale=1., rope_base=1e4, window=max(n//2, 1), value_embeds=bool(gates))
+        return dict(qk_scale=1.15, window=_up(length, 3)), ['of March 2026: q and k times 1.15']
+    kw = dict(qk_scale=1., rope_base=1e4, window=max(length//2, 1), value_embeds=bool(gates))
     if gates: kw |= dict(ve_gate_channels=gates[0])
     return kw, ['of before March 2026: q and k times 1, wavelengths up to 10,000, softcap 15 '
                 '(if it was trained in the first week of that month: softcap=20)']
@@ -46,92 +46,94 @@ def era(w:dict, # renamed weights
 NEUTRAL = dict(resid_lambdas=1., x0_lambdas=0., smear_lambda=0., backout_lambda=0.)
 NEUTRAL['smear_gate.weight'] = 0.
 
-def completed(w:dict, want:dict # renamed weights; name -> shape of all parameters
+def completed(tensors:dict, want:dict # renamed weights; name -> shape of all parameters
              ) -> list: # what is to be said
     "Give an old checkpoint the parameters that it lacks, with values that change nothing"
-    lacks = [k for k in NEUTRAL if k in want and k not in w]
-    for k in lacks: w[k] = torch.full(want[k], NEUTRAL[k])
-    old = [k for k in w if k.endswith('ve_gate.weight') and w[k].shape[1] == 32]
+    lacks = [k for k in NEUTRAL if k in want and k not in tensors]
+    for k in lacks: tensors[k] = torch.full(want[k], NEUTRAL[k])
+    old = [k for k in tensors if k.endswith('ve_gate.weight') and tensors[k].shape[1] == 32]
     if old: # it multiplied by 2 sigmoid
-        for k in w:
-            if k.startswith('value_embeds.'): w[k] = w[k].float()*(2/3)
+        for k in tensors:
+            if k.startswith('value_embeds.'): tensors[k] = tensors[k].float()*(2/3)
     return [f'without {", ".join(k.split(".")[0] for k in lacks)}: neutral values']*bool(lacks)
 
 # %% ../nbs/11b_nanochat.ipynb #config
 SIZES = 'sequence_len vocab_size n_layer n_head n_kv_head n_embd'.split()
 
-def nanochat_config(c:dict, w:dict, # model_config of the meta file; renamed weights
+def nanochat_config(sizes:dict, tensors:dict, # model_config of the meta file; renamed weights
                     **fields        # of HybridConfig, instead of what the signs say
                    ) -> tuple[HybridConfig, list]: # and what is to be said
     "The preset `nanochat` in the sizes and constants of a checkpoint"
-    if lacks := [k for k in SIZES if not isinstance(c.get(k), int)]:
-        raise FileError(f'model_config has no whole number {lacks[0]!r}, but {", ".join(c) or "nothing"}; is '
-                        'this the meta file of nanochat?')
-    n, letters = c['n_layer'], c.get('window_pattern', 'L').upper()
-    layers = [letters[i % len(letters)] for i in range(n - 1)] + ['L']     # it ends every pattern in L
+    if lacks := [k for k in SIZES if not isinstance(sizes.get(k), int)]:
+        raise FileError(f'model_config has no whole number {lacks[0]!r}, but '
+                        f'{", ".join(sizes) or "nothing"}; is this the meta file of nanochat?')
+    depth, letters = sizes['n_layer'], sizes.get('window_pattern', 'L').upper()
+    layers = [letters[i % len(letters)] for i in range(depth - 1)] + ['L'] # it ends every pattern in L
     pure = len(set(letters)) == 1 and letters != 'L'*len(letters)
-    kw, said = era(w, c['sequence_len'])
-    head = c['n_embd']//c['n_head']
-    kw |= dict(d_model=c['n_embd'], head_dim=head, **{k: c[k] for k in SIZES[:2] + SIZES[3:5]})
+    kw, said = era(tensors, sizes['sequence_len'])
+    head = sizes['n_embd']//sizes['n_head']
+    kw |= dict(d_model=sizes['n_embd'], head_dim=head)
+    kw |= {k: sizes[k] for k in SIZES[:2] + SIZES[3:5]}
     kw |= dict(n_v_head=1, head_v_dim=head, head_k_dim=head)               # of no use without G
     pattern = ''.join(layers) if pure else letters
-    if 'window_pattern' not in c: said = said + ['no window_pattern: full attention']
-    return HybridConfig.from_depth(n, pattern, 'nanochat', **kw | fields), said
+    if 'window_pattern' not in sizes: said = said + ['no window_pattern: full attention']
+    return HybridConfig.from_depth(depth, pattern, 'nanochat', **kw | fields), said
 
 # %% ../nbs/11b_nanochat.ipynb #weights
 def _weights(path): # renamed
-    try: w = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+    try: tensors = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
     except FileNotFoundError: raise
-    except Exception as e:
-        raise FileError(f'{path} is no file of weights and nothing else ({type(e).__name__}); give '
-                        'the model_*.pt that nanochat wrote') from None
-    if not isinstance(w, dict) or not all(isinstance(v, Tensor) for v in w.values()):
+    except Exception as error:
+        raise FileError(f'{path} is no file of weights and nothing else ({type(error).__name__}); '
+                        'give the model_*.pt that nanochat wrote') from None
+    if not isinstance(tensors, dict) or not all(isinstance(v, Tensor) for v in tensors.values()):
         raise FileError(f'{path} holds no dictionary of tensors; give the model_*.pt of nanochat')
-    return {renamed(k): v for k, v in w.items()}
+    return {renamed(k): v for k, v in tensors.items()}
 
-def _fill(model, w, path): # rows that pad the vocabulary become zero
+def _fill(model, tensors, path): # rows that pad the vocabulary become zero
     want, V = model.state_dict(), model.cfg.padded_vocab
-    for k, v in w.items():
+    for k, v in tensors.items():
         if k in want and v.ndim == 2 and len(want[k]) == V and len(v) < V:
-            w[k] = torch.cat([v, v.new_zeros(V - len(v), v.shape[1])])
-    lacks, extra = sorted(want.keys() - w.keys()), sorted(w.keys() - want.keys())
-    bad = [f'{k} {tuple(v.shape)}, not {tuple(want[k].shape)}' for k, v in w.items()
+            tensors[k] = torch.cat([v, v.new_zeros(V - len(v), v.shape[1])])
+    lacks, extra = sorted(want.keys() - tensors.keys()), sorted(tensors.keys() - want.keys())
+    bad = [f'{k} {tuple(v.shape)}, not {tuple(want[k].shape)}' for k, v in tensors.items()
            if k in want and v.shape != want[k].shape]
     if lacks or extra or bad:
         raise FileError(f'{path} is of a version that is not known here: lacks {lacks[:3]}, '
                         f'unused {extra[:3]}, other shapes {bad[:2]}; load it with nanochat itself')
-    model.load_state_dict(w)
+    model.load_state_dict(tensors)
 
 # %% ../nbs/11b_nanochat.ipynb #steps
 def nanochat_steps(path:str|Path # folder
                   ) -> list[int]: # [] if it holds no checkpoint of nanochat
     "Steps of a folder that nanochat wrote"
-    found = [re.fullmatch(r'model_(\d+)\.pt', f.name) for f in Path(path).glob('model_*.pt')]
-    return sorted(int(m[1]) for m in found if m and Path(path, f'meta_{m[1]}.json').exists())
+    found = [re.fullmatch(r'model_(\d+)\.pt', file.name) for file in Path(path).glob('model_*.pt')]
+    steps = [match[1] for match in found if match]
+    return sorted(int(step) for step in steps if Path(path, f'meta_{step}.json').exists())
 
 def _files(path, step): # of one step
     have = nanochat_steps(path)
     if step is None and have: step = have[-1]
     if step not in have:
         raise FileError(f'{path} has no checkpoint of step {step}; it has {have}')
-    named = lambda kind, end: next(Path(path).glob(f'{kind}_*{step:06}.{end}'))
+    def named(kind, end): return next(Path(path).glob(f'{kind}_*{step:06}.{end}'))
     return named('model', 'pt'), named('meta', 'json'), step
 
 # %% ../nbs/11b_nanochat.ipynb #tok
 def nanochat_tokenizer(path:str|Path # folder of a checkpoint or of a tokenizer, or the .pkl itself
                       ) -> Tokenizer|None: # None: there is none
     "The tokenizer that belongs to a nanochat checkpoint"
-    p = Path(path).absolute()
-    places = [p] if p.suffix == '.pkl' else [p/'tokenizer.pkl', *(
-        q/'tokenizer'/'tokenizer.pkl' for q in (p, *p.parents[:2]))]
-    file = next((q for q in places if q.exists()), None)
+    place = Path(path).absolute()
+    places = [place] if place.suffix == '.pkl' else [place/'tokenizer.pkl', *(
+        folder/'tokenizer'/'tokenizer.pkl' for folder in (place, *place.parents[:2]))]
+    file = next((folder for folder in places if folder.exists()), None)
     if file is None: return None
     tok = Tokenizer.from_file(file)
     if (table := file.with_name('token_bytes.pt')).exists():
         said = torch.load(table, map_location='cpu', weights_only=True)
-        n = min(len(said), tok.vocab_size)
-        off = int((said[:n] != tok.token_bytes()[:n]).sum())
-        if off: print0(f'{table}: {off} of {n} lengths are not those of the tokens; the bytes of '
+        both = min(len(said), tok.vocab_size)
+        off = int((said[:both] != tok.token_bytes()[:both]).sum())
+        if off: print0(f'{table}: {off} of {both} lengths are not those of the tokens; the bytes of '
                        'the tokens count here')
     return tok
 
@@ -140,11 +142,11 @@ STAGES = dict(base='base', mid='mid', chatsft='sft', chatrl='rl') # folder befor
 
 def _about(path, step, stage, fields): # -> renamed weights, config, meta; nothing large is read
     file, about, step = _files(path, step)
-    origin, w = json.loads(about.read_text()), _weights(file)
-    cfg, said = nanochat_config(origin.get('model_config') or {}, w, **fields)
+    origin, tensors = json.loads(about.read_text()), _weights(file)
+    cfg, said = nanochat_config(origin.get('model_config') or {}, tensors, **fields)
     kind = Path(path).absolute().parent.name.removesuffix('_checkpoints')
     saved = datetime.fromtimestamp(file.stat().st_mtime).isoformat(timespec='seconds')
-    return w, cfg, dict(step=step, saved=saved, model=cfg.to_dict(), path=str(file.parent),
+    return tensors, cfg, dict(step=step, saved=saved, model=cfg.to_dict(), path=str(file.parent),
                         notes=said, file=file.name, optimizer=False, world_size=1,
                         train=dict(stage=stage or STAGES.get(kind, 'base')), nanochat=origin)
 
@@ -161,14 +163,14 @@ def read_nanochat(path:str|Path,      # folder with model_*.pt and meta_*.json
                   **fields            # of HybridConfig, instead of what the file's signs say
                  ): # -> (HybridModel in eval mode on the CPU, Tokenizer or None, meta)
     "A model that nanochat trained; says what had to be filled in"
-    w, cfg, meta = _about(path, step, stage, fields)
+    tensors, cfg, meta = _about(path, step, stage, fields)
     with torch.device('meta'): model = HybridModel(cfg)
-    meta['notes'] += completed(w, {k: v.shape for k, v in model.state_dict().items()})
-    _fill(model := model.to_empty(device='cpu'), w, meta['file'])
+    meta['notes'] += completed(tensors, {k: v.shape for k, v in model.state_dict().items()})
+    model = model.to_empty(device='cpu'); _fill(model, tensors, meta['file'])
     tok = nanochat_tokenizer(tokenizer or path)
     if tok is not None and tok.vocab_size != cfg.vocab_size:
         raise FileError(f'{tok.name}: the tokenizer has {tok.vocab_size} tokens, the model '
                         f'{cfg.vocab_size}; give the right one as tokenizer=')
     if tok is None: meta['notes'].append('no tokenizer.pkl beside it: give tokenizer=')
-    for s in meta['notes']: print0(f"{meta['file']}, {s}")
+    for note in meta['notes']: print0(f"{meta['file']}, {note}")
     return model.eval(), tok, meta

@@ -22,11 +22,11 @@ class NanoDHConfig(PretrainedConfig):
     def __init__(self, hybrid:dict|None=None, # as HybridConfig.to_dict, pattern with a letter a layer
                  **kw):                       # of transformers
         self.hybrid = hybrid or {}
-        h = SimpleNamespace(**self.hybrid)
+        fields = SimpleNamespace(**self.hybrid)
         if hybrid:
-            kw |= dict(vocab_size=h.vocab_size, hidden_size=h.d_model, num_hidden_layers=h.n_layer,
-                       num_attention_heads=h.n_head, num_key_value_heads=h.n_kv_head,
-                       max_position_embeddings=h.sequence_len)
+            kw |= dict(vocab_size=fields.vocab_size, hidden_size=fields.d_model, num_hidden_layers=fields.n_layer,
+                       num_attention_heads=fields.n_head, num_key_value_heads=fields.n_kv_head,
+                       max_position_embeddings=fields.sequence_len)
         super().__init__(**kw)
 
     @property
@@ -42,42 +42,42 @@ class Linear(nn.Linear):
     def __init__(self, n_in, n_out): super().__init__(n_in, n_out, bias=False)
 
 def rotation(pos:Tensor, # (B, T) positions
-             n:int,      # channels that rotate
+             channels:int,      # channels that rotate
              base:float  # slowest wavelength / 2 pi
             ) -> tuple:  # cos, sin (B, T, 1, n/2)
     "Angles in float64, where the device has it"
-    f = torch.float32 if pos.device.type == 'mps' else torch.float64
-    a = pos[..., None, None].to(f) * base**(-torch.arange(0, n, 2, device=pos.device, dtype=f)/n)
-    return a.cos(), a.sin()
+    exact = torch.float32 if pos.device.type == 'mps' else torch.float64
+    angle = pos[..., None, None].to(exact) * base**(-torch.arange(0, channels, 2, device=pos.device, dtype=exact)/channels)
+    return angle.cos(), angle.sin()
 
 def rotate(x, cos, sin): # x (B, T, H, D)
-    cos, sin, n = cos.to(x.dtype), sin.to(x.dtype), cos.shape[-1]
-    a, b, rest = x.split([n, n, x.shape[-1] - 2*n], -1)
-    return torch.cat([a*cos + b*sin, b*cos - a*sin, rest], -1)
+    cos, sin, half = cos.to(x.dtype), sin.to(x.dtype), cos.shape[-1]
+    first, second, rest = x.split([half, half, x.shape[-1] - 2*half], -1)
+    return torch.cat([first*cos + second*sin, second*cos - first*sin, rest], -1)
 
 # %% ../nbs/27d_standalone.ipynb #delta
 def delta_rule(q:Tensor, k:Tensor,    # (B, T, H, K), of length one
                v:Tensor,              # (B, T, HV, V)
                g:Tensor, beta:Tensor, # (B, T, HV) log decay <= 0, write strength
                S:Tensor,              # (B, HV, K, V) memory, float32
-               C:int=64               # tokens of a chunk
+               chunk:int=64           # tokens of a piece
               ) -> tuple:             # (B, T, HV, V), the new memory
     "Gated delta rule (Yang et al., 2024, arXiv:2412.06464)"
-    T, R = v.shape[1], v.shape[2]//q.shape[2]
-    q, k = (t.repeat_interleave(R, 2) for t in (q*q.shape[-1]**-.5, k))
-    xs = [t.transpose(1, 2).to(S.dtype) for t in (q, k, v, g, beta)]        # (B, HV, T, ...)
-    out, low = [], torch.ones(C, C, dtype=torch.bool, device=v.device).tril()
-    for a in range(0, T, C):
-        q, k, v_, g, b = (t[:, :, a:a+C] for t in xs)
-        n = g.shape[-1]; see = low[:n, :n]
-        D = (g[..., None]*see.tril(-1)).cumsum(-2).masked_fill(~see, -torch.inf).exp()
-        e, b = g.cumsum(-1).exp()[..., None], b[..., None]
-        A = (k @ k.mT)*D*b
-        u = torch.linalg.solve_triangular(A.tril(-1), b*(v_ - e*(k @ S)), upper=False,
-                                          unitriangular=True)
-        out.append(((q @ k.mT)*D) @ u + e*(q @ S))
-        S = e[..., -1:, :]*S + (k*D[..., -1, :, None]).mT @ u
-    return torch.cat(out, 2).transpose(1, 2).to(v.dtype), S
+    T, share = v.shape[1], v.shape[2]//q.shape[2]
+    q, k = (x.repeat_interleave(share, 2) for x in (q*q.shape[-1]**-.5, k))
+    whole = [x.transpose(1, 2).to(S.dtype) for x in (q, k, v, g, beta)]     # (B, HV, T, ...)
+    out, low, dtype = [], torch.ones(chunk, chunk, dtype=torch.bool, device=v.device).tril(), v.dtype
+    for at in range(0, T, chunk):
+        q, k, v, g, beta = (x[:, :, at:at+chunk] for x in whole)
+        size = g.shape[-1]; see = low[:size, :size]
+        decay = (g[..., None]*see.tril(-1)).cumsum(-2).masked_fill(~see, -torch.inf).exp()
+        since, beta = g.cumsum(-1).exp()[..., None], beta[..., None]
+        system = ((k @ k.mT)*decay*beta).tril(-1)
+        new = torch.linalg.solve_triangular(system, beta*(v - since*(k @ S)), upper=False,
+                                            unitriangular=True)
+        out.append(((q @ k.mT)*decay) @ new + since*(q @ S))
+        S = since[..., -1:, :]*S + (k*decay[..., -1, :, None]).mT @ new
+    return torch.cat(out, 2).transpose(1, 2).to(dtype), S
 
 # %% ../nbs/27d_standalone.ipynb #memory
 class Memory:
@@ -86,19 +86,19 @@ class Memory:
     valid = key_pos = pos = prev = None # (B, seen) bool, (B, seen), (B,), (B, 1, d)
     def get_seq_length(self, *_): return self.seen # what transformers asks of a cache
     def reorder_cache(self, rows:Tensor): # rows: (B,) which go on
-        pick = lambda t: t.index_select(0, rows.to(t.device))
-        self.layers = [{k: pick(t) for k, t in l.items()} for l in self.layers]
-        for n in ('valid', 'key_pos', 'pos', 'prev'):
-            if getattr(self, n) is not None: setattr(self, n, pick(getattr(self, n)))
+        def pick(x): return x.index_select(0, rows.to(x.device))
+        self.layers = [{k: pick(v) for k, v in layer.items()} for layer in self.layers]
+        for name in ('valid', 'key_pos', 'pos', 'prev'):
+            if getattr(self, name) is not None: setattr(self, name, pick(getattr(self, name)))
 
     def begin(self, valid:Tensor): # (B, T) bool of a new piece
         "Positions of the piece, and which earlier tokens there are"
-        n = valid.long().cumsum(1)
+        number = valid.long().cumsum(1)
         start = 0 if self.pos is None else self.pos[:, None]
-        pos, self.pos = (start + n - 1).clamp_min(0), (start + n)[:, -1]
-        join = lambda old, new: new if old is None else torch.cat([old, new], 1)
-        self.valid, self.key_pos = join(self.valid, valid), join(self.key_pos, pos)
-        self.seen += valid.shape[1]
+        pos, self.pos = (start + number - 1).clamp_min(0), (start + number)[:, -1]
+        if self.seen: valid = torch.cat([self.valid, valid], 1)
+        self.key_pos = torch.cat([self.key_pos, pos], 1) if self.seen else pos
+        self.valid, self.seen = valid, valid.shape[1]
         return pos
 
 # %% ../nbs/27d_standalone.ipynb #piece
@@ -112,109 +112,109 @@ class Piece:
     pos: Tensor          # (B, T)
     plain: bool          # nothing is padded
     def mask(self, window): # (B, 1, T, seen) bool: what each token may look at; None is all of it
-        m, T = self.memory, self.idx.shape[1]
-        if self.plain and (window is None or m.seen <= window + 1) and T in (1, m.seen): return None
-        at = torch.arange(m.seen, device=self.idx.device)
-        ok = (at <= at[-T:, None]) & m.valid[:, None]
-        if window is not None: ok = ok & (self.pos[..., None] - m.key_pos[:, None] <= window)
+        memory, T = self.memory, self.idx.shape[1]
+        if self.plain and (window is None or memory.seen <= window + 1) and T in (1, memory.seen): return None
+        at = torch.arange(memory.seen, device=self.idx.device)
+        ok = (at <= at[-T:, None]) & memory.valid[:, None]
+        if window is not None: ok = ok & (self.pos[..., None] - memory.key_pos[:, None] <= window)
         return (ok | (at == at[-T:, None]))[:, None]                # padding sees itself: no empty row
 
 # %% ../nbs/27d_standalone.ipynb #attn
 class Attention(nn.Module):
     "Gated softmax attention"
-    def __init__(self, h, i, window=None):
+    def __init__(self, cfg, i, window=None):
         super().__init__()
-        d, H, HK, D = h.d_model, h.n_head, h.n_kv_head, h.head_dim
-        self.n_head, self.n_kv_head, self.head_dim, self.value_dim = H, HK, D, HK*D
-        self.window, self.scale, self.index = window, h.qk_scale**2 * D**-.5, i
-        self.c_q, self.c_k, self.c_v = Linear(d, H*D), Linear(d, HK*D), Linear(d, HK*D)
-        self.c_proj = Linear(H*D, d)
-        n = dict(none=0, headwise=H, elementwise=H*D)[h.attn_gate]
-        if n: self.gate = Linear(d, n)
-        if has_ve(h, i): self.ve_gate = Linear(h.ve_gate_channels, HK)
+        width, H, HK, size = cfg.d_model, cfg.n_head, cfg.n_kv_head, cfg.head_dim
+        self.n_head, self.n_kv_head, self.head_dim, self.value_dim = H, HK, size, HK*size
+        self.window, self.scale, self.index = window, cfg.qk_scale**2 * size**-.5, i
+        self.c_q, self.c_k, self.c_v = Linear(width, H*size), Linear(width, HK*size), Linear(width, HK*size)
+        self.c_proj = Linear(H*size, width)
+        gates = dict(none=0, headwise=H, elementwise=H*size)[cfg.attn_gate]
+        if gates: self.gate = Linear(width, gates)
+        if has_ve(cfg, i): self.ve_gate = Linear(cfg.ve_gate_channels, HK)
 
-    def forward(self, x, p, ve=None): # (B, T, d), Piece, value embedding
-        q, k, v = (f(x).unflatten(-1, (-1, self.head_dim)) for f in (self.c_q, self.c_k, self.c_v))
+    def forward(self, x, piece, ve=None): # (B, T, d), Piece, value embedding
+        q, k, v = (matrix(x).unflatten(-1, (-1, self.head_dim)) for matrix in (self.c_q, self.c_k, self.c_v))
         if ve is not None: v = v + opened(self.ve_gate, x)*ve.view(v.shape)
         q, k = norm(q), norm(k)
-        if p.rope is not None: q, k = rotate(q, *p.rope), rotate(k, *p.rope)
-        q, k, v, kept = *(t.transpose(1, 2) for t in (q, k, v)), p.memory.layers[self.index]
+        if piece.rope is not None: q, k = rotate(q, *piece.rope), rotate(k, *piece.rope)
+        q, k, v, kept = *(t.transpose(1, 2) for t in (q, k, v)), piece.memory.layers[self.index]
         if kept: k, v = torch.cat([kept['k'], k], 2), torch.cat([kept['v'], v], 2)
         kept.update(k=k, v=v)
-        mask = p.mask(self.window)
-        o = F.scaled_dot_product_attention(
+        mask = piece.mask(self.window)
+        out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, scale=self.scale, enable_gqa=self.n_head != self.n_kv_head,
             is_causal=mask is None and q.shape[2] > 1).transpose(1, 2)
-        if hasattr(self, 'gate'): o = o*self.gate(x).sigmoid().unflatten(-1, (self.n_head, -1))
-        return self.c_proj(o.flatten(-2))
+        if hasattr(self, 'gate'): out = out*self.gate(x).sigmoid().unflatten(-1, (self.n_head, -1))
+        return self.c_proj(out.flatten(-2))
 
 # %% ../nbs/27d_standalone.ipynb #delta-layer
 class GatedDelta(nn.Module):
     "Gated DeltaNet"
-    def __init__(self, h, i):
+    def __init__(self, cfg, i):
         super().__init__()
-        d, H, K, HV, V = h.d_model, h.n_qk_head, h.head_k_dim, h.n_v_head, h.head_v_dim
+        width, H, K, HV, V = cfg.d_model, cfg.n_qk_head, cfg.head_k_dim, cfg.n_v_head, cfg.head_v_dim
         self.dims, self.value_dim, self.index = (H, K, HV, V), HV*V, i
-        self.beta_max, self.z_silu = 2. if h.neg_eigval else 1., getattr(h, 'z_gate', '') == 'silu'
-        self.q_proj, self.k_proj = Linear(d, H*K), Linear(d, H*K)
-        self.v_proj, self.z_proj = Linear(d, HV*V), Linear(d, HV*V)
-        self.a_proj, self.b_proj, self.o_proj = Linear(d, HV), Linear(d, HV), Linear(HV*V, d)
-        self.conv_weight = nn.Parameter(torch.zeros(2*H*K + HV*V, h.conv_size))
+        self.beta_max, self.z_silu = 2. if cfg.neg_eigval else 1., getattr(cfg, 'z_gate', '') == 'silu'
+        self.q_proj, self.k_proj = Linear(width, H*K), Linear(width, H*K)
+        self.v_proj, self.z_proj = Linear(width, HV*V), Linear(width, HV*V)
+        self.a_proj, self.b_proj, self.o_proj = Linear(width, HV), Linear(width, HV), Linear(HV*V, width)
+        self.conv_weight = nn.Parameter(torch.zeros(2*H*K + HV*V, cfg.conv_size))
         self.A_log, self.dt_bias = (nn.Parameter(torch.zeros(HV)) for _ in range(2))
         self.o_norm = nn.Parameter(torch.ones(V))
-        if has_ve(h, i): self.ve_gate = Linear(h.ve_gate_channels, HV)
+        if has_ve(cfg, i): self.ve_gate = Linear(cfg.ve_gate_channels, HV)
 
     def mixed(self, x, kept): # convolution over time; kept: its last inputs
-        y = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1).mT       # (B, C, T)
-        W = self.conv_weight.shape[1] - 1
-        y = torch.cat([kept['conv'] if kept else y.new_zeros(*y.shape[:2], W), y], -1)
-        kept['conv'] = y[..., y.shape[-1] - W:]
-        w = self.conv_weight.to(y.dtype)[:, None]
-        y = F.silu(F.conv1d(y, w, groups=len(w))).mT
+        mix = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1).mT       # (B, C, T)
+        past = self.conv_weight.shape[1] - 1
+        mix = torch.cat([kept['conv'] if kept else mix.new_zeros(*mix.shape[:2], past), mix], -1)
+        kept['conv'] = mix[..., mix.shape[-1] - past:]
+        weight = self.conv_weight.to(mix.dtype)[:, None]
+        mix = F.silu(F.conv1d(mix, weight, groups=len(weight))).mT
         H, K, HV, V = self.dims
-        q, k, v = y.split([H*K, H*K, HV*V], -1)
-        unit = lambda t: (t*(t.square().sum(-1, keepdim=True) + 1e-6).rsqrt()).to(y.dtype)
-        return *(unit(t.float().unflatten(-1, (H, K))) for t in (q, k)), v.unflatten(-1, (HV, V))
+        q, k, v = mix.split([H*K, H*K, HV*V], -1)
+        def unit(x): return (x*(x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()).to(v.dtype)
+        return *(unit(part.float().unflatten(-1, (H, K))) for part in (q, k)), v.unflatten(-1, (HV, V))
 
-    def forward(self, x, p, ve=None): # as of Attention
-        x, kept = x*p.valid[..., None], p.memory.layers[self.index]
+    def forward(self, x, piece, ve=None): # as of Attention
+        x, kept = x*piece.valid[..., None], piece.memory.layers[self.index]
         S = kept.get('S')
         q, k, v = self.mixed(x, kept)
         if S is None: S = x.new_zeros(len(x), *(self.dims[i] for i in (2, 1, 3)), dtype=torch.float32)
         if ve is not None: v = v + opened(self.ve_gate, x)*ve.view(v.shape)
         g = -self.A_log.float().exp()*F.softplus(self.a_proj(x).float() + self.dt_bias.float())
         beta = self.beta_max*self.b_proj(x).float().sigmoid()
-        g, beta = (t*p.valid[..., None] for t in (g, beta))
-        o, kept['S'] = delta_rule(q, k, v, g, beta, S)
-        z = self.z_proj(x); z = F.silu(z) if self.z_silu else z.sigmoid()
-        return self.o_proj((norm(o)*self.o_norm.to(o.dtype)*z.view(o.shape)).flatten(-2))
+        g, beta = (t*piece.valid[..., None] for t in (g, beta))
+        out, kept['S'] = delta_rule(q, k, v, g, beta, S)
+        gate = self.z_proj(x); gate = F.silu(gate) if self.z_silu else gate.sigmoid()
+        return self.o_proj((norm(out)*self.o_norm.to(out.dtype)*gate.view(out.shape)).flatten(-2))
 
 # %% ../nbs/27d_standalone.ipynb #rest
-def has_ve(h, i): return h.value_embeds and i % 2 == (h.n_layer - 1) % 2   # value embeddings in layer i
+def has_ve(cfg, i): return cfg.value_embeds and i % 2 == (cfg.n_layer - 1) % 2   # value embeddings in layer i
 def opened(gate, x): return 3*gate(x[..., :gate.in_features]).sigmoid()[..., None]
 
 ACTIVATIONS = dict(relu2=lambda x: F.relu(x).square(), gelu=F.gelu, silu=F.silu, swiglu=F.silu)
-MIXERS = dict(G=GatedDelta, L=Attention, S=lambda h, i: Attention(h, i, h.window))
+MIXERS = dict(G=GatedDelta, L=Attention, S=lambda cfg, i: Attention(cfg, i, cfg.window))
 
 class MLP(nn.Module):
     "Out, activation, back; `swiglu` has a second matrix that multiplies"
-    def __init__(self, h):
+    def __init__(self, cfg):
         super().__init__()
-        n, self.act = int(h.mlp_ratio*h.d_model), ACTIVATIONS[h.activation]
-        if h.activation == 'swiglu': n = max(32*round(n/32), 32)
-        self.c_fc, self.c_proj = Linear(h.d_model, n), Linear(n, h.d_model)
-        if h.activation == 'swiglu': self.c_up = Linear(h.d_model, n)
+        inner, self.act = int(cfg.mlp_ratio*cfg.d_model), ACTIVATIONS[cfg.activation]
+        if cfg.activation == 'swiglu': inner = max(32*round(inner/32), 32)
+        self.c_fc, self.c_proj = Linear(cfg.d_model, inner), Linear(inner, cfg.d_model)
+        if cfg.activation == 'swiglu': self.c_up = Linear(cfg.d_model, inner)
     def forward(self, x):
-        y = self.act(self.c_fc(x))
-        return self.c_proj(y*self.c_up(x) if hasattr(self, 'c_up') else y)
+        out = self.act(self.c_fc(x))
+        return self.c_proj(out*self.c_up(x) if hasattr(self, 'c_up') else out)
 
 class Block(nn.Module):
     "Mixer, then MLP"
-    def __init__(self, h, i):
+    def __init__(self, cfg, i):
         super().__init__()
-        self.mixer, self.mlp = MIXERS[h.pattern[i]](h, i), MLP(h)
-    def forward(self, x, p, ve=None):
-        x = x + self.mixer(norm(x), p, ve)
+        self.mixer, self.mlp = MIXERS[cfg.pattern[i]](cfg, i), MLP(cfg)
+    def forward(self, x, piece, ve=None):
+        x = x + self.mixer(norm(x), piece, ve)
         return x + self.mlp(norm(x))
 
 # %% ../nbs/27d_standalone.ipynb #model
@@ -227,16 +227,16 @@ class NanoDHForCausalLM(PreTrainedModel, GenerationMixin):
     _keep_in_fp32_modules_strict = _keep_in_fp32_modules = ['A_log', 'dt_bias']
     def __init__(self, config):
         super().__init__(config)
-        h, d, V, L = config.h, config.h.d_model, config.h.vocab_size, config.h.n_layer
-        self.wte = nn.Embedding(V, d)
-        self.blocks = nn.ModuleList(Block(h, i) for i in range(L))
-        self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(V, b.mixer.value_dim)
-                                           for i, b in enumerate(self.blocks) if has_ve(h, i)})
-        if not h.tie_embeddings: self.lm_head = Linear(d, V)
-        one = lambda n: nn.Parameter(torch.zeros(n))
-        if h.resid_scalars: self.resid_lambdas, self.x0_lambdas = one(L), one(L)
-        if h.smear: self.smear_gate, self.smear_lambda = Linear(24, 1), one(1)
-        if h.backout: self.backout_lambda = one(1)
+        cfg, width, V, depth = config.h, config.h.d_model, config.h.vocab_size, config.h.n_layer
+        self.wte = nn.Embedding(V, width)
+        self.blocks = nn.ModuleList(Block(cfg, i) for i in range(depth))
+        self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(V, block.mixer.value_dim)
+                                           for i, block in enumerate(self.blocks) if has_ve(cfg, i)})
+        if not cfg.tie_embeddings: self.lm_head = Linear(width, V)
+        def one(size): return nn.Parameter(torch.zeros(size))
+        if cfg.resid_scalars: self.resid_lambdas, self.x0_lambdas = one(depth), one(depth)
+        if cfg.smear: self.smear_gate, self.smear_lambda = Linear(24, 1), one(1)
+        if cfg.backout: self.backout_lambda = one(1)
         self.post_init()
 
     def get_input_embeddings(self): return self.wte
@@ -245,49 +245,49 @@ class NanoDHForCausalLM(PreTrainedModel, GenerationMixin):
     def _supports_default_dynamic_cache(cls): return False                # it brings its own memory
 
 # %% ../nbs/27d_standalone.ipynb #stream
-def stream(m:NanoDHForCausalLM, idx:Tensor, p:Piece) -> Tensor: # (B, T, d), normed
+def stream(model:NanoDHForCausalLM, idx:Tensor, piece:Piece) -> Tensor: # (B, T, d), normed
     "From tokens to what the head reads"
-    h, x = m.config.h, norm(m.wte(idx))*p.valid[..., None]
-    if h.smear:
-        first = x.new_zeros(len(x), 1, x.shape[-1]) if p.memory.prev is None else p.memory.prev
-        before, p.memory.prev = torch.cat([first, x[:, :-1]], 1), x[:, -1:]
-        x = x + m.smear_lambda.to(x.dtype)*m.smear_gate(x[..., :24]).sigmoid()*before
+    cfg, x = model.config.h, norm(model.wte(idx))*piece.valid[..., None]
+    if cfg.smear:
+        first = x.new_zeros(len(x), 1, x.shape[-1]) if piece.memory.prev is None else piece.memory.prev
+        before, piece.memory.prev = torch.cat([first, x[:, :-1]], 1), x[:, -1:]
+        x = x + model.smear_lambda.to(x.dtype)*model.smear_gate(x[..., :24]).sigmoid()*before
     x0 = x
-    for i, b in enumerate(m.blocks):
-        if h.resid_scalars: x = m.resid_lambdas[i].to(x.dtype)*x + m.x0_lambdas[i].to(x.dtype)*x0
-        ve = m.value_embeds[str(i)](idx).to(x.dtype) if has_ve(h, i) else None
-        x = b(x, p, ve)
-        if i == h.n_layer//2: mid = x
-    if h.backout: x = x - m.backout_lambda.to(x.dtype)*mid
+    for i, block in enumerate(model.blocks):
+        if cfg.resid_scalars: x = model.resid_lambdas[i].to(x.dtype)*x + model.x0_lambdas[i].to(x.dtype)*x0
+        ve = model.value_embeds[str(i)](idx).to(x.dtype) if has_ve(cfg, i) else None
+        x = block(x, piece, ve)
+        if i == cfg.n_layer//2: mid = x
+    if cfg.backout: x = x - model.backout_lambda.to(x.dtype)*mid
     return norm(x)
 
-def scores(m:NanoDHForCausalLM, x:Tensor) -> Tensor: # (..., vocab) float32
+def scores(model:NanoDHForCausalLM, x:Tensor) -> Tensor: # (..., vocab) float32
     "Capped logits"
-    w = m.wte.weight if m.config.h.tie_embeddings else m.lm_head.weight
-    z, cap = F.linear(x.float(), w.float()), m.config.h.softcap
-    return cap*torch.tanh(z/cap) if cap else z
+    weight = model.wte.weight if model.config.h.tie_embeddings else model.lm_head.weight
+    logits, cap = F.linear(x.float(), weight.float()), model.config.h.softcap
+    return cap*torch.tanh(logits/cap) if cap else logits
 
 # %% ../nbs/27d_standalone.ipynb #forward
 def forward(self, input_ids=None, attention_mask=None, labels=None, cache=None,
             past_key_values=None, use_cache=None, logits_to_keep=0, return_dict=True, **_):
     "Logits, the loss if there are labels, and the memory if it is wanted"
-    memory, (B, T), h = cache or past_key_values, input_ids.shape, self.config.h
+    memory, (B, T), cfg = cache or past_key_values, input_ids.shape, self.config.h
     keep = use_cache if use_cache is not None else not self.training
-    if memory is None or not isinstance(memory, Memory): memory = Memory(h.n_layer)
+    if memory is None or not isinstance(memory, Memory): memory = Memory(cfg.n_layer)
     valid = torch.ones_like(input_ids).bool()
     if attention_mask is not None: valid = attention_mask[:, -T:].bool()
     plain = bool(valid.all()) and (memory.valid is None or bool(memory.valid.all()))
     if memory.seen and not bool(valid[:, -1].all()):
         raise ValueError("padding at the right of a text that goes on: padding_side='left'")
     pos = memory.begin(valid)
-    n = dict(none=0, full=h.head_dim, partial=max(int(h.head_dim*h.partial_rotary)//2*2, 2))[h.pos]
-    rope = rotation(pos, n, h.rope_base) if n else None
+    channels = dict(none=0, full=cfg.head_dim, partial=max(int(cfg.head_dim*cfg.partial_rotary)//2*2, 2))[cfg.pos]
+    rope = rotation(pos, channels, cfg.rope_base) if channels else None
     x = stream(self, input_ids, Piece(input_ids, valid, memory, rope, pos, plain))
-    z = scores(self, x[:, -logits_to_keep:] if logits_to_keep else x)
+    logits = scores(self, x[:, -logits_to_keep:] if logits_to_keep else x)
     loss = None
     if labels is not None:
-        loss = F.cross_entropy(z[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
-    out = CausalLMOutputWithPast(loss=loss, logits=z, **{CACHE: memory if keep else None})
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+    out = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: memory if keep else None})
     return out if return_dict else out.to_tuple()
 
 def prepare(self, input_ids, attention_mask=None, cache=None, past_key_values=None, use_cache=True,

@@ -20,6 +20,9 @@ REPLACING = ( # modules that put a version of theirs in the place of one of volu
     'damage',
     'data_files',
     'data_folders',
+    'sharded_optim',
+    'safe_checkpoint',
+    'eval_records',
 )
 
 # %% ../nbs/14d_volume2.ipynb #added
@@ -31,6 +34,10 @@ ADDED = { # (module of volume 1, module of volume 2) -> the names of the second 
     ('dataset', 'data_files'): 'read_file repackage DAY MARK KINDS PACKED',
     ('dataset', 'downloads'): 'Again fetch download_hub download_hf SLOWEST CURABLE HUBS _stream',
     ('dataset', 'data_folders'): 'WORDS TITLE ABOUT _say',
+    ('optim', 'sharded_optim'): 'LocalShard ShardedBucket ShardedMuonAdamW copy_overlap reduce_scatter all_gather',
+    ('loss_eval', 'eval_records'): 'add_ranks write_record bpb_figures _plain',
+    ('checkpoint', 'safe_checkpoint'): 'verify set_aside dh_runs read_meta read_tokenizer foreign FOREIGN register_format',
+    ('core', 'safe_checkpoint'): 'run_stored',
 }
 
 # %% ../nbs/14d_volume2.ipynb #install

@@ -41,7 +41,8 @@ def one_step(rank, world):
 
 def odd(rank, world):
     "Sizes that no number of ranks divides: padded stacks and rows"
-    from nano_dh.optim import MuonAdamW, MuonOptions
+    from nano_dh.optim import MuonOptions
+    from nano_dh.sharded_optim import ShardedMuonAdamW as MuonAdamW
     gen = torch.Generator().manual_seed(3)
     shapes = dict(a=(8, 24), b=(8, 24), c=(8, 24), wte=(101, 16), v=(7,))
     ps = {n: torch.nn.Parameter(torch.randn(s, generator=gen)) for n, s in shapes.items()}

@@ -113,7 +113,7 @@ def test_three_steps():
         g = dict(g, params=[named[n] for n in g['names']])
         if g['kind'] == 'muon': g['options'] = MuonOptions(beta2=g.pop('beta2'))
         groups.append(g)
-    opt = MuonAdamW(groups, compile=False)
+    opt = MuonAdamW(groups)
     got = ref.steps(m, named, opt.param_groups, opt.step)
     assert np.allclose(got['losses'], want['losses'], rtol=1e-5)
     muon = {ref.kind(n) for g in groups if g['kind'] == 'muon' for n in g['names']}

@@ -210,19 +210,20 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     import errno
     from collections import namedtuple
     from torch.distributed.checkpoint.api import CheckpointException
-    from nano_dh import checkpoint as C
-    m = torch.nn.Linear(64, 64); C.save_checkpoint(tmp_path/'r', 1, m)
+    from nano_dh import safe_checkpoint as C
+    from nano_dh.checkpoint import save_checkpoint
+    m = torch.nn.Linear(64, 64); save_checkpoint(tmp_path/'r', 1, m)
     def full(e):
         def fn(*a, **kw): raise e
         return fn
     for e, free in ((OSError(errno.ENOSPC, 'No space left on device'), 2**30), (CheckpointException('', {}), 0)):
         monkeypatch.setattr(C, '_dcp', full(e))
         monkeypatch.setattr(C.shutil, 'disk_usage', lambda p, n=free: namedtuple('usage', 'total used free')(2**30, 0, n))
-        with pytest.raises(C.CheckpointError, match=r'the disk is full; a checkpoint takes about 16.6 KB, .* are free') as got: C.save_checkpoint(tmp_path/'r', 2, m)
+        with pytest.raises(C.CheckpointError, match=r'the disk is full; a checkpoint takes about 16.6 KB, .* are free') as got: save_checkpoint(tmp_path/'r', 2, m)
         assert '\n' not in str(got.value) and [c['step'] for c in C.checkpoints(tmp_path/'r')] == [1]
     monkeypatch.setattr(C, '_dcp', full(CheckpointException('', {})))
     monkeypatch.setattr(C.shutil, 'disk_usage', lambda p: namedtuple('usage', 'total used free')(2**30, 0, 2**30))
-    with pytest.raises(CheckpointException): C.save_checkpoint(tmp_path/'r', 2, m)          # any other failure as it is
+    with pytest.raises(CheckpointException): save_checkpoint(tmp_path/'r', 2, m)          # any other failure as it is
 
 # ---- a run that goes on
 
