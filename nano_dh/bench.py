@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['USUAL', 'STAGES', 'TABLES', 'BenchConfig', 'random_model', 'least_bytes', 'sync', 'clock', 'bandwidth', 'pretend',
-           'stepper', 'speed', 'free', 'ints', 'models', 'decode', 'context', 'prompt', 'first_token', 'through',
-           'engine', 'prefix', 'sample_tokens', 'train_a_little', 'one_by_one', 'agreement', 'agree', 'guess',
-           'Attending', 'attending', 'attention', 'pace', 'holds', 'stream', 'line', 'run_stage', 'bench',
+           'stepper', 'speed', 'free', 'ints', 'ready', 'models', 'decode', 'context', 'prompt', 'first_token',
+           'through', 'engine', 'prefix', 'sample_tokens', 'train_a_little', 'one_by_one', 'agreement', 'agree',
+           'guess', 'Attending', 'attending', 'attention', 'pace', 'holds', 'stream', 'line', 'run_stage', 'bench',
            'BenchReport', 'round_numbers']
 
 # %% ../nbs/17c_bench.ipynb #imports
@@ -56,10 +56,10 @@ USUAL = dict(
 @patch
 def resolved(self:BenchConfig) -> BenchConfig:
     "Every choice made"
-    dev = get_device(self.device)
-    usual = USUAL['gpu' if dev.type == 'cuda' else 'cpu']
-    left = {k: v for k, v in usual.items() if not getattr(self, k)}
-    return replace(self, device=str(dev), **left)
+    device = get_device(self.device)
+    usual = USUAL['gpu' if device.type == 'cuda' else 'cpu']
+    left = {name: value for name, value in usual.items() if not getattr(self, name)}
+    return replace(self, device=str(device), **left)
 
 # %% ../nbs/17c_bench.ipynb #model
 @torch.no_grad()
@@ -76,50 +76,48 @@ def random_model(cfg:BenchConfig, depth:int,
     m = m.to_empty(device=cfg.device).requires_grad_(False)
     gen = torch.Generator(cfg.device).manual_seed(seed)
     fixed = dict(A_log=1., dt_bias=-4., o_norm=1., resid_lambdas=1.)
-    for n, p in m.named_parameters():
-        if (last := n.split('.')[-1]) in fixed: p.fill_(fixed[last])
-        else: p.normal_(0, p.shape[-1]**-.5 if p.ndim == 2 else .1, generator=gen)
+    for name, param in m.named_parameters():
+        if (last := name.split('.')[-1]) in fixed: param.fill_(fixed[last])
+        else: param.normal_(0, param.shape[-1]**-.5 if param.ndim == 2 else .1, generator=gen)
     m.compute_dtype = compute_dtype(get_device(cfg.device))
     return m
 
 # %% ../nbs/17c_bench.ipynb #floor
 def least_bytes(model:HybridModel, rows:int, ctx:int) -> dict: # weights, state, kv
     "What a step must move: weights once, recurrent state both ways, keys and values"
-    held = lambda n: 'value_embeds' in n or n.startswith('wte') and not model.cfg.tie_embeddings
-    size = model.dtype.itemsize
-    w = sum(p.numel()*size for n, p in model.named_parameters() if p.ndim == 2 and not held(n))
-    state = model.state_bytes(0, rows)
-    attn = [b.mixer for b in model.blocks if hasattr(b.mixer, 'c_k')]
-    near = lambda m: ctx if m.window is None else min(ctx, m.window + 1)
-    kv = sum(rows*m.state_bytes(near(m), size) for m in attn)
-    return dict(weights=w, state=2*state, kv=kv)
+    size, tied = model.dtype.itemsize, model.cfg.tie_embeddings
+    read = [p for name, p in model.named_parameters() if p.ndim == 2 and
+            'value_embeds' not in name and (tied or not name.startswith('wte'))]
+    mixers = [block.mixer for block in model.blocks if hasattr(block.mixer, 'c_k')]
+    near = [ctx if mixer.window is None else min(ctx, mixer.window + 1) for mixer in mixers]
+    kv = sum(rows*mixer.state_bytes(n, size) for mixer, n in zip(mixers, near))
+    weights = sum(p.numel()*size for p in read)
+    return dict(weights=weights, state=2*model.state_bytes(0, rows), kv=kv)
 
 # %% ../nbs/17c_bench.ipynb #clock
-def sync(dev):
+def sync(device):
     "Wait for the device"
-    if str(dev).startswith('cuda'): torch.cuda.synchronize()
+    if str(device).startswith('cuda'): torch.cuda.synchronize()
 
-def clock(f, n:int, dev) -> float: # seconds a call
+def clock(function, n:int, device) -> float: # seconds a call
     "Mean time of n calls in a row, by the device's clock"
-    sync(dev)
-    if not str(dev).startswith('cuda'):
-        t = time.perf_counter()
-        for _ in range(n): f()
-        return (time.perf_counter() - t)/n
-    a, b = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    a.record()
-    for _ in range(n): f()
-    b.record(); b.synchronize()
-    return a.elapsed_time(b)/1e3/n
+    sync(device)
+    if not str(device).startswith('cuda'):
+        start = time.perf_counter()
+        for _ in range(n): function()
+        return (time.perf_counter() - start)/n
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(n): function()
+    end.record(); end.synchronize()
+    return start.elapsed_time(end)/1e3/n
 
 # %% ../nbs/17c_bench.ipynb #bandwidth
-def bandwidth(dev) -> float: # bytes a second
+def bandwidth(device) -> float: # bytes a second
     "What a large copy reaches, reading and writing"
-    n = 1 << (31 if str(dev).startswith('cuda') else 26)
-    x = torch.zeros(n, dtype=torch.uint8, device=dev); y = torch.empty_like(x)
-    f = lambda: y.copy_(x)
-    f()
-    return 2*n/min(clock(f, 3, dev) for _ in range(3))
+    n = 1 << (31 if str(device).startswith('cuda') else 26)
+    x = torch.zeros(n, dtype=torch.uint8, device=device); copied = x.clone()
+    return 2*n/min(clock(lambda: copied.copy_(x), 3, device) for _ in range(3))
 
 # %% ../nbs/17c_bench.ipynb #pretend
 def pretend(model:HybridModel, # from `inference_copy`
@@ -128,11 +126,11 @@ def pretend(model:HybridModel, # from `inference_copy`
            ) -> tuple: # ModelState, (rows,) last tokens
     "A state of random content that claims to have read ctx tokens"
     state = model.init_state(rows, ctx + room)
-    dev = state.pos.device; gen = torch.Generator(dev).manual_seed(1)
+    device = state.pos.device; gen = torch.Generator(device).manual_seed(1)
     for t in state.tensors():
         if t.is_floating_point(): t.normal_(0, .1, generator=gen)
     state.pos.fill_(ctx); state.n = ctx
-    return state, torch.randint(0, model.cfg.vocab_size, (rows,), device=dev, generator=gen)
+    return state, torch.randint(0, model.cfg.vocab_size, (rows,), device=device, generator=gen)
 
 # %% ../nbs/17c_bench.ipynb #stepper
 def stepper(model:HybridModel,  # from `inference_copy`
@@ -142,9 +140,9 @@ def stepper(model:HybridModel,  # from `inference_copy`
     state, tok = pretend(model, rows, ctx, room)
     if tok.is_cuda and HAS_TRITON:
         state.n = None
-        dec = Decoder(model, state, tok); dec.live.fill_(1); dec.top_k.fill_(50)
-        dec.key.copy_(torch.arange(rows))
-        return lambda: dec.replay(rows), state
+        decoder = Decoder(model, state, tok); decoder.live.fill_(1); decoder.top_k.fill_(50)
+        decoder.key.copy_(torch.arange(rows))
+        return lambda: decoder.replay(rows), state
     def step(): tok.copy_(model(tok[:, None], state=state)[:, -1].argmax(-1))
     return step, state
 
@@ -154,11 +152,11 @@ def speed(model, rows, ctx, steps, bw) -> dict:
     "Time of decoding steps against the floor"
     step, state = stepper(model, rows, ctx, steps + 16)
     for _ in range(3): step()
-    s = clock(step, steps, state.pos.device)
-    parts = least_bytes(model, rows, ctx + steps//2)
-    return dict(rows=rows, context=ctx, tokens_s=rows/s, step_us=s*1e6,
-                floor_us=sum(parts.values())/bw*1e6, share=sum(parts.values())/bw/s,
-                state_mb=state.nbytes()/1e6, **{f'moved_{k}_mb': v/1e6 for k, v in parts.items()})
+    took = clock(step, steps, state.pos.device)
+    parts = least_bytes(model, rows, ctx + steps//2); floor = sum(parts.values())/bw
+    return dict(rows=rows, context=ctx, tokens_s=rows/took, step_us=took*1e6, floor_us=floor*1e6,
+                share=floor/took, state_mb=state.nbytes()/1e6,
+                **{f'moved_{part}_mb': size/1e6 for part, size in parts.items()})
 
 # %% ../nbs/17c_bench.ipynb #models
 def free():
@@ -166,149 +164,156 @@ def free():
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         gc.collect(); torch.cuda.empty_cache()
 
-def ints(s): return [int(x) for x in str(s).split()]
+def ints(text): return [int(word) for word in str(text).split()]
+
+def ready(cfg, depth, variant, **kw): # kw: as in `random_model`
+    "A random model, ready to decode"
+    model = random_model(cfg, depth, variant, **kw); model = inference_copy(model, model.dtype)
+    free()
+    return model
 
 def models(cfg, depths=None): # depth, variant, a model ready to decode
     for depth in ints(cfg.depths) if depths is None else depths:
-        for v in cfg.variants.split():
-            m = random_model(cfg, depth, v)
-            yield depth, v, inference_copy(m, m.dtype)
-            del m; free()
+        for variant in cfg.variants.split():
+            yield depth, variant, ready(cfg, depth, variant)
+            free()
 
 # %% ../nbs/17c_bench.ipynb #decode-stage
 def decode(cfg, bw):
     "Tokens a second of the step alone, by batch"
-    for depth, v, m in models(cfg):
+    for depth, variant, model in models(cfg):
         for B in ints(cfg.batches):
-            yield dict(depth=depth, variant=v, **speed(m, B, cfg.prompt, cfg.steps, bw))
+            yield dict(depth=depth, variant=variant, **speed(model, B, cfg.prompt, cfg.steps, bw))
             free()
 
 # %% ../nbs/17c_bench.ipynb #context-stage
 def context(cfg, bw):
     "The same by context, beside a control with attention only"
-    last, depth = ints(cfg.contexts)[-1], ints(cfg.depths)[0]
-    got = {}
-    for v in ('GGGL', cfg.control):
-        m = random_model(cfg, depth, v, sequence_len=last); m = inference_copy(m, m.dtype); free()
-        for ctx in ints(cfg.contexts):
-            got[v, ctx] = r = speed(m, cfg.context_batch, ctx, max(2, cfg.steps//4), bw)
-            yield dict(depth=depth, variant=v, **r)
+    contexts, depth, got = ints(cfg.contexts), ints(cfg.depths)[0], {}
+    for variant in ('GGGL', cfg.control):
+        model = ready(cfg, depth, variant, sequence_len=contexts[-1])
+        for ctx in contexts:
+            got[variant, ctx] = record = speed(model, cfg.context_batch, ctx,
+                                               max(2, cfg.steps//4), bw)
+            yield dict(depth=depth, variant=variant, **record)
             free()
-        del m; free()
-    for ctx in ints(cfg.contexts):
-        share = lambda k: got['GGGL', ctx][k]/got[cfg.control, ctx][k]
+        del model; free()
+    for ctx in contexts:
+        ours, control = got['GGGL', ctx], got[cfg.control, ctx]
         yield dict(depth=depth, variant=f'GGGL / {cfg.control}', context=ctx,
-                   rows=cfg.context_batch, tokens_s_ratio=share('tokens_s'),
-                   state_ratio=share('state_mb'))
+                   rows=cfg.context_batch, tokens_s_ratio=ours['tokens_s']/control['tokens_s'],
+                   state_ratio=ours['state_mb']/control['state_mb'])
 
 # %% ../nbs/17c_bench.ipynb #first-token
 def prompt(cfg, n, seed=0): # n random tokens
     gen = torch.Generator().manual_seed(seed)
     return torch.randint(0, cfg.vocab_size, (n,), generator=gen).tolist()
 
-def first_token(e, tokens) -> float: # seconds
+def first_token(engine, tokens) -> float: # seconds
     "From the request to its first token, on an engine that has nothing else to do"
-    sync(e.device); t = time.perf_counter()
-    e.generate(tokens, max_tokens=1, top_k=50, stop_tokens=())
-    return time.perf_counter() - t
+    sync(engine.device); start = time.perf_counter()
+    engine.generate(tokens, max_tokens=1, top_k=50, stop_tokens=())
+    return time.perf_counter() - start
 
 # %% ../nbs/17c_bench.ipynb #through
-def through(cfg, m, B): # B requests that start together
-    e = Engine(m, max_rows=B, prefix_bytes=0)
+def through(cfg, model, B): # B requests that start together
+    engine, out = Engine(model, max_rows=B, prefix_bytes=0), {}
     asks = [prompt(cfg, cfg.prompt, i) for i in range(B)]
-    how = dict(top_k=50, stop_tokens=())
-    put = lambda k: [e.submit(Request(p, max_tokens=k, seed=i, **how)) for i, p in enumerate(asks)]
-    count = lambda: sum(len(s.tokens) for s in streams)
-    e.run(put(4)); out = {}                                           # compiles, records
+    def put(n): return [engine.submit(Request(ids, max_tokens=n, seed=i, top_k=50, stop_tokens=()))
+                        for i, ids in enumerate(asks)]
+    def count(): return sum(len(s.tokens) for s in streams)
+    def now(): sync(engine.device); return time.perf_counter()
+    engine.run(put(4))                                                # compiles, records
     if B == 1:
-        ms = [1e3*first_token(e, prompt(cfg, cfg.prompt, -1 - i)) for i in range(6)]
+        ms = [1e3*first_token(engine, prompt(cfg, cfg.prompt, -1 - i)) for i in range(6)]
         out['first_ms'] = median(ms[1:])
-    streams = put(3*cfg.steps + 4*B); t = time.perf_counter()         # first in, first to write
-    while not all(s.tokens for s in streams): e.step()
-    sync(e.device); t1, k = time.perf_counter(), count()
+    streams, start = put(3*cfg.steps + 4*B), now()                    # first in, first to write
+    while not all(s.tokens for s in streams): engine.step()
+    written, read = now(), count()
     for _ in range(3*cfg.steps):
         if any(s.done for s in streams): break                        # all rows busy, or it ends
-        e.step()
-    sync(e.device); t2, made = time.perf_counter(), count() - k
+        engine.step()
+    end, made = now(), count() - read
     for s in streams: s.cancel()
-    e.run(streams)
-    return out | dict(tokens_s=made/(t2 - t1), prefill_tokens_s=B*cfg.prompt/(t1 - t))
+    engine.run(streams)
+    return out | dict(tokens_s=made/(end - written),
+                      prefill_tokens_s=B*cfg.prompt/(written - start))
 
 # %% ../nbs/17c_bench.ipynb #engine-stage
 def engine(cfg, bw):
     "Tokens a second through the whole engine, sampling and reading back included; first tokens"
-    for depth, v, m in models(cfg):
+    for depth, variant, model in models(cfg):
         for B in ints(cfg.batches):
-            yield dict(depth=depth, variant=v, rows=B, prompt=cfg.prompt, **through(cfg, m, B))
+            yield dict(depth=depth, variant=variant, rows=B, prompt=cfg.prompt,
+                       **through(cfg, model, B))
             free()
 
 # %% ../nbs/17c_bench.ipynb #prefix-stage
 def prefix(cfg, bw):
     "Time to the first token, with and without what an earlier prompt left behind"
-    depth = ints(cfg.depths)[0]
-    m = random_model(cfg, depth, 'GGGL'); m = inference_copy(m, m.dtype); free()
+    depth = ints(cfg.depths)[0]; model = ready(cfg, depth, 'GGGL')
     for n in ints(cfg.prefixes):
-        shared, tail = prompt(cfg, n), [prompt(cfg, 50, 1 + i) for i in range(6)]
-        make = lambda b, **kw: Engine(m, max_rows=1, prefix_bytes=b, **kw)
-        engines = dict(cold=make(0), pieces=make(0, reads=STRIDE), warm=make(4 << 30))
+        shared, tails = prompt(cfg, n), [prompt(cfg, 50, 1 + i) for i in range(6)]
+        def new(size, **kw): return Engine(model, max_rows=1, prefix_bytes=size, **kw)
+        engines = dict(cold=new(0), pieces=new(0, reads=STRIDE), warm=new(4 << 30))
         ms, kept = {}, engines['warm'].prefix
-        for k, e in engines.items():
-            for t in (tail[0], tail[0] + [1]): first_token(e, shared + t)   # compiles, fills
-            ms[k] = median([1e3*first_token(e, shared + t) for t in tail[1:]])
+        for name, engine in engines.items():
+            for tail in (tails[0], tails[0] + [1]): first_token(engine, shared + tail) # fills
+            ms[name] = median([1e3*first_token(engine, shared + tail) for tail in tails[1:]])
         yield dict(depth=depth, shared=n, cold_ms=ms['cold'], pieces_ms=ms['pieces'],
                    warm_ms=ms['warm'], sooner=min(ms['cold'], ms['pieces'])/ms['warm'],
                    hits=kept.hits, cache_mb=kept.nbytes/1e6)
 
 # %% ../nbs/17c_bench.ipynb #agree-train
 def sample_tokens(cfg, n): # n tokens of the shipped text: two bytes each, one for few words
-    text, k = bytearray(), 2 if cfg.vocab_size >= 1 << 14 else 1
-    for t in open_data().texts('train', 10_000_000):
-        text += bytes(b & 127 for b in t.encode())
-        if len(text) >= k*n: break
-    x = torch.tensor(list(text[:len(text)//k*k])).view(-1, k)
+    data, k = bytearray(), 2 if cfg.vocab_size >= 1 << 14 else 1
+    for text in open_data().texts('train', 10_000_000):
+        data += bytes(byte & 127 for byte in text.encode())
+        if len(data) >= k*n: break
+    x = torch.tensor(list(data[:len(data)//k*k])).view(-1, k)
     return (x * torch.tensor([128, 1][2-k:])).sum(1)[:n]
 
-def train_a_little(m:HybridModel, x:Tensor, steps:int, rows:int=16, length:int=256, lr:float=1e-3):
+def train_a_little(model:HybridModel, x:Tensor, steps:int, rows:int=16, length:int=256,
+                   lr:float=1e-3):
     "A few steps of AdamW on a text; returns the last loss"
-    m.requires_grad_(True); opt = torch.optim.AdamW(m.parameters(), lr, weight_decay=0.)
+    model.requires_grad_(True); opt = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.)
     gen = torch.Generator().manual_seed(0)
     for i in range(steps):
         at = torch.randint(0, len(x) - length - 1, (rows,), generator=gen)
-        b = x[at[:, None] + torch.arange(length + 1)].to(m.wte.weight.device)
-        for g in opt.param_groups: g['lr'] = lr*min(1, (i+1)/10, (steps-i)/(steps/2))
-        loss = m(b[:, :-1], targets=b[:, 1:])
+        batch = x[at[:, None] + torch.arange(length + 1)].to(model.wte.weight.device)
+        opt.param_groups[0]['lr'] = lr*min(1, (i+1)/10, (steps-i)/(steps/2))
+        loss = model(batch[:, :-1], targets=batch[:, 1:])
         loss.backward(); opt.step(); opt.zero_grad()
-    m.requires_grad_(False)
+    model.requires_grad_(False)
     return loss.item()
 
 # %% ../nbs/17c_bench.ipynb #one-by-one
-def one_by_one(m, x, P): # -> logits (rows, vocab) at each token from P on
-    (N, T), size = x.shape, m.cfg.vocab_size
-    state, dec = m.init_state(N, T), None
-    for i in range(0, P, GRID): m(x[:, i:min(i+GRID, P)], state=state, last_only=True)
+def one_by_one(model, x, known): # -> logits (rows, vocab) at each token after the known ones
+    (rows, T), V = x.shape, model.cfg.vocab_size
+    state, decoder = model.init_state(rows, T), None
+    for piece in x[:, :known].split(GRID, 1): model(piece, state=state, last_only=True)
     if x.is_cuda and HAS_TRITON:
-        state.n = None; dec = Decoder(m, state, x[:, 0].clone()); dec.live.fill_(1)
-    for t in range(P, T):
-        if dec is None: z = m(x[:, t:t+1], state=state)[:, 0]
-        else:
-            dec.tok.copy_(x[:, t]); z = dec.replay(N)[:, :size]
-            z = dec.cap*torch.tanh(z/dec.cap) if dec.cap else z
-        yield z
+        state.n = None; decoder = Decoder(model, state, x[:, 0].clone()); decoder.live.fill_(1)
+    for at in range(known, T):
+        if decoder is None: yield model(x[:, at:at+1], state=state)[:, 0]; continue
+        decoder.tok.copy_(x[:, at]); logits, cap = decoder.replay(rows)[:, :V], decoder.cap
+        yield cap*torch.tanh(logits/cap) if cap else logits
 
 # %% ../nbs/17c_bench.ipynb #agreement
 @torch.inference_mode()
-def agreement(m:HybridModel, # from `inference_copy`
-              x:Tensor,      # (rows, prompt + new) tokens, all given
-              P:int) -> dict:
+def agreement(model:HybridModel, # from `inference_copy`
+              x:Tensor,          # (rows, prompt + new) tokens, all given
+              known:int          # tokens of the prompt
+             ) -> dict:
     "Reads whole texts at once and token by token; how often is the likeliest next token the same?"
-    N, n = len(x), x.shape[0]*(x.shape[1] - P)
-    whole = torch.cat([m(x[i:i+8])[:, P:] for i in range(0, N, 8)])            # (N, T-P, vocab)
+    n = x.shape[0]*(x.shape[1] - known)
+    whole = torch.cat([model(rows)[:, known:] for rows in x.split(8)])      # (rows, new, vocab)
     same, gaps, worst = 0, [], 0.
-    for w, z in zip(whole.unbind(1), one_by_one(m, x, P)):
-        a, b = z.argmax(-1), w.argmax(-1)
-        worst = max(worst, (z - w).abs().max().item()); same += (a == b).sum().item()
-        at = (a != b).nonzero()[:, 0]
-        gaps += (w[at, b[at]] - w[at, a[at]]).tolist()
+    for want, got in zip(whole.unbind(1), one_by_one(model, x, known)):
+        best, said = want.argmax(-1), got.argmax(-1)
+        worst = max(worst, (got - want).abs().max().item()); same += (said == best).sum().item()
+        at = (said != best).nonzero()[:, 0]
+        gaps += (want[at, best[at]] - want[at, said[at]]).tolist()
     top = whole.topk(2).values
     return dict(tokens=n, agree=same/n, worst_logit_difference=worst,
                 gap_of_disagreements_max=max(gaps, default=0.),
@@ -319,60 +324,57 @@ def agree(cfg, bw):
     "Decoding against the full forward, on a model that has learned a little"
     depth, gpu = ints(cfg.depths)[0], cfg.device.startswith('cuda')
     x = sample_tokens(cfg, 400_000 if gpu else 50_000)
-    N, P, T = (64, 128, 128) if gpu else (8, 70, 10)
-    held = x[-N*(P+T):].view(N, P+T).to(cfg.device)
-    for v in cfg.variants.split():
-        m = random_model(cfg, depth, v)
-        m.init_weights(0)
-        loss = train_a_little(m, x[:-N*(P+T)], cfg.train_steps, *((16, 512) if gpu else (4, 64)))
-        got = agreement(inference_copy(m, m.dtype), held, P)
-        yield dict(depth=depth, variant=v, loss=loss, **got)
-        del m; free()
+    rows, known, new = (64, 128, 128) if gpu else (8, 70, 10)
+    text, held = x[:-rows*(known + new)], x[-rows*(known + new):].view(rows, -1).to(cfg.device)
+    for variant in cfg.variants.split():
+        model = random_model(cfg, depth, variant); model.init_weights(0)
+        loss = train_a_little(model, text, cfg.train_steps, *((16, 512) if gpu else (4, 64)))
+        got = agreement(inference_copy(model, model.dtype), held, known)
+        yield dict(depth=depth, variant=variant, loss=loss, **got)
+        del model; free()
 
 # %% ../nbs/17c_bench.ipynb #guess-stage
 def guess(cfg, bw):
     "Drafts from the text against plain decoding: a text that goes on, one that repeats itself"
     depth, n = ints(cfg.depths)[0], 256 if cfg.device.startswith('cuda') else 64
-    m = random_model(cfg, depth, 'GGGL'); m = inference_copy(m, m.dtype); free()
-    x = sample_tokens(cfg, 2*n + 1).tolist()
-    other = lambda i, t: (t + (i % 50 == 25)) % cfg.vocab_size           # a change every 50
-    again = x[:n] + [other(i, t) for i, t in enumerate(x[:n+1])]
-    best = 1e6/speed(m, 1, n, max(cfg.steps, 10), bw)['step_us']
-    for kind, ids in (('goes on', x), ('repeats', again)):
-        r, given = Request(ids[:n], n), lambda z, pos: ids[pos]
+    model, x = ready(cfg, depth, 'GGGL'), sample_tokens(cfg, 2*n + 1).tolist()
+    changed = [(token + (i % 50 == 25)) % cfg.vocab_size for i, token in enumerate(x[:n+1])]
+    best = 1e6/speed(model, 1, n, max(cfg.steps, 10), bw)['step_us']
+    for kind, ids in (('goes on', x), ('repeats', x[:n] + changed)):
         def timed(most):
-            sync(m.wte.weight.device); t = time.perf_counter()
-            g = speculate(m, r, most, choose=given)
-            return time.perf_counter() - t, g
-        faster = lambda k: min((timed(k) for _ in range(2)), key=lambda a: a[0])
-        (plain, _), (t, g) = faster(0), faster(16)
-        yield dict(depth=depth, text=kind, tokens=n, passes=g.passes, accepted=g.accepted,
-                   drafted=g.drafted, guess_tokens_s=n/t, plain_tokens_s=n/plain,
-                   decoder_tokens_s=best)
+            sync(model.wte.weight.device); start = time.perf_counter()
+            got = speculate(model, Request(ids[:n], n), most, choose=lambda z, pos: ids[pos])
+            return time.perf_counter() - start, got
+        plain, took = (min((timed(most) for _ in range(2)), key=lambda pair: pair[0])
+                       for most in (0, 16))
+        yield dict(depth=depth, text=kind, tokens=n, passes=took[1].passes,
+                   accepted=took[1].accepted, drafted=took[1].drafted, guess_tokens_s=n/took[0],
+                   plain_tokens_s=n/plain[0], decoder_tokens_s=best)
 
 # %% ../nbs/17c_bench.ipynb #attending
 class Attending(Decoder):
     "Of a step the attention alone"
-    def step(self, r:int):
+    def step(self, rows:int):
         with on_device(self.tok):
-            for i, p in self.p.items(): self.z, _ = self._mixer(i, p[:r])
+            for i, x in self.projected.items(): self.z, _ = self._mixer(i, x[:rows])
 
 def attending(model:HybridModel, # from `inference_copy`
               ctx:int,           # tokens behind the row
               capacity:int|None=None): # slots of its state; more than ctx, default one more
     "A function that makes the attention of one step, in all layers, on a state of its own"
     state, tok = pretend(model, 1, ctx, (capacity or ctx + 1) - ctx)
-    attn = {i: b.mixer for i, b in enumerate(model.blocks) if hasattr(b.mixer, 'recall')}
-    draw = lambda *shape: torch.randn(*shape, device=tok.device, dtype=model.dtype)
+    mixers = {i: block.mixer for i, block in enumerate(model.blocks)
+              if hasattr(block.mixer, 'recall')}
+    def draw(*shape): return torch.randn(*shape, device=tok.device, dtype=model.dtype)
     if tok.is_cuda and HAS_TRITON and fits(model):
-        state.n = None; dec = Attending(model, state, tok); dec.live.fill_(1)
-        dec.p = {i: draw(1, len(b.fused)) for i, b in attn.items()}
-        return lambda: dec.replay(1)
-    heads = lambda b: [draw(1, 1, h, b.head_dim) for h in (b.n_head, b.n_kv_head, b.n_kv_head)]
-    qkv = {i: heads(b) for i, b in attn.items()}
+        state.n = None; decoder = Attending(model, state, tok); decoder.live.fill_(1)
+        decoder.projected = {i: draw(1, len(mixer.fused)) for i, mixer in mixers.items()}
+        return lambda: decoder.replay(1)
+    qkv = {i: [draw(1, 1, n, mixer.head_dim) for n in (mixer.n_head, *[mixer.n_kv_head]*2)]
+           for i, mixer in mixers.items()}
     def step(): # without kernels: the forward's own attention to a cache
         now = model._context(tok[:, None], state, None, None, None)
-        for i, b in attn.items(): b.recall(*qkv[i], now, state.layers[i])
+        for i, mixer in mixers.items(): mixer.recall(*qkv[i], now, state.layers[i])
     return step
 
 # %% ../nbs/17c_bench.ipynb #attention
@@ -381,41 +383,42 @@ def attention(model:HybridModel, ctx:int, capacity:int|None=None, # as in `atten
               calls:int=20 # that are timed
              ) -> float: # seconds
     "Time of a step's attention by itself, one row"
-    f = attending(model, ctx, capacity)
-    for _ in range(3): f()
-    s = clock(f, calls, model.wte.weight.device)
-    del f; free()
-    return s
+    step = attending(model, ctx, capacity)
+    for _ in range(3): step()
+    took = clock(step, calls, model.wte.weight.device)
+    del step; free()
+    return took
 
 # %% ../nbs/17c_bench.ipynb #pace
-def pace(e, s, k) -> float: # seconds a token
-    "Runs engine e until stream s has k tokens"
-    t, was = time.perf_counter(), len(s.tokens)
-    while len(s.tokens) < k and not s.done: e.step()
-    sync(e.device)
-    return (time.perf_counter() - t)/max(len(s.tokens) - was, 1)
+def pace(engine, stream, n) -> float: # seconds a token
+    "Runs an engine until a stream has n tokens"
+    start, was = time.perf_counter(), len(stream.tokens)
+    while len(stream.tokens) < n and not stream.done: engine.step()
+    sync(engine.device)
+    return (time.perf_counter() - start)/max(len(stream.tokens) - was, 1)
 
-def holds(e): # one slab
+def holds(engine): # one slab
     "Memory of the recurrent state, and all there is"
-    size = sum(l.S.nbytes + l.conv.nbytes for l in e.slabs[0].state.layers if hasattr(l, 'S'))
-    alloc = torch.cuda.memory_allocated() if e.device.type == 'cuda' else 0
+    layers = [layer for layer in engine.slabs[0].state.layers if hasattr(layer, 'S')]
+    size = sum(layer.S.nbytes + layer.conv.nbytes for layer in layers)
+    alloc = torch.cuda.memory_allocated() if engine.device.type == 'cuda' else 0
     return dict(recurrent_mb=size/1e6, allocated_mb=alloc/1e6)
 
 # %% ../nbs/17c_bench.ipynb #stream-stage
 def stream(cfg, bw):
     "A single answer that does not end: memory and speed on the way"
     depth, n = ints(cfg.depths)[0], cfg.stream
-    m = random_model(cfg, depth, 'GGGL'); m = inference_copy(m, m.dtype); free()
-    e, every, tail = Engine(m, max_rows=1, prefix_bytes=0), max(n//10, 8), max(n//200, 3)
-    s = e.submit(Request([1], max_tokens=n, seed=1, stop_tokens=()))
-    pace(e, s, tail); first = pace(e, s, 2*tail)
-    room = e.slabs[0].capacity
-    read = lambda k: (attention(m, k, room), least_bytes(m, 1, k)['kv']) # seconds, bytes
+    model, every, tail = ready(cfg, depth, 'GGGL'), max(n//10, 8), max(n//200, 3)
+    engine = Engine(model, max_rows=1, prefix_bytes=0)
+    one = engine.submit(Request([1], max_tokens=n, seed=1, stop_tokens=()))
+    pace(engine, one, tail); first = pace(engine, one, 2*tail)
+    room = engine.slabs[0].capacity
+    def read(k): return attention(model, k, room), least_bytes(model, 1, k)['kv'] # seconds, bytes
     begin, kv0 = read(2*tail)
     for k in range(every, n+1, every):
-        pace(e, s, min(k, n-1) - tail); held = holds(e); us = pace(e, s, min(k, n-1))*1e6
-        now, kv = read(len(s.tokens))
-        yield dict(depth=depth, tokens=len(s.tokens), step_us=us, attention_us=now*1e6,
+        pace(engine, one, min(k, n-1) - tail); held = holds(engine)
+        us = pace(engine, one, min(k, n-1))*1e6; now, kv = read(len(one.tokens))
+        yield dict(depth=depth, tokens=len(one.tokens), step_us=us, attention_us=now*1e6,
                    attention_gb_s=kv/now/1e9, explained_us=(first + now - begin)*1e6,
                    least_us=(first + (kv - kv0)/bw)*1e6, kv_mb=(kv - kv0)/1e6, **held)
 
@@ -427,9 +430,10 @@ def from_ns(cls:BenchConfig,
            ) -> BenchConfig:
     "From the parameters cell of a notebook; an unknown name or a wrong type is an error"
     given = {k: v for k, v in ns.items() if k not in before and k[0] != '_'}
-    lists = {f.name for f in fields(cls) if f.type is str} # '12 20', but 12 is a list as well
-    text = lambda k, v: str(v) if k in lists and type(v) is int else v
-    return checked(cls, {k: text(k, v) for k, v in given.items()})
+    for field in fields(cls): # '12 20' is a list, and 12 is one as well
+        if field.type is str and type(given.get(field.name)) is int:
+            given[field.name] = str(given[field.name])
+    return checked(cls, given)
 
 # %% ../nbs/17c_bench.ipynb #run
 STAGES = dict(decode=decode, context=context, engine=engine, prefix=prefix, agree=agree,
@@ -437,10 +441,10 @@ STAGES = dict(decode=decode, context=context, engine=engine, prefix=prefix, agre
 
 def line(rec:dict) -> str:
     "A record in one line"
-    def f(v):
-        if isinstance(v, float) and abs(v) < 1e4: return f'{v:,.4g}'
-        return f'{v:,.0f}' if isinstance(v, (int, float)) else v
-    rest = [f'{k} {f(v)}' for k, v in rec.items() if k != 'stage']
+    def shown(value):
+        if isinstance(value, float) and abs(value) < 1e4: return f'{value:,.4g}'
+        return f'{value:,.0f}' if isinstance(value, (int, float)) else value
+    rest = [f'{key} {shown(value)}' for key, value in rec.items() if key != 'stage']
     return ' '.join([rec.get('stage', ''), *rest])
 
 # %% ../nbs/17c_bench.ipynb #run-stage
@@ -463,13 +467,14 @@ def run_stage(name:str, # of STAGES
 def bench(cfg:BenchConfig,
           emit=None): # takes each record
     "Run the stages; a stage that fails is a record with its error, the others go on"
-    cfg, emit = cfg.resolved(), emit or (lambda r: None)
-    unknown = [s for s in cfg.stages.split() if s not in STAGES]
+    cfg, start = cfg.resolved(), time.monotonic()
+    unknown = [name for name in cfg.stages.split() if name not in STAGES]
     if unknown: raise ValueError(f'stage {unknown[0]!r}; known: {", ".join(STAGES)}')
-    gpu = cfg.device.startswith('cuda')
-    bw, t0 = bandwidth(cfg.device), time.monotonic()
-    def out(**rec): print(f'[{time.monotonic() - t0:6.1f}]', line(rec), flush=True); emit(rec)
-    name = torch.cuda.get_device_name() if gpu else cfg.device
+    def out(**rec):
+        print(f'[{time.monotonic() - start:6.1f}]', line(rec), flush=True)
+        if emit: emit(rec)
+    bw = bandwidth(cfg.device)
+    name = torch.cuda.get_device_name() if cfg.device.startswith('cuda') else cfg.device
     out(stage='machine', device=name, torch=torch.__version__, bandwidth_gb_s=bw/1e9)
     for name in cfg.stages.split(): run_stage(name, cfg, bw, out)
 
@@ -479,16 +484,15 @@ class BenchReport:
     def __init__(self): self.recs = []
     def add(self, rec:dict): self.recs.append(rec)
     def get(self, stage, *keys): # records of a stage that have these
-        return [r for r in self.recs if r['stage'] == stage and all(k in r for k in keys)]
+        return [rec for rec in self.recs if rec['stage'] == stage and all(k in rec for k in keys)]
 
     def table(self, stage:str, **columns # key -> (title, format)
              ) -> str: # markdown
         rows = self.get(stage, *columns)
         if not rows: return ''
-        cell = lambda r, k, f: f.format(r[k])
-        lines = [[t for t, _ in columns.values()], ['---']*len(columns),
-                 *([cell(r, k, f) for k, (_, f) in columns.items()] for r in rows)]
-        return '\n'.join('| ' + ' | '.join(l) + ' |' for l in lines)
+        lines = [[title for title, _ in columns.values()], ['---']*len(columns),
+                 *([form.format(rec[k]) for k, (_, form) in columns.items()] for rec in rows)]
+        return '\n'.join('| ' + ' | '.join(cells) + ' |' for cells in lines)
 
 # %% ../nbs/17c_bench.ipynb #tables
 _DEPTH, _KIND, _ROWS = ('depth', '{}'), ('model', '{}'), ('rows', '{}')
@@ -536,9 +540,9 @@ TABLES |= {
 @patch
 def tables(self:BenchReport) -> str:
     "Every table that has rows, as markdown"
-    made = {t: self.table(stage, **cols) for t, (stage, cols) in TABLES.items()}
-    errors = [f"{r['stage']} failed: {r['error']}" for r in self.recs if 'error' in r]
-    return '\n\n'.join([f'**{t}**\n\n{m}' for t, m in made.items() if m] + errors)
+    made = {title: self.table(stage, **cols) for title, (stage, cols) in TABLES.items()}
+    errors = [f"{rec['stage']} failed: {rec['error']}" for rec in self.recs if 'error' in rec]
+    return '\n\n'.join([f'**{title}**\n\n{rows}' for title, rows in made.items() if rows] + errors)
 
 # %% ../nbs/17c_bench.ipynb #round
 def round_numbers(lo:float, hi:float, # both positive
@@ -546,19 +550,19 @@ def round_numbers(lo:float, hi:float, # both positive
     "A few round numbers from lo to hi, for a logarithmic axis"
     from matplotlib.ticker import MaxNLocator
     tens = range(math.floor(math.log10(lo)), math.ceil(math.log10(hi)) + 1)
-    tries = [[a*10.**e for e in tens for a in (1, 2, 5)]]
-    tries += [[10.**e for e in tens if e % k == 0] for k in (1, 2, 4)]
-    for t in tries:
-        t = [x for x in t if lo <= x <= hi]
-        if 2 <= len(t) <= most: return t
+    tries = [[first*10.**ten for ten in tens for first in (1, 2, 5)]]
+    tries += [[10.**ten for ten in tens if ten % k == 0] for k in (1, 2, 4)]
+    for numbers in tries:
+        inside = [x for x in numbers if lo <= x <= hi]
+        if 2 <= len(inside) <= most: return inside
     even = MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(lo, hi)
     return [x for x in even.tolist() if lo <= x <= hi]
 
 # %% ../nbs/17c_bench.ipynb #panels
 def _curves(ax, rows, x, y, label, **kw): # a line for each label
-    for n, name in enumerate(dict.fromkeys(map(label, rows))):
-        mine = [r for r in rows if label(r) == name]
-        ax.loglog([r[x] for r in mine], [r[y] for r in mine], c=f'C{n}', **kw,
+    for i, name in enumerate(dict.fromkeys(map(label, rows))):
+        mine = [rec for rec in rows if label(rec) == name]
+        ax.loglog([rec[x] for rec in mine], [rec[y] for rec in mine], c=f'C{i}', **kw,
                   label=None if 'ls' in kw else name)
 
 def _numbers(ax): # few on each axis, thousands as K
@@ -566,32 +570,48 @@ def _numbers(ax): # few on each axis, thousands as K
     for axis in (ax.xaxis, ax.yaxis):
         lo, hi = axis.get_view_interval()
         at = round_numbers(lo, hi) if axis.get_scale() == 'log' else \
-            [t for t in MaxNLocator(5).tick_values(lo, hi).tolist() if lo <= t <= hi]
-        axis.set_ticks(at, [human(t, 6) if hi >= 10_000 else f'{t:,.6g}' for t in at])
+            [x for x in MaxNLocator(5).tick_values(lo, hi).tolist() if lo <= x <= hi]
+        axis.set_ticks(at, [human(x, 6) if hi >= 10_000 else f'{x:,.6g}' for x in at])
         axis.set_minor_formatter(NullFormatter())
+
+def _titles(steps, pairs, long): # what each panel says, from its records
+    best = max((rec['share'] for rec in steps), default=0)
+    ahead = [rec['context'] for rec in pairs if rec['tokens_s_ratio'] >= 1]
+    faster = f'GGGL is the faster one at {ahead[0]:,} tokens' if ahead else \
+        'GGGL is the slower one at all of these'
+    last = pairs[-1] if pairs else dict(context=0, state_ratio=0)
+    slower = long[-1]['step_us']/long[0]['step_us'] if long else 0
+    return (f'At best {best:.0%} of what the memory allows', faster,
+            f"{last['state_ratio']:.2f} of the memory at {last['context']:,} tokens",
+            f'The last token takes {slower:.2f} times the first')
 
 # %% ../nbs/17c_bench.ipynb #figure
 @patch
 def draw(self:BenchReport, axes): # four
     "Speed by batch and by context, memory by context, the long stream"
-    a, b, c, d = axes
     steps, ctx = self.get('decode', 'share'), self.get('context', 'share')
-    long = self.get('stream', 'step_us'); at = [r['tokens'] for r in long]
-    most = [r | dict(most=r['tokens_s']/r['share']) for r in steps]
-    name, kind = lambda r: f"{r['variant']}, depth {r['depth']}", lambda r: r['variant']
-    _curves(a, steps, 'rows', 'tokens_s', name, marker='.')
-    _curves(a, most, 'rows', 'most', name, ls=':')
-    _curves(b, ctx, 'context', 'tokens_s', kind, marker='.')
-    _curves(c, ctx, 'context', 'state_mb', kind, marker='.')
-    for k, how, label in (('step_us', '.-', 'measured'),
-                          ('explained_us', 'k--', 'first + attention since'),
-                          ('least_us', 'k:', 'the same at full bandwidth')):
-        if all(k in r for r in long): d.plot(at, [r[k] for r in long], how, label=label)
-    of = lambda rows: f" (depth {rows[0]['depth']})" if rows else ''
-    for ax, x, y in ((a, 'rows (dotted: the floor)', 'tokens/s'),
-                     (b, 'context' + of(ctx), 'tokens/s'), (c, 'context' + of(ctx), 'MB of state'),
-                     (d, 'tokens of one stream' + of(long), 'µs a token')):
+    long, pairs = self.get('stream', 'step_us'), self.get('context', 'tokens_s_ratio')
+    most = [rec | dict(most=rec['tokens_s']/rec['share']) for rec in steps]
+    def name(rec): return f"{rec['variant']}, depth {rec['depth']}"
+    def kind(rec): return rec['variant']
+    def of(rows): return f" (depth {rows[0]['depth']})" if rows else ''
+    _curves(axes[0], steps, 'rows', 'tokens_s', name, marker='.')
+    _curves(axes[0], most, 'rows', 'most', name, ls=':')
+    _curves(axes[1], ctx, 'context', 'tokens_s', kind, marker='.')
+    _curves(axes[2], ctx, 'context', 'state_mb', kind, marker='.')
+    for key, how, label in (('step_us', '.-', 'measured'),
+                            ('explained_us', 'k--', 'first + attention since'),
+                            ('least_us', 'k:', 'the same at full bandwidth')):
+        if all(key in rec for rec in long):
+            axes[3].plot([rec['tokens'] for rec in long], [rec[key] for rec in long], how,
+                         label=label)
+    for ax, x, y, rows, title in zip(
+            axes, ('rows (dotted: the floor)', 'context' + of(ctx), 'context' + of(ctx),
+                   'tokens of one stream' + of(long)),
+            ('tokens/s', 'tokens/s', 'MB of state', 'µs a token'), (steps, pairs, pairs, long),
+            _titles(steps, pairs, long)):
         ax.set_xlabel(x); ax.set_ylabel(y)
+        if rows: ax.set_title(title, fontsize=9)
 
 # %% ../nbs/17c_bench.ipynb #figure-image
 @patch
@@ -610,5 +630,5 @@ def plot(self:BenchReport): # -> matplotlib's Figure
 def figure(self:BenchReport):
     "The four panels as a picture"
     from IPython.display import Image
-    self.plot().savefig(png := io.BytesIO(), format='png', dpi=80)
+    png = io.BytesIO(); self.plot().savefig(png, format='png', dpi=80)
     return Image(png.getvalue())

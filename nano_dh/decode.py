@@ -24,247 +24,260 @@ def inference_copy(model:HybridModel,
     "Matrices in the number format in which they are multiplied; everything small stays as it is"
     with torch.device('meta'): new = HybridModel(model.cfg)
     new = new.to_empty(device=model.wte.weight.device).requires_grad_(False)
-    for (name, p), q in zip(new.named_parameters(), model.parameters()):
+    for (name, p), old in zip(new.named_parameters(), model.parameters()):
         big = p.ndim == 2 and not name.endswith('conv_weight')
-        p.data = q.detach().to(dtype if big else q.dtype, copy=True)
+        p.data = old.detach().to(dtype if big else old.dtype, copy=True)
     new.compute_dtype, new.exact = dtype, model.exact
-    for m in new.modules():
-        if type(m) in (GatedDeltaNet, GatedAttention): m.fused = _fuse(m)   # no subclass, no stranger
+    for layer in new.modules():                             # no subclass, no stranger
+        if type(layer) in (GatedDeltaNet, GatedAttention): layer.fused = _fuse(layer)
     return new.eval()
 
 # %% ../nbs/15b_decode.ipynb #fuse
-def _fuse(m): # every matrix that reads the normed stream, as one; the parts become views of it
-    if isinstance(m, GatedDeltaNet):
-        parts = [m.q_proj, m.k_proj, m.v_proj, m.z_proj, m.a_proj, m.b_proj]
-    else: parts = [m.c_q, m.c_k, m.c_v] + [m.gate]*(m.gate is not None)
-    ws = [p.weight for p in parts]
-    if m.ve_gate is not None: # reads the first channels only: zeros for the others
-        ws.append(F.pad(m.ve_gate.weight, (0, ws[0].shape[1] - m.ve_gate.weight.shape[1])))
-    n = sum(map(len, ws))    # rows of zeros: the fast matrix products want a multiple of 64
-    w, at = torch.cat([*ws, ws[0].new_zeros(-n % 64, ws[0].shape[1])]), 0
-    for p in parts: p.weight.data = w[at:at + len(p.weight)]; at += len(p.weight)
-    return w
+def _fuse(mixer): # every matrix that reads the normed stream, as one; the parts become views of it
+    if isinstance(mixer, GatedDeltaNet):
+        parts = [mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.z_proj, mixer.a_proj, mixer.b_proj]
+    else: parts = [mixer.c_q, mixer.c_k, mixer.c_v] + [mixer.gate]*(mixer.gate is not None)
+    weights = [p.weight for p in parts]; width = weights[0].shape[1]
+    if mixer.ve_gate is not None: # reads the first channels only: zeros for the others
+        gate = mixer.ve_gate.weight; weights.append(F.pad(gate, (0, width - gate.shape[1])))
+    rows = sum(map(len, weights))    # rows of zeros: the fast matrix products want a multiple of 64
+    fused, at = torch.cat([*weights, weights[0].new_zeros(-rows % 64, width)]), 0
+    for p in parts: p.weight.data = fused[at:at + len(p.weight)]; at += len(p.weight)
+    return fused
 
 # %% ../nbs/15b_decode.ipynb #mix-kernel
 @lazy_jit
-def _mix_kernel(x, y, x0, a, b, n, i, d, eps, ADD: tl.constexpr, MIX: tl.constexpr,
+def _mix_kernel(x, more, x0, lam, lam0, normed, i, width, eps, ADD: tl.constexpr, MIX: tl.constexpr,
                 BD: tl.constexpr):
-    c = tl.arange(0, BD)
-    at, live = tl.program_id(0)*d + c, c < d
-    s = tl.load(x + at, mask=live, other=0.).to(tl.float32)
-    if ADD: s += tl.load(y + at, mask=live, other=0.).to(tl.float32)
+    col = tl.arange(0, BD)
+    at, live = tl.program_id(0)*width + col, col < width
+    acc = tl.load(x + at, mask=live, other=0.).to(tl.float32)
+    if ADD: acc += tl.load(more + at, mask=live, other=0.).to(tl.float32)
     if MIX:
         begin = tl.load(x0 + at, mask=live, other=0.).to(tl.float32)
-        s = tl.load(a + i)*s + tl.load(b + i)*begin
-    tl.store(x + at, s.to(x.dtype.element_ty), mask=live)
-    r = tl.rsqrt(tl.sum(s*s, 0)/d + eps)
-    tl.store(n + at, (s*r).to(n.dtype.element_ty), mask=live)
+        acc = tl.load(lam + i)*acc + tl.load(lam0 + i)*begin
+    tl.store(x + at, acc.to(x.dtype.element_ty), mask=live)
+    scale = tl.rsqrt(tl.sum(acc*acc, 0)/width + eps)
+    tl.store(normed + at, (acc*scale).to(normed.dtype.element_ty), mask=live)
 
 # %% ../nbs/15b_decode.ipynb #embed-kernel
 @lazy_jit
-def _embed_kernel(tok, w, x, x0, a, b, d, eps, MIX: tl.constexpr, BD: tl.constexpr):
-    r, c = tl.program_id(0), tl.arange(0, BD)
-    s = tl.load(w + tl.load(tok + r)*d + c, mask=c < d, other=0.).to(tl.float32)
-    s = (s*tl.rsqrt(tl.sum(s*s, 0)/d + eps)).to(x.dtype.element_ty)
-    tl.store(x0 + r*d + c, s, mask=c < d)
-    if MIX: s = ((tl.load(a) + tl.load(b))*s.to(tl.float32)).to(x.dtype.element_ty)
-    tl.store(x + r*d + c, s, mask=c < d)
+def _embed_kernel(tok, table, x, x0, lam, lam0, width, eps, MIX: tl.constexpr, BD: tl.constexpr):
+    row, col = tl.program_id(0), tl.arange(0, BD)
+    acc = tl.load(table + tl.load(tok + row)*width + col, mask=col < width, other=0.).to(tl.float32)
+    acc = (acc*tl.rsqrt(tl.sum(acc*acc, 0)/width + eps)).to(x.dtype.element_ty)
+    tl.store(x0 + row*width + col, acc, mask=col < width)
+    if MIX: acc = ((tl.load(lam) + tl.load(lam0))*acc.to(tl.float32)).to(x.dtype.element_ty)
+    tl.store(x + row*width + col, acc, mask=col < width)
 
 # %% ../nbs/15b_decode.ipynb #act-kernel
 @lazy_jit
-def _act_kernel(x, n, ACT: tl.constexpr, BN: tl.constexpr):
+def _act_kernel(x, size, ACT: tl.constexpr, BN: tl.constexpr):
     i = tl.program_id(0).to(tl.int64)*BN + tl.arange(0, BN)
-    s = tl.load(x + i, mask=i < n, other=0.).to(tl.float32)
-    if ACT == 1: s = tl.maximum(s, 0.); s = s*s
-    else: s = s * tl.sigmoid(s)
-    tl.store(x + i, s.to(x.dtype.element_ty), mask=i < n)
+    acc = tl.load(x + i, mask=i < size, other=0.).to(tl.float32)
+    if ACT == 1: acc = tl.maximum(acc, 0.); acc = acc*acc
+    else: acc = acc * tl.sigmoid(acc)
+    tl.store(x + i, acc.to(x.dtype.element_ty), mask=i < size)
 
 # %% ../nbs/15b_decode.ipynb #conv-kernel
 @lazy_jit
-def _conv_step_kernel(p, w, state, ve, tok, live, qk, v, N, V0, eps, H: tl.constexpr,
+def _conv_step_kernel(proj, taps, state, ve, tok, live, qk, v, width, V0, eps, H: tl.constexpr,
                       HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BD: tl.constexpr,
                       VE: tl.constexpr):
-    h, b, d = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.arange(0, BD)
-    c, n = tl.where(h < 2*H, h*K, 2*H*K + (h - 2*H)*V) + d, tl.where(h < 2*H, K, V)
-    ok, C = d < n, 2*H*K + HV*V
-    s, x0 = state + (b*C + c)*3, tl.load(p + b*N + c, mask=ok, other=0.)
-    x3, x2 = tl.load(s, mask=ok, other=0.), tl.load(s + 1, mask=ok, other=0.)
-    x1 = tl.load(s + 2, mask=ok, other=0.)
-    y = x3.to(tl.float32)*tl.load(w + c*4, mask=ok, other=0.).to(tl.float32)
-    y += x2.to(tl.float32)*tl.load(w + c*4 + 1, mask=ok, other=0.).to(tl.float32)
-    y += x1.to(tl.float32)*tl.load(w + c*4 + 2, mask=ok, other=0.).to(tl.float32)
-    y += x0.to(tl.float32)*tl.load(w + c*4 + 3, mask=ok, other=0.).to(tl.float32)
-    y = y * tl.sigmoid(y)
-    on = ok & (tl.load(live + b) != 0)
-    tl.store(s, x2, mask=on); tl.store(s + 1, x1, mask=on)
-    tl.store(s + 2, x0.to(state.dtype.element_ty), mask=on)
-    if h < 2*H:
-        y = y * tl.rsqrt(tl.sum(y*y, 0) + eps)
-        tl.store(qk + (b*2*H + h)*K + d, y.to(qk.dtype.element_ty), mask=ok)
+    head, row, dim = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.arange(0, BD)
+    chan = tl.where(head < 2*H, head*K, 2*H*K + (head - 2*H)*V) + dim
+    ok, chans = dim < tl.where(head < 2*H, K, V), 2*H*K + HV*V
+    slot, x0 = state + (row*chans + chan)*3, tl.load(proj + row*width + chan, mask=ok, other=0.)
+    x3, x2 = tl.load(slot, mask=ok, other=0.), tl.load(slot + 1, mask=ok, other=0.)
+    x1 = tl.load(slot + 2, mask=ok, other=0.)
+    acc = x3.to(tl.float32)*tl.load(taps + chan*4, mask=ok, other=0.).to(tl.float32)
+    acc += x2.to(tl.float32)*tl.load(taps + chan*4 + 1, mask=ok, other=0.).to(tl.float32)
+    acc += x1.to(tl.float32)*tl.load(taps + chan*4 + 2, mask=ok, other=0.).to(tl.float32)
+    acc += x0.to(tl.float32)*tl.load(taps + chan*4 + 3, mask=ok, other=0.).to(tl.float32)
+    acc = acc * tl.sigmoid(acc)
+    on = ok & (tl.load(live + row) != 0)
+    tl.store(slot, x2, mask=on); tl.store(slot + 1, x1, mask=on)
+    tl.store(slot + 2, x0.to(state.dtype.element_ty), mask=on)
+    if head < 2*H:
+        acc = acc * tl.rsqrt(tl.sum(acc*acc, 0) + eps)
+        tl.store(qk + (row*2*H + head)*K + dim, acc.to(qk.dtype.element_ty), mask=ok)
     else:
-        j = h - 2*H
+        vhead = head - 2*H
         if VE:
-            g = 3*tl.sigmoid(tl.load(p + b*N + V0 + j).to(tl.float32))
-            y += g * tl.load(ve + tl.load(tok + b)*HV*V + j*V + d, mask=ok, other=0.).to(tl.float32)
-        tl.store(v + (b*HV + j)*V + d, y.to(v.dtype.element_ty), mask=ok)
+            gate = 3*tl.sigmoid(tl.load(proj + row*width + V0 + vhead).to(tl.float32))
+            new = tl.load(ve + tl.load(tok + row)*HV*V + vhead*V + dim, mask=ok, other=0.)
+            acc += gate * new.to(tl.float32)
+        tl.store(v + (row*HV + vhead)*V + dim, acc.to(v.dtype.element_ty), mask=ok)
 
 # %% ../nbs/15b_decode.ipynb #delta-kernel
 @lazy_jit
-def _delta_kernel(p, qk, v, A_log, dt_bias, S, o, w, live, N, A0, Z0, beta_max, scale, eps,
-                  H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+def _delta_kernel(proj, qk, v, A_log, dt_bias, S, out, weight, live, width, A0, Z0, beta_max,
+                  scale, eps, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
                   BK: tl.constexpr, BV: tl.constexpr, GATE: tl.constexpr):
-    b, hv = tl.program_id(1).to(tl.int64) // HV, tl.program_id(1) % HV
-    h, row = hv // (HV // H), b*HV + hv
-    i, j = tl.arange(0, BK), tl.program_id(0)*BV + tl.arange(0, BV)
-    r = tl.zeros([BV], tl.float32)
-    if tl.load(live + b) != 0:
-        at = S + (row*K + i[:, None])*V + j[None, :]
-        ok = (i < K)[:, None] & (j < V)[None, :]
-        s = tl.load(at, mask=ok, other=0.)
-        a = tl.load(p + b*N + A0 + hv).to(tl.float32) + tl.load(dt_bias + hv)
-        soft = tl.maximum(a, 0.) + tl.log(1. + tl.exp(-tl.abs(a)))
-        beta = beta_max * tl.sigmoid(tl.load(p + b*N + A0 + HV + hv).to(tl.float32))
-        q = tl.load(qk + (b*2*H + h)*K + i, mask=i < K, other=0.).to(tl.float32)[:, None]
-        k = tl.load(qk + (b*2*H + H + h)*K + i, mask=i < K, other=0.).to(tl.float32)[:, None]
-        x = tl.load(v + row*V + j, mask=j < V, other=0.).to(tl.float32)
-        s *= tl.exp(-tl.exp(tl.load(A_log + hv)) * soft)
-        s += k * ((x - tl.sum(s*k, 0)) * beta)[None, :]
-        tl.store(at, s, mask=ok)
-        r = tl.sum(s*q, 0)*scale
+    row, hv = tl.program_id(1).to(tl.int64) // HV, tl.program_id(1) % HV
+    h, place = hv // (HV // H), row*HV + hv
+    i, col = tl.arange(0, BK), tl.program_id(0)*BV + tl.arange(0, BV)
+    read = tl.zeros([BV], tl.float32)
+    if tl.load(live + row) != 0:
+        at = S + (place*K + i[:, None])*V + col[None, :]
+        ok = (i < K)[:, None] & (col < V)[None, :]
+        mem = tl.load(at, mask=ok, other=0.)
+        raw = tl.load(proj + row*width + A0 + hv).to(tl.float32) + tl.load(dt_bias + hv)
+        soft = tl.maximum(raw, 0.) + tl.log(1. + tl.exp(-tl.abs(raw)))
+        beta = beta_max * tl.sigmoid(tl.load(proj + row*width + A0 + HV + hv).to(tl.float32))
+        q = tl.load(qk + (row*2*H + h)*K + i, mask=i < K, other=0.).to(tl.float32)[:, None]
+        k = tl.load(qk + (row*2*H + H + h)*K + i, mask=i < K, other=0.).to(tl.float32)[:, None]
+        x = tl.load(v + place*V + col, mask=col < V, other=0.).to(tl.float32)
+        mem *= tl.exp(-tl.exp(tl.load(A_log + hv)) * soft)
+        mem += k * ((x - tl.sum(mem*k, 0)) * beta)[None, :]
+        tl.store(at, mem, mask=ok)
+        read = tl.sum(mem*q, 0)*scale
         if GATE: # the program holds the whole head: norm and gate here
-            z = tl.load(p + b*N + Z0 + hv*V + j, mask=j < V, other=0.).to(tl.float32)
-            r *= tl.rsqrt(tl.sum(r*r, 0)/V + eps) * tl.sigmoid(z)
-            r *= tl.load(w + j, mask=j < V, other=0.).to(tl.float32)
-    tl.store(o + row*V + j, r.to(o.dtype.element_ty), mask=j < V)
+            gate = tl.load(proj + row*width + Z0 + hv*V + col, mask=col < V, other=0.)
+            read *= tl.rsqrt(tl.sum(read*read, 0)/V + eps) * tl.sigmoid(gate.to(tl.float32))
+            read *= tl.load(weight + col, mask=col < V, other=0.).to(tl.float32)
+    tl.store(out + place*V + col, read.to(out.dtype.element_ty), mask=col < V)
 
 # %% ../nbs/15b_decode.ipynb #gate-kernel
 @lazy_jit
-def _gate_kernel(o, p, w, y, N, Z0, eps, HV: tl.constexpr, V: tl.constexpr, BV: tl.constexpr):
-    h, b, d = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.arange(0, BV)
-    s = tl.load(o + (b*HV + h)*V + d, mask=d < V, other=0.).to(tl.float32)
-    z = tl.load(p + b*N + Z0 + h*V + d, mask=d < V, other=0.).to(tl.float32)
-    s *= tl.rsqrt(tl.sum(s*s, 0)/V + eps) * tl.sigmoid(z)
-    s *= tl.load(w + d, mask=d < V, other=0.).to(tl.float32)
-    tl.store(y + (b*HV + h)*V + d, s.to(y.dtype.element_ty), mask=d < V)
+def _gate_kernel(read, proj, weight, out, width, Z0, eps, HV: tl.constexpr, V: tl.constexpr,
+                 BV: tl.constexpr):
+    head, row, dim = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.arange(0, BV)
+    acc = tl.load(read + (row*HV + head)*V + dim, mask=dim < V, other=0.).to(tl.float32)
+    gate = tl.load(proj + row*width + Z0 + head*V + dim, mask=dim < V, other=0.).to(tl.float32)
+    acc *= tl.rsqrt(tl.sum(acc*acc, 0)/V + eps) * tl.sigmoid(gate)
+    acc *= tl.load(weight + dim, mask=dim < V, other=0.).to(tl.float32)
+    tl.store(out + (row*HV + head)*V + dim, acc.to(out.dtype.element_ty), mask=dim < V)
 
 # %% ../nbs/15b_decode.ipynb #attn-in
 @lazy_jit
-def _attn_in_kernel(p, q, k, v, pos, live, table, ve, tok, N, V0, cap, L, eps, H: tl.constexpr,
-                    HK: tl.constexpr, D: tl.constexpr, ROT: tl.constexpr, BD: tl.constexpr,
-                    VE: tl.constexpr):
-    h, b, d = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.arange(0, BD)
-    ok, at = d < D, tl.load(pos + b)
-    s = tl.load(p + b*N + h*D + d, mask=ok, other=0.).to(tl.float32)
-    on = ok & (tl.load(live + b) != 0) & (at < cap)
-    if h < H + HK:
-        r = tl.rsqrt(tl.sum(s*s, 0)/D + eps)
-        s *= r
+def _attn_in_kernel(proj, q, k, v, pos, live, table, ve, tok, width, V0, cap, length, eps,
+                    H: tl.constexpr, HK: tl.constexpr, HD: tl.constexpr, ROT: tl.constexpr,
+                    BD: tl.constexpr, VE: tl.constexpr):
+    head, row, dim = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.arange(0, BD)
+    ok, at = dim < HD, tl.load(pos + row)
+    acc = tl.load(proj + row*width + head*HD + dim, mask=ok, other=0.).to(tl.float32)
+    on = ok & (tl.load(live + row) != 0) & (at < cap)
+    if head < H + HK:
+        scale = tl.rsqrt(tl.sum(acc*acc, 0)/HD + eps)
+        acc *= scale
         if ROT > 0:
             half = ROT // 2
-            other = tl.where(d < half, d + half, d - half)
-            t = tl.load(p + b*N + h*D + other, mask=d < ROT, other=0.).to(tl.float32) * r
-            e, turn = at*half + tl.where(d < half, d, d - half), d < ROT
-            co = tl.load(table + e, mask=turn, other=1.)
-            si = tl.load(table + L*half + e, mask=turn, other=0.)
-            s = s*co + tl.where(d < half, t, -t)*si
-        if h < H: tl.store(q + (b*H + h)*D + d, s.to(q.dtype.element_ty), mask=ok)
-        else: tl.store(k + ((b*cap + at)*HK + h - H)*D + d, s.to(k.dtype.element_ty), mask=on)
+            other = tl.where(dim < half, dim + half, dim - half)
+            pair = tl.load(proj + row*width + head*HD + other, mask=dim < ROT, other=0.)
+            pair = pair.to(tl.float32) * scale
+            angle, turn = at*half + tl.where(dim < half, dim, dim - half), dim < ROT
+            co = tl.load(table + angle, mask=turn, other=1.)
+            si = tl.load(table + length*half + angle, mask=turn, other=0.)
+            acc = acc*co + tl.where(dim < half, pair, -pair)*si
+        if head < H: tl.store(q + (row*H + head)*HD + dim, acc.to(q.dtype.element_ty), mask=ok)
+        else:
+            place = ((row*cap + at)*HK + head - H)*HD + dim
+            tl.store(k + place, acc.to(k.dtype.element_ty), mask=on)
     else:
-        j = h - H - HK
+        vhead = head - H - HK
         if VE:
-            g = 3*tl.sigmoid(tl.load(p + b*N + V0 + j).to(tl.float32))
-            s += g * tl.load(ve + tl.load(tok + b)*HK*D + j*D + d, mask=ok, other=0.).to(tl.float32)
-        tl.store(v + ((b*cap + at)*HK + j)*D + d, s.to(v.dtype.element_ty), mask=on)
+            gate = 3*tl.sigmoid(tl.load(proj + row*width + V0 + vhead).to(tl.float32))
+            new = tl.load(ve + tl.load(tok + row)*HK*HD + vhead*HD + dim, mask=ok, other=0.)
+            acc += gate * new.to(tl.float32)
+        tl.store(v + ((row*cap + at)*HK + vhead)*HD + dim, acc.to(v.dtype.element_ty), mask=on)
 
 # %% ../nbs/15b_decode.ipynb #attend
 @lazy_jit
-def _attend_kernel(q, k, v, pos, live, part, ml, p, o, N, G0, cap, window, scale, H: tl.constexpr,
-                   HK: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
-                   S: tl.constexpr, GATE: tl.constexpr, STAGES: tl.constexpr):
-    s, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    d, j, g = tl.arange(0, BD), tl.arange(0, BN), h // (H // HK)
-    n = tl.where(tl.load(live + b) != 0, tl.minimum(tl.load(pos + b) + 1, cap), 0).to(tl.int32)
-    first = tl.maximum(n - 1 - window, 0)
-    per = tl.cdiv(tl.cdiv(n - first, S), BN)*BN         # slots of this program
-    lo = first + s*per
-    hi = tl.minimum(lo + per, n)
-    query = tl.load(q + (b*H + h)*D + d, mask=d < D, other=0.).to(tl.float32)*scale
-    m, l = tl.full([BN], -1e30, tl.float32), tl.zeros([BN], tl.float32) # a softmax for each lane
+def _attend_kernel(q, k, v, pos, live, part, ml, proj, out, width, G0, cap, window, scale,
+                   H: tl.constexpr, HK: tl.constexpr, HD: tl.constexpr, BD: tl.constexpr,
+                   BN: tl.constexpr, S: tl.constexpr, GATE: tl.constexpr, STAGES: tl.constexpr):
+    split, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    dim, lane, group = tl.arange(0, BD), tl.arange(0, BN), head // (H // HK)
+    count = tl.minimum(tl.load(pos + row) + 1, cap)
+    count = tl.where(tl.load(live + row) != 0, count, 0).to(tl.int32)
+    first = tl.maximum(count - 1 - window, 0)
+    per = tl.cdiv(tl.cdiv(count - first, S), BN)*BN         # slots of this program
+    lo = first + split*per
+    hi = tl.minimum(lo + per, count)
+    query = tl.load(q + (row*H + head)*HD + dim, mask=dim < HD, other=0.).to(tl.float32)*scale
+    # a softmax for each lane
+    best, mass = tl.full([BN], -1e30, tl.float32), tl.zeros([BN], tl.float32)
     acc = tl.zeros([BN, BD], tl.float32)
-    for t in tl.range(lo, hi, BN, num_stages=STAGES):
-        ok = t + j < hi
-        at = ((b*cap + t + j)*HK + g)[:, None]*D + d[None, :]
-        both = ok[:, None] & (d < D)[None, :]
+    for start in tl.range(lo, hi, BN, num_stages=STAGES):
+        ok = start + lane < hi
+        at = ((row*cap + start + lane)*HK + group)[:, None]*HD + dim[None, :]
+        both = ok[:, None] & (dim < HD)[None, :]
         x = tl.load(k + at, mask=both, other=0.).to(tl.float32)
-        y = tl.load(v + at, mask=both, other=0.).to(tl.float32)
-        z = tl.where(ok, tl.sum(x*query[None, :], 1), -1e30)
-        top = tl.maximum(m, z)
-        e, f = tl.where(ok, tl.exp(z - top), 0.), tl.exp(m - top)
-        acc = acc*f[:, None] + e[:, None]*y
-        l, m = l*f + e, top
-    top = tl.max(m, 0)                                  # the lanes meet once, at the end
-    f = tl.exp(m - top)
-    r, l = tl.sum(acc*f[:, None], 0), tl.sum(l*f, 0)
+        value = tl.load(v + at, mask=both, other=0.).to(tl.float32)
+        score = tl.where(ok, tl.sum(x*query[None, :], 1), -1e30)
+        top = tl.maximum(best, score)
+        weight, fade = tl.where(ok, tl.exp(score - top), 0.), tl.exp(best - top)
+        acc = acc*fade[:, None] + weight[:, None]*value
+        mass, best = mass*fade + weight, top
+    top = tl.max(best, 0)                                  # the lanes meet once, at the end
+    fade = tl.exp(best - top)
+    read, mass = tl.sum(acc*fade[:, None], 0), tl.sum(mass*fade, 0)
     if S == 1:
-        _attend_out(r / tl.maximum(l, 1e-30), p, o, N, G0, b, h, d, H, D, GATE)
+        read /= tl.maximum(mass, 1e-30)
+        _attend_out(read, proj, out, width, G0, row, head, dim, H, HD, GATE)
     else:
-        e = (b*H + h)*S + s
-        tl.store(part + e*D + d, r, mask=d < D)
-        tl.store(ml + e*2, top); tl.store(ml + e*2 + 1, l)
+        place = (row*H + head)*S + split
+        tl.store(part + place*HD + dim, read, mask=dim < HD)
+        tl.store(ml + place*2, top); tl.store(ml + place*2 + 1, mass)
 
 # %% ../nbs/15b_decode.ipynb #attend-out
 @lazy_jit
-def _attend_out(r, p, o, N, G0, b, h, d, H: tl.constexpr, D: tl.constexpr, GATE: tl.constexpr):
-    if GATE == 1: r *= tl.sigmoid(tl.load(p + b*N + G0 + h).to(tl.float32))
+def _attend_out(read, proj, out, width, G0, row, head, dim, H: tl.constexpr, HD: tl.constexpr,
+                GATE: tl.constexpr):
+    if GATE == 1: read *= tl.sigmoid(tl.load(proj + row*width + G0 + head).to(tl.float32))
     if GATE == 2:
-        r *= tl.sigmoid(tl.load(p + b*N + G0 + h*D + d, mask=d < D, other=0.).to(tl.float32))
-    tl.store(o + (b*H + h)*D + d, r.to(o.dtype.element_ty), mask=d < D)
+        gate = tl.load(proj + row*width + G0 + head*HD + dim, mask=dim < HD, other=0.)
+        read *= tl.sigmoid(gate.to(tl.float32))
+    tl.store(out + (row*H + head)*HD + dim, read.to(out.dtype.element_ty), mask=dim < HD)
 
 @lazy_jit
-def _combine_kernel(part, ml, p, y, N, G0, H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-                    S: tl.constexpr, GATE: tl.constexpr):
-    h, b, d, s = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.arange(0, BD), tl.arange(0, S)
-    o = (b*H + h)*S + s
-    m, l = tl.load(ml + o*2), tl.load(ml + o*2 + 1)
-    f = tl.exp(m - tl.max(m, 0))
-    acc = tl.load(part + o[:, None]*D + d[None, :], mask=(d < D)[None, :], other=0.)
-    r = tl.sum(acc*f[:, None], 0) / tl.maximum(tl.sum(l*f, 0), 1e-30)
-    _attend_out(r, p, y, N, G0, b, h, d, H, D, GATE)
+def _combine_kernel(part, ml, proj, out, width, G0, H: tl.constexpr, HD: tl.constexpr,
+                    BD: tl.constexpr, S: tl.constexpr, GATE: tl.constexpr):
+    head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    dim, split = tl.arange(0, BD), tl.arange(0, S)
+    place = (row*H + head)*S + split
+    best, mass = tl.load(ml + place*2), tl.load(ml + place*2 + 1)
+    fade = tl.exp(best - tl.max(best, 0))
+    acc = tl.load(part + place[:, None]*HD + dim[None, :], mask=(dim < HD)[None, :], other=0.)
+    read = tl.sum(acc*fade[:, None], 0) / tl.maximum(tl.sum(mass*fade, 0), 1e-30)
+    _attend_out(read, proj, out, width, G0, row, head, dim, H, HD, GATE)
 
 # %% ../nbs/15b_decode.ipynb #skinny
 @lazy_jit
-def _skinny_kernel(x, w, y, res, x0, a, b, i, N, eps, D: tl.constexpr, NORM: tl.constexpr,
-                   ACT: tl.constexpr, RES: tl.constexpr, MIX: tl.constexpr, BN: tl.constexpr,
-                   BD: tl.constexpr):
-    n, r, d = tl.program_id(0)*BN + tl.arange(0, BN), tl.program_id(1), tl.arange(0, BD)
-    at, ok = r*N + n, n < N
+def _skinny_kernel(x, weight, out, res, x0, lam, lam0, i, size, eps, WIDTH: tl.constexpr,
+                   NORM: tl.constexpr, ACT: tl.constexpr, RES: tl.constexpr, MIX: tl.constexpr,
+                   BN: tl.constexpr, BD: tl.constexpr):
+    col, row, dim = tl.program_id(0)*BN + tl.arange(0, BN), tl.program_id(1), tl.arange(0, BD)
+    at, ok = row*size + col, col < size
     if RES: old = tl.load(res + at, mask=ok, other=0.).to(tl.float32)
-    if MIX: begin = tl.load(b + i)*tl.load(x0 + at, mask=ok, other=0.).to(tl.float32)
-    acc, ss = tl.zeros([BN, BD], tl.float32), tl.zeros([BD], tl.float32)
-    row = w + tl.minimum(n, N - 1).to(tl.int64)[:, None]*D + d[None, :]
-    for t in tl.static_range(0, D, BD):      # unrolled: all loads are on their way at once
-        if t + BD <= D:
-            u, m = tl.load(x + r*D + t + d), tl.load(row + t)
+    if MIX: begin = tl.load(lam0 + i)*tl.load(x0 + at, mask=ok, other=0.).to(tl.float32)
+    acc, squares = tl.zeros([BN, BD], tl.float32), tl.zeros([BD], tl.float32)
+    lines = weight + tl.minimum(col, size - 1).to(tl.int64)[:, None]*WIDTH + dim[None, :]
+    for start in tl.static_range(0, WIDTH, BD):      # unrolled: all loads are on their way at once
+        if start + BD <= WIDTH:
+            part, line = tl.load(x + row*WIDTH + start + dim), tl.load(lines + start)
         else:
-            u = tl.load(x + r*D + t + d, mask=t + d < D, other=0.)
-            m = tl.load(row + t, mask=(t + d < D)[None, :], other=0.)
-        u = u.to(tl.float32)
-        acc += m.to(tl.float32)*u[None, :]
-        if NORM: ss += u*u
-    z = tl.sum(acc, 1)
-    if NORM: z *= tl.rsqrt(tl.sum(ss, 0)/D + eps)       # the norm has no weights: it may come last
-    if ACT == 1: z = tl.maximum(z, 0.)*tl.maximum(z, 0.)
-    if ACT == 2: z = z * tl.sigmoid(z)
-    if RES: z += old
-    if MIX: z = tl.load(a + i)*z + begin
-    tl.store(y + at, z.to(y.dtype.element_ty), mask=ok)
+            part = tl.load(x + row*WIDTH + start + dim, mask=start + dim < WIDTH, other=0.)
+            line = tl.load(lines + start, mask=(start + dim < WIDTH)[None, :], other=0.)
+        part = part.to(tl.float32)
+        acc += line.to(tl.float32)*part[None, :]
+        if NORM: squares += part*part
+    total = tl.sum(acc, 1)
+    # the norm has no weights: it may come last
+    if NORM: total *= tl.rsqrt(tl.sum(squares, 0)/WIDTH + eps)
+    if ACT == 1: total = tl.maximum(total, 0.)*tl.maximum(total, 0.)
+    if ACT == 2: total = total * tl.sigmoid(total)
+    if RES: total += old
+    if MIX: total = tl.load(lam + i)*total + begin
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=ok)
 
 # %% ../nbs/15b_decode.ipynb #sample
 @lazy_jit
-def _hash(h): # the end of MurmurHash3, on uint32
-    h = (h ^ (h >> 16)) * 0x85ebca6b
-    h = (h ^ (h >> 13)) * 0xc2b2ae35
-    return h ^ (h >> 16)
+def _hash(word): # the end of MurmurHash3, on uint32
+    word = (word ^ (word >> 16)) * 0x85ebca6b
+    word = (word ^ (word >> 13)) * 0xc2b2ae35
+    return word ^ (word >> 16)
 
 @lazy_jit
 def _order(x): # float32 -> int32 that sorts alike; and back, if given the bits of a float32
@@ -280,14 +293,14 @@ def _kth(order, k): # the largest value that k of them reach
     lo, hi = tl.full([], -(1 << 31), tl.int64), tl.full([], 1, tl.int64)
     while lo < hi:
         mid = (lo + hi + 1) >> 1
-        n = tl.sum((order >= mid.to(tl.int32)).to(tl.int32), 0)
-        lo = tl.where(n >= k, mid, lo)
-        hi = tl.where(n == k, mid, tl.where(n > k, hi, mid - 1))       # n == k: found
+        count = tl.sum((order >= mid.to(tl.int32)).to(tl.int32), 0)
+        lo = tl.where(count >= k, mid, lo)
+        hi = tl.where(count == k, mid, tl.where(count > k, hi, mid - 1))       # n == k: found
     return lo.to(tl.int32)
 
 @lazy_jit
-def _mass(order, low, p): # the largest value above which lies the share p of what reaches `low`
-    need = p*tl.sum(tl.where(order >= low, tl.exp(_value(order)), 0.), 0)
+def _mass(order, low, share): # the largest value above which lies the share p of what reaches `low`
+    need = share*tl.sum(tl.where(order >= low, tl.exp(_value(order)), 0.), 0)
     lo, hi = tl.full([], -(1 << 31), tl.int64), tl.full([], 1, tl.int64)
     while lo < hi:
         mid = (lo + hi + 1) >> 1
@@ -299,35 +312,37 @@ def _mass(order, low, p): # the largest value above which lies the share p of wh
 # %% ../nbs/15b_decode.ipynb #noise
 @lazy_jit
 def _noise(key, at, i): # standard Gumbel
-    c = _hash(key + _hash(at + 0x9e3779b9)*5)
-    h = _hash(_hash(i.to(tl.uint32) + c) ^ c)
-    u = ((h >> 9).to(tl.float32) + .5) * 1.1920928955078125e-07
-    return -tl.log(-tl.log(u))
+    mixed = _hash(key + _hash(at + 0x9e3779b9)*5)
+    bits = _hash(_hash(i.to(tl.uint32) + mixed) ^ mixed)
+    uniform = ((bits >> 9).to(tl.float32) + .5) * 1.1920928955078125e-07
+    return -tl.log(-tl.log(uniform))
 
 # %% ../nbs/15b_decode.ipynb #sample-kernel
 @lazy_jit
-def _sample_kernel(z, key, pos, tok, lp, live, temp, top_k, top_p, min_p, N, stride, cap,
+def _sample_kernel(logits, key, pos, tok, lp, live, temp, top_k, top_p, min_p, size, stride, cap,
                    CAP: tl.constexpr, BN: tl.constexpr):
-    b, i = tl.program_id(0).to(tl.int64), tl.arange(0, BN)
-    t = tl.load(temp + b)
-    x = tl.load(z + b*stride + i, mask=i < N, other=0.)
+    row, i = tl.program_id(0).to(tl.int64), tl.arange(0, BN)
+    temperature = tl.load(temp + row)
+    x = tl.load(logits + row*stride + i, mask=i < size, other=0.)
     if CAP: x = cap*(2*tl.sigmoid(2*x/cap) - 1)
-    x = tl.where(i < N, x, -1e30)
+    x = tl.where(i < size, x, -1e30)
     top = tl.max(x, 0)
     total = tl.sum(tl.exp(x - top), 0)
-    heat = tl.where(t > 0, t, 1.)
+    heat = tl.where(temperature > 0, temperature, 1.)
     order = _order(tl.maximum((x - top)/heat, -1e30))   # from here on the only vector that is kept
-    k, p = tl.load(top_k + b), tl.load(top_p + b)
-    low = tl.maximum(_order(tl.log(tl.maximum(tl.load(min_p + b), 1e-30))), _order(top*0. - 9e29))
-    if (k > 0) & (k < N) & (t > 0): low = tl.maximum(low, _kth(order, k))
-    if (p < 1) & (t > 0): low = tl.maximum(low, _mass(order, low, p))
-    y = tl.where(order >= low, _value(order), -1e30)
-    if t > 0: y += _noise(tl.load(key + b).to(tl.uint32), tl.load(pos + b).to(tl.uint32), i)
-    best = tl.argmax(y, 0)
-    own = tl.load(z + b*stride + best)
+    k, share = tl.load(top_k + row), tl.load(top_p + row)
+    low = tl.maximum(_order(tl.log(tl.maximum(tl.load(min_p + row), 1e-30))), _order(top*0. - 9e29))
+    if (k > 0) & (k < size) & (temperature > 0): low = tl.maximum(low, _kth(order, k))
+    if (share < 1) & (temperature > 0): low = tl.maximum(low, _mass(order, low, share))
+    noisy = tl.where(order >= low, _value(order), -1e30)
+    if temperature > 0:
+        seed, at = tl.load(key + row).to(tl.uint32), tl.load(pos + row).to(tl.uint32)
+        noisy += _noise(seed, at, i)
+    best = tl.argmax(noisy, 0)
+    own = tl.load(logits + row*stride + best)
     if CAP: own = cap*(2*tl.sigmoid(2*own/cap) - 1)
-    tl.store(lp + b, own - top - tl.log(total))
-    if tl.load(live + b) != 0: tl.store(tok + b, best.to(tl.int64))
+    tl.store(lp + row, own - top - tl.log(total))
+    if tl.load(live + row) != 0: tl.store(tok + row, best.to(tl.int64))
 
 # %% ../nbs/15b_decode.ipynb #decoder
 FEW = 2 # rows up to which the product of a matrix with single vectors is the faster one
@@ -347,213 +362,224 @@ class Decoder:
                  state,                   # its `n` is None
                  tok:Tensor):             # (rows,) int64 last token of each row; then the next
         self.model, self.state, self.tok, self.graphs, self.pool = model, state, tok, {}, None
-        dev, new = tok.device, lambda v, dt: torch.full_like(tok, v, dtype=dt)
-        self.temp, self.top_p, self.min_p = (new(v, torch.float32) for v in (1, 1, 0))
+        def new(value, dtype): return torch.full_like(tok, value, dtype=dtype) # of each row
+        self.temp, self.top_p, self.min_p = (new(value, torch.float32) for value in (1, 1, 0))
         self.live, self.key = (new(0, torch.int64) for _ in range(2))
         self.top_k, self.lp = new(0, torch.int32), new(0, torch.float32)
-        self.table, self.one = model.rope.table if model.rope else None, torch.zeros(1, device=dev)
+        self.table = model.rope.table if model.rope else None
+        self.one = torch.zeros(1, device=tok.device)
         self.fused = fits(model)
 
 # %% ../nbs/15b_decode.ipynb #fits
 def fits(model:HybridModel) -> bool:
     "Whether the step written out here is that of this model, and its kernels run here"
-    cfg, kinds = model.cfg, {type(b.mixer) for b in model.blocks}
+    cfg, kinds = model.cfg, {type(block.mixer) for block in model.blocks}
     runs = model.wte.weight.is_cuda or os.environ.get('TRITON_INTERPRET') == '1'
     return (HAS_TRITON and runs and kinds <= {GatedDeltaNet, GatedAttention}
             and cfg.conv_size == 4 and cfg.z_gate == 'sigmoid' and cfg.activation != 'swiglu'
-            and all(hasattr(b.mixer, 'fused') for b in model.blocks))
+            and all(hasattr(block.mixer, 'fused') for block in model.blocks))
 
 # %% ../nbs/15b_decode.ipynb #launch
 def _pow2(n): return 1 << (n-1).bit_length()
 def _floor2(n): return 1 << max(n, 1).bit_length() - 1
-def _tune(r): return TUNE['few' if r <= FEW else 'some' if r <= SOME else 'many']
+def _tune(rows): return TUNE['few' if rows <= FEW else 'some' if rows <= SOME else 'many']
 _ACT = dict(relu2=1, silu=2, gelu=0)
 
 @patch
-def _mix(self:Decoder, x, y=None, x0=None, i=0): # x += y, mixed with x0; returns its norm
-    n, m, (r, d) = torch.empty_like(x), self.model, x.shape
-    a, b = (m.resid_lambdas, m.x0_lambdas) if x0 is not None else (self.one, self.one)
-    _mix_kernel[(r,)](x, x if y is None else y, x if x0 is None else x0, a, b, n, i, d, EPS,
-                      y is not None, x0 is not None, _pow2(d))
-    return n
+def _lambdas(self:Decoder, mixed): # the weights of the stream and of its beginning
+    m = self.model
+    return (m.resid_lambdas, m.x0_lambdas) if mixed else (self.one, self.one)
+
+@patch
+def _mix(self:Decoder, x, more=None, x0=None, i=0): # x += more, mixed with x0; returns its norm
+    normed, (rows, width), mixed = torch.empty_like(x), x.shape, x0 is not None
+    _mix_kernel[(rows,)](
+        x, x if more is None else more, x0 if mixed else x, *self._lambdas(mixed), normed, i, width,
+        EPS, more is not None, mixed, _pow2(width))
+    return normed
 
 # %% ../nbs/15b_decode.ipynb #launch-skinny
 @patch
-def _skinny(self:Decoder, x, w, norm=False, act=0, res=None, x0=None, i=0, dtype=None):
-    (r, D), N, m, t = x.shape, len(w), self.model, _tune(len(x))
-    y = torch.empty(r, N, device=x.device, dtype=dtype or x.dtype)
-    BN = min(16, _floor2(N//t['programs']))
-    even = D & -D                                        # its largest power of two
-    BD = min(even if even >= 128 else _pow2(D), t['block'])
-    a, b = (m.resid_lambdas, m.x0_lambdas) if x0 is not None else (self.one, self.one)
-    _skinny_kernel[(-(-N//BN), r)](
-        x, w, y, x if res is None else res, x if x0 is None else x0, a, b, i, N, EPS, D, norm, act,
-        res is not None, x0 is not None, BN, BD, num_warps=t['warps'])
-    return y
+def _skinny(self:Decoder, x, weight, norm=False, act=0, res=None, x0=None, i=0, dtype=None):
+    (rows, width), size, tune, mixed = x.shape, len(weight), _tune(len(x)), x0 is not None
+    out = torch.empty(rows, size, device=x.device, dtype=dtype or x.dtype)
+    BN, even = min(16, _floor2(size//tune['programs'])), width & -width # its largest power of two
+    BD = min(even if even >= 128 else _pow2(width), tune['block'])
+    _skinny_kernel[(-(-size//BN), rows)](
+        x, weight, out, x if res is None else res, x0 if mixed else x, *self._lambdas(mixed), i,
+        size, EPS, width, norm, act, res is not None, mixed, BN, BD, num_warps=tune['warps'])
+    return out
 
 # %% ../nbs/15b_decode.ipynb #launch-embed
 @patch
-def _embed(self:Decoder, r, mixed): # the stream, and its beginning for all layers
-    m, cfg, tok = self.model, self.model.cfg, self.tok[:r]
+def _embed(self:Decoder, rows, mixed): # the stream, and its beginning for all layers
+    m, cfg, tok = self.model, self.model.cfg, self.tok[:rows]
+    mixed = mixed and cfg.resid_scalars
     if not cfg.smear:
-        x = torch.empty(r, cfg.d_model, device=tok.device, dtype=m.dtype)
+        x = torch.empty(rows, cfg.d_model, device=tok.device, dtype=m.dtype)
         x0 = torch.empty_like(x)
-        mix = mixed and cfg.resid_scalars
-        a, b = (m.resid_lambdas, m.x0_lambdas) if mix else (self.one, self.one)
-        d = cfg.d_model
-        _embed_kernel[(r,)](tok, m.wte.weight, x, x0, a, b, d, EPS, mix, _pow2(d))
+        _embed_kernel[(rows,)](tok, m.wte.weight, x, x0, *self._lambdas(mixed), cfg.d_model, EPS,
+                               mixed, _pow2(cfg.d_model))
         return x, x0 if cfg.resid_scalars else None
-    x = self._smear(norm(m.wte(tok).to(m.dtype)), r)
+    x = self._smear(norm(m.wte(tok).to(m.dtype)), rows)
     x0 = x.clone() if cfg.resid_scalars else None
-    if mixed and cfg.resid_scalars: self._mix(x, None, x0, 0)
+    if mixed: self._mix(x, None, x0, 0)
     return x, x0
 
 # %% ../nbs/15b_decode.ipynb #mixers
 @patch
-def _recall(self:Decoder, m, s, p, ve): # Gated DeltaNet: p (r, all projections) -> (r, HV*V)
-    H, HV, K, V, (r, N) = m.n_qk_head, m.n_v_head, m.head_k_dim, m.head_v_dim, p.shape
+def _recall(self:Decoder, mixer, layer, proj, ve): # Gated DeltaNet: (rows, all) -> (rows, HV*V)
+    H, HV, K, V = mixer.n_qk_head, mixer.n_v_head, mixer.head_k_dim, mixer.head_v_dim
+    rows, width = proj.shape
     Z0 = 2*H*K + HV*V; A0 = Z0 + HV*V
-    qk, v = p.new_empty(r, 2*H, K), p.new_empty(r, HV, V)
-    _conv_step_kernel[(2*H + HV, r)](
-        p, m.conv_weight, s.conv, p if ve is None else ve, self.tok, self.live, qk, v, N,
-        A0 + 2*HV, 1e-6, H, HV, K, V, _pow2(max(K, V)), ve is not None, num_warps=1)
-    o, t = torch.empty_like(v), _tune(r)
-    BV = min(t['delta_bv'], _pow2(V)); whole = BV >= V
-    _delta_kernel[(-(-V//BV), r*HV)](
-        p, qk, v, m.A_log, m.dt_bias, s.S, o, m.o_norm, self.live, N, A0, Z0, m.beta_max, K**-.5,
-        EPS, H, HV, K, V, _pow2(K), BV, whole, num_warps=t['delta_warps'])
-    if whole: return o.view(r, -1)
-    y = torch.empty_like(v)
-    _gate_kernel[(HV, r)](o, p, m.o_norm, y, N, Z0, EPS, HV, V, _pow2(V), num_warps=1)
-    return y.view(r, -1)
+    qk, v = proj.new_empty(rows, 2*H, K), proj.new_empty(rows, HV, V)
+    _conv_step_kernel[(2*H + HV, rows)](
+        proj, mixer.conv_weight, layer.conv, proj if ve is None else ve, self.tok, self.live, qk, v,
+        width, A0 + 2*HV, 1e-6, H, HV, K, V, _pow2(max(K, V)), ve is not None, num_warps=1)
+    out, tune = torch.empty_like(v), _tune(rows)
+    BV = min(tune['delta_bv'], _pow2(V)); whole = BV >= V
+    _delta_kernel[(-(-V//BV), rows*HV)](
+        proj, qk, v, mixer.A_log, mixer.dt_bias, layer.S, out, mixer.o_norm, self.live, width, A0,
+        Z0, mixer.beta_max, K**-.5, EPS, H, HV, K, V, _pow2(K), BV, whole,
+        num_warps=tune['delta_warps'])
+    if whole: return out.view(rows, -1)
+    gated = torch.empty_like(v)
+    _gate_kernel[(HV, rows)](out, proj, mixer.o_norm, gated, width, Z0, EPS, HV, V, _pow2(V),
+                             num_warps=1)
+    return gated.view(rows, -1)
 
 # %% ../nbs/15b_decode.ipynb #mixers-attend
 @patch
-def _attend(self:Decoder, m, s, p, ve): # attention: p (r, all projections) -> (r, H*D)
-    H, HK, D, (r, N), cap = m.n_head, m.n_kv_head, m.head_dim, p.shape, s.k.shape[1]
-    G0 = (H + 2*HK)*D; n_gate = 0 if m.gate is None else len(m.gate.weight)
-    q, t, BD, pos = p.new_empty(r, H, D), self.table, _pow2(D), self.state.pos
-    rot, L = (0, 0) if t is None else (2*t.shape[2], t.shape[1])
-    _attn_in_kernel[(H + 2*HK, r)](p, q, s.k, s.v, pos, self.live, p if t is None else t,
-                                   p if ve is None else ve, self.tok, N, G0 + n_gate, cap, L, EPS,
-                                   H, HK, D, rot, BD, ve is not None, num_warps=1)
-    tune, y = _tune(r), torch.empty_like(q)
-    S = min(_floor2(tune['attend_programs']//(r*H)), max(64, min(256, _floor2(cap//512))))
-    part, ml = (q.new_empty(r, H, S, n, dtype=torch.float32) for n in (D, 2))
-    window = (1 << 30) if m.window is None else m.window
+def _attend(self:Decoder, mixer, layer, proj, ve): # attention: (rows, projections) -> (rows, H*dim)
+    H, HK, dim, cap = mixer.n_head, mixer.n_kv_head, mixer.head_dim, layer.k.shape[1]
+    rows, width = proj.shape
+    G0 = (H + 2*HK)*dim; n_gate = 0 if mixer.gate is None else len(mixer.gate.weight)
+    q, table, BD, pos = proj.new_empty(rows, H, dim), self.table, _pow2(dim), self.state.pos
+    rot, length = (0, 0) if table is None else (2*table.shape[2], table.shape[1])
+    _attn_in_kernel[(H + 2*HK, rows)](
+        proj, q, layer.k, layer.v, pos, self.live, proj if table is None else table,
+        proj if ve is None else ve, self.tok, width, G0 + n_gate, cap, length, EPS, H, HK, dim,
+        rot, BD, ve is not None, num_warps=1)
+    tune, out = _tune(rows), torch.empty_like(q)
+    S = min(_floor2(tune['attend_programs']//(rows*H)), max(64, min(256, _floor2(cap//512))))
+    part, ml = (q.new_empty(rows, H, S, n, dtype=torch.float32) for n in (dim, 2))
+    window = (1 << 30) if mixer.window is None else mixer.window
     gate = 0 if n_gate == 0 else 1 if n_gate == H else 2
-    _attend_kernel[(S, H, r)](
-        q, s.k, s.v, pos, self.live, part, ml, p, y, N, G0, cap, window, m.scale, H, HK, D, BD,
-        tune['attend_bn'], S, gate, tune['attend_stages'], num_warps=tune['attend_warps'])
-    if S > 1: _combine_kernel[(H, r)](part, ml, p, y, N, G0, H, D, BD, S, gate,
+    _attend_kernel[(S, H, rows)](
+        q, layer.k, layer.v, pos, self.live, part, ml, proj, out, width, G0, cap, window,
+        mixer.scale, H, HK, dim, BD, tune['attend_bn'], S, gate, tune['attend_stages'],
+        num_warps=tune['attend_warps'])
+    if S > 1: _combine_kernel[(H, rows)](part, ml, proj, out, width, G0, H, dim, BD, S, gate,
                                       num_warps=4 if S <= 64 else 8)
-    return y.view(r, -1)
+    return out.view(rows, -1)
 
 # %% ../nbs/15b_decode.ipynb #layer
 @patch
-def _mixer(self:Decoder, i, p): # projections (r, N) -> what mixer i read, and its last matrix
-    m, b = self.model, self.model.blocks[i].mixer
-    ve = m.value_embeds[str(i)].weight if m.cfg.has_value_embed(i) else None
-    gdn = isinstance(b, GatedDeltaNet)
-    o = (self._recall if gdn else self._attend)(b, self.state.layers[i], p, ve)
-    return o, (b.o_proj if gdn else b.c_proj).weight
+def _mixer(self:Decoder, i, proj): # projections (r, N) -> what mixer i read, and its last matrix
+    model, mixer = self.model, self.model.blocks[i].mixer
+    ve = model.value_embeds[str(i)].weight if model.cfg.has_value_embed(i) else None
+    gdn = isinstance(mixer, GatedDeltaNet)
+    out = (self._recall if gdn else self._attend)(mixer, self.state.layers[i], proj, ve)
+    return out, (mixer.o_proj if gdn else mixer.c_proj).weight
 
 # %% ../nbs/15b_decode.ipynb #layer-few
 @patch
-def _few(self:Decoder, i, x, x0): # few rows: each matrix with all that stands around it
-    b, act = self.model.blocks[i], _ACT[self.model.cfg.activation]
-    o, w = self._mixer(i, self._skinny(x, b.mixer.fused, norm=True))
-    x = self._skinny(o, w, res=x)
-    h = self._skinny(x, b.mlp.c_fc.weight, norm=True, act=act)
-    if act == 0: h = b.mlp.act(h)
-    return self._skinny(h, b.mlp.c_proj.weight, res=x, x0=x0, i=i+1) # x0: mixed for the next layer
+def _few(self:Decoder, i, x, x0): # few rows; x0: mixed for the next layer
+    block, act = self.model.blocks[i], _ACT[self.model.cfg.activation]
+    out, weight = self._mixer(i, self._skinny(x, block.mixer.fused, norm=True))
+    x = self._skinny(out, weight, res=x)
+    hidden = self._skinny(x, block.mlp.c_fc.weight, norm=True, act=act)
+    if act == 0: hidden = block.mlp.act(hidden)
+    return self._skinny(hidden, block.mlp.c_proj.weight, res=x, x0=x0, i=i+1)
 
 # %% ../nbs/15b_decode.ipynb #layer-many
 @patch
-def _layer(self:Decoder, i, x, y, x0): # stream x (r, d) and what is still to be added -> the same
-    b, act = self.model.blocks[i], _ACT[self.model.cfg.activation]
-    o, w = self._mixer(i, F.linear(self._mix(x, y, x0, i), b.mixer.fused))
-    h = F.linear(self._mix(x, F.linear(o, w)), b.mlp.c_fc.weight)
-    if act: _act_kernel[(-(-h.numel()//1024),)](h, h.numel(), act, 1024)
-    else: h = b.mlp.act(h)
-    return x, F.linear(h, b.mlp.c_proj.weight)
+def _layer(self:Decoder, i, x, more, x0): # stream (rows, d), what is still to be added -> the same
+    block, act = self.model.blocks[i], _ACT[self.model.cfg.activation]
+    out, weight = self._mixer(i, F.linear(self._mix(x, more, x0, i), block.mixer.fused))
+    hidden = F.linear(self._mix(x, F.linear(out, weight)), block.mlp.c_fc.weight)
+    if act: _act_kernel[(-(-hidden.numel()//1024),)](hidden, hidden.numel(), act, 1024)
+    else: hidden = block.mlp.act(hidden)
+    return x, F.linear(hidden, block.mlp.c_proj.weight)
 
 # %% ../nbs/15b_decode.ipynb #logits
 @patch
-def logits(self:Decoder, r:int) -> tuple[Tensor, float]: # (r, >= vocab) float32, cap to apply
-    "One step of the model for the first r rows; rows that are not live change nothing"
-    m, cfg, tok, s = self.model, self.model.cfg, self.tok[:r], self.state
+def logits(self:Decoder, rows:int) -> tuple[Tensor, float]: # (rows, >= vocab) float32, cap to apply
+    "One step of the model for the first rows; those that are not live change nothing"
+    m, cfg, few, more = self.model, self.model.cfg, rows <= FEW, None
     if not self.fused:
-        view = s.view(r); view.n = None
-        z = m(tok[:, None], state=view, lengths=self.live[:r])[:, 0]
-        return z, 0.
-    few, n, y = r <= FEW, cfg.n_layer, None
-    x, x0 = self._embed(r, few)
-    for i in range(n):
-        middle = cfg.backout and i == n//2
-        if few: x = self._few(i, x, None if middle or i == n-1 else x0)
-        else: x, y = self._layer(i, x, y, x0)
+        view = self.state.view(rows); view.n = None
+        z = m(self.tok[:rows, None], state=view, lengths=self.live[:rows])
+        return z[:, 0], 0.
+    x, x0 = self._embed(rows, few)
+    for i in range(cfg.n_layer):
+        middle, last = cfg.backout and i == cfg.n_layer//2, i == cfg.n_layer - 1
+        if few: x = self._few(i, x, None if middle or last else x0)
+        else: x, more = self._layer(i, x, more, x0)
         if middle:
-            mid = x.clone() if y is None else x + y
-            if few and x0 is not None and i < n-1: self._mix(x, None, x0, i+1)
+            mid = x.clone() if more is None else x + more
+            if few and x0 is not None and not last: self._mix(x, None, x0, i+1)
     if cfg.backout:
-        x = (x if y is None else x + y) - m.backout_lambda.to(x.dtype)*mid; y = None
-    s.pos[:r] += self.live[:r]
+        x = (x if more is None else x + more) - m.backout_lambda.to(x.dtype)*mid; more = None
+    self.state.pos[:rows] += self.live[:rows]
     if few: return self._skinny(x, m.head_weight, norm=True, dtype=torch.float32), cfg.softcap
-    n = self._mix(x, y)
-    if n.is_cuda and n.dtype.itemsize == 2:
-        return torch.mm(n, m.head_weight.mT, out_dtype=torch.float32), cfg.softcap
-    return F.linear(n.float(), m.head_weight.float()), cfg.softcap
+    x = self._mix(x, more)
+    if x.is_cuda and x.dtype.itemsize == 2:
+        return torch.mm(x, m.head_weight.mT, out_dtype=torch.float32), cfg.softcap
+    return F.linear(x.float(), m.head_weight.float()), cfg.softcap
 
 # %% ../nbs/15b_decode.ipynb #smear
 @patch
-def _smear(self:Decoder, x, r):
-    m, prev = self.model, self.state.prev[:r]
+def _smear(self:Decoder, x, rows):
+    m, prev = self.model, self.state.prev[:rows]
     gate = m.smear_lambda.to(x.dtype) * m.smear_gate(x[:, :SMEAR_CHANNELS]).sigmoid()
-    y = x + gate*prev
-    prev.copy_(torch.where(self.live[:r, None] != 0, x, prev))
-    return y
+    mixed = x + gate*prev
+    prev.copy_(torch.where(self.live[:rows, None] != 0, x, prev))
+    return mixed
 
 # %% ../nbs/15b_decode.ipynb #draw
 @patch
-def draw(self:Decoder, z:Tensor, cap:float, a:int, b:int):
-    "The next token of rows a to b, and its log probability, from their logits (b-a, >= vocab)"
-    N = self.model.cfg.vocab_size
-    rows = [t[a:b] for t in (self.key, self.state.pos, self.tok, self.lp, self.live, self.temp,
-                             self.top_k, self.top_p, self.min_p)]
-    with on_device(z):
-        _sample_kernel[(b-a,)](z, *rows, N, z.stride(0), cap, cap != 0, _pow2(N),
-                               num_warps=32 if N > 16384 else 8)
+def draw(self:Decoder, logits:Tensor, # (end-first, >= vocab)
+         cap:float, first:int, end:int):
+    "The next token of some rows, and its log probability"
+    V, settings = self.model.cfg.vocab_size, (
+        self.key, self.state.pos, self.tok, self.lp, self.live, self.temp, self.top_k, self.top_p,
+        self.min_p)
+    with on_device(logits):
+        _sample_kernel[(end - first,)](
+            logits, *(setting[first:end] for setting in settings), V, logits.stride(0), cap,
+            cap != 0, _pow2(V), num_warps=32 if V > 16384 else 8)
 
 @patch
-def step(self:Decoder, r:int):
+def step(self:Decoder, rows:int):
     "Feed each live row its last token and draw the next"
-    with on_device(self.tok): self.z, self.cap = self.logits(r); self.draw(self.z, self.cap, 0, r)
+    with on_device(self.tok):
+        self.z, self.cap = self.logits(rows); self.draw(self.z, self.cap, 0, rows)
 
 # %% ../nbs/15b_decode.ipynb #record
 @patch
-def record(self:Decoder, r:int):
+def record(self:Decoder, rows:int):
     "Record a step of r rows; meanwhile all rows sleep, so that nothing changes"
     live = self.live.clone(); self.live.zero_()
     side = torch.cuda.Stream(self.tok.device); side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for _ in range(2): self.step(r)
+        for _ in range(2): self.step(rows)
     torch.cuda.current_stream().wait_stream(side)
-    g = torch.cuda.CUDAGraph()
-    own = dict(capture_error_mode='thread_local')          # other engines may work meanwhile
-    with torch.cuda.graph(g, pool=self.pool, **own): self.step(r)
-    self.pool = self.pool or g.pool()
-    self.graphs[r] = g, self.z
+    graph = torch.cuda.CUDAGraph()
+    # other engines may work meanwhile
+    with torch.cuda.graph(graph, pool=self.pool, capture_error_mode='thread_local'): self.step(rows)
+    self.pool = self.pool or graph.pool()
+    self.graphs[rows] = graph, self.z
     self.live.copy_(live)
 
 # %% ../nbs/15b_decode.ipynb #replay
 @patch
-def replay(self:Decoder, r:int) -> Tensor: # logits before the cap, valid until the next step
+def replay(self:Decoder, rows:int) -> Tensor: # logits before the cap, valid until the next step
     "A recorded step; the first time it is recorded"
-    if not self.tok.is_cuda: self.step(r); return self.z
-    if r not in self.graphs: self.record(r)
-    g, self.z = self.graphs[r]
-    g.replay()
+    if not self.tok.is_cuda: self.step(rows); return self.z
+    if rows not in self.graphs: self.record(rows)
+    graph, self.z = self.graphs[rows]
+    graph.replay()
     return self.z
 
 # %% ../nbs/15b_decode.ipynb #piece
@@ -561,11 +587,13 @@ class Recorded:
     "The forward over a piece of a prompt in one row, recorded for each padded length"
     def __init__(self, model:HybridModel, # from `inference_copy`
                  capacity:int=2048):      # tokens of a prompt, half of them in one piece
-        dev, ids = model.wte.weight.device, torch.int64
-        self.model, self.capacity, self.made, self.records = model, capacity, {}, dev.type == 'cuda'
+        device, ids = model.wte.weight.device, torch.int64
+        self.model, self.capacity, self.made = model, capacity, {}
+        self.records = device.type == 'cuda'
         model._reach(capacity + capacity//2)         # positions of a last piece with its padding
         self.state = model.init_state(1, capacity); self.state.n = None      # never moves
-        self.x, self.n = (torch.zeros(s, dtype=ids, device=dev) for s in ((1, capacity), (1,)))
+        self.x = torch.zeros(1, capacity, dtype=ids, device=device)
+        self.n = torch.zeros(1, dtype=ids, device=device)
 
     def empty(self) -> ModelState: # shares the memory of the row
         "The row, with nothing read"
@@ -574,11 +602,11 @@ class Recorded:
 
     def __call__(self, x:Tensor, # (1, T) tokens, the next of the row
                  **kw):          # as the model takes them; the state is the row's own
-        t = x.shape[1]; T = max(64, _pow2(t))
+        length = x.shape[1]; T = max(64, _pow2(length))
         if 2*T > self.capacity:
-            raise ValueError(f'a piece of {t} tokens, at most {self.capacity//2}; cut it')
+            raise ValueError(f'a piece of {length} tokens, at most {self.capacity//2}; cut it')
         if T not in self.made: self.made[T] = self.make(T)
-        self.x[:, :t] = x; self.n.fill_(t)
+        self.x[:, :length] = x; self.n.fill_(length)
         return self.made[T]().clone()                # the next piece writes there again
 
     def run(self, T): # (1, 1, vocab)
@@ -588,30 +616,30 @@ class Recorded:
 @patch
 def make(self:Recorded, T:int): # -> a function without arguments
     "Record a piece of T tokens; without a GPU the plain forward"
-    run = lambda: self.run(T)
+    def run(): return self.run(T)
     if not self.records: return run
     mine = self.state.tensors(); was = [t.clone() for t in mine]; self.x.zero_()
-    def again(f): # from the same state -> what came out
-        for t, w in zip(mine, was): t.copy_(w)
-        self.state.pos.clamp_(max=self.capacity - T)
-        return [f().clone(), *[t.clone() for t in mine]]
+    def restore():
+        for t, old in zip(mine, was): t.copy_(old)
+    def again(function): # from the same state -> what came out
+        restore(); self.state.pos.clamp_(max=self.capacity - T)
+        return [function().clone(), *[t.clone() for t in mine]]
+    def away(want, got): return ((want - got).float().norm()/(want.float().norm() + 1)).item()
     self.n.fill_(T); again(run)                                          # compiles
     try:
         replay = self.capture(run)
         self.x[0, :T] = torch.arange(T, device=self.x.device) % self.model.cfg.vocab_size
-        want, got = again(run), again(replay)
-        away = lambda a, b: ((a - b).float().norm()/(a.float().norm() + 1)).item()
-        far = [f for a, b in zip(want, got) if not (f := away(a, b)) < 1e-2]     # NaN, too
+        far = [d for d in map(away, again(run), again(replay)) if not d < 1e-2]   # NaN, too
         why = f'differs by {far[0]:.1e}' if far else ''
-    except RuntimeError as e: why = str(e).splitlines()[0][:200]
-    for t, w in zip(mine, was): t.copy_(w)
+    except RuntimeError as error: why = str(error).splitlines()[0][:200]
+    restore()
     if why: print0(f'pieces of {T} tokens are not recorded: {why}')
     return run if why else replay
 
 @patch
 def capture(self:Recorded, run): # -> a function that replays it
-    torch.cuda.synchronize(); g, rope = torch.cuda.CUDAGraph(), self.model.rope
-    with torch.cuda.graph(g, capture_error_mode='thread_local'): z = run()
-    def replay(): g.replay(); return z
+    torch.cuda.synchronize(); graph, rope = torch.cuda.CUDAGraph(), self.model.rope
+    with torch.cuda.graph(graph, capture_error_mode='thread_local'): z = run()
+    def replay(): graph.replay(); return z
     replay.reads = rope and rope.table   # a longer one may take its place in the model
     return replay

@@ -17,10 +17,10 @@ LIMITS = dict(chars=256,   # of the expression
 class _Refused(ValueError): "An expression outside the little language"
 
 # %% ../nbs/16_execution.ipynb #binary
-def _power(a, b):
-    if isinstance(a, int) and isinstance(b, int):
-        if abs(b) > LIMITS['bits'] or a.bit_length()*abs(b) > LIMITS['bits']: raise _Refused
-    return a**b
+def _power(base, power):
+    if isinstance(base, int) and isinstance(power, int):
+        if max(base.bit_length(), 1)*abs(power) > LIMITS['bits']: raise _Refused
+    return base**power
 
 def _number(x): # x, if it is a number of a size that stays cheap
     if type(x) is int and x.bit_length() <= LIMITS['bits']: return x
@@ -33,17 +33,20 @@ _PIECE = re.compile(r'''[ \t]*(?:([0-9]+\.?[0-9]*(?:[eE][-+]?[0-9]+)?|\.[0-9]+(?
                          |'((?:[^'\\]|\\.)*)' | "((?:[^"\\]|\\.)*)")''', re.X)
 _ESCAPED = {'n': '\n', 't': '\t', '\\': '\\', "'": "'", '"': '"'}
 
-def _escape(m):
-    if m[1] not in _ESCAPED: raise _Refused
-    return _ESCAPED[m[1]]
+def _escape(match):
+    if match[1] not in _ESCAPED: raise _Refused
+    return _ESCAPED[match[1]]
 
 def _pieces(expr): # numbers, signs (str), texts ((str,)); the first one last
     out, at = [], 0
     while at < len(expr):
-        if not (m := _PIECE.match(expr, at)): raise _Refused
-        number, sign, at = m[1], m[2], m.end()
+        if not (match := _PIECE.match(expr, at)): raise _Refused
+        number, sign, at = match[1], match[2], match.end()
         if number: out.append(int(number) if number.isdigit() else float(number))
-        else: out.append(sign or (re.sub(r'\\(.)', _escape, m[3] if m[3] is not None else m[4]),))
+        elif sign: out.append(sign)
+        else:
+            text = match[3] if match[3] is not None else match[4]
+            out.append((re.sub(r'\\(.)', _escape, text),))
     return out[::-1]
 
 # %% ../nbs/16_execution.ipynb #walk
@@ -51,24 +54,24 @@ _BINARY = {'+': (1, operator.add), '-': (1, operator.sub), '*': (2, operator.mul
            '/': (2, operator.truediv), '//': (2, operator.floordiv), '%': (2, operator.mod),
            '**': (4, _power)}                                      # how tightly it binds; a sign: 3
 
-def _value(ps, end, least=1, depth=0): # what is left to read; the time to give up
-    if not ps or depth > LIMITS['depth'] or time.monotonic() > end: raise _Refused
-    go = lambda least: _value(ps, end, least, depth+1)
-    x = ps.pop()
+def _value(left, end, least=1, depth=0): # what is left to read; the time to give up
+    if not left or depth > LIMITS['depth'] or time.monotonic() > end: raise _Refused
+    def go(least): return _value(left, end, least, depth + 1)
+    x = left.pop()
     if x in ('+', '-'): x = go(3)*(1 if x == '+' else -1)
-    elif x == '(': x = go(1); _next(ps, ')')
-    elif type(x) is tuple: x = _count(x[0], ps)
+    elif x == '(': x = go(1); _next(left, ')')
+    elif type(x) is tuple: x = _count(x[0], left)
     x = _number(x)
-    while ps and type(ps[-1]) is str and _BINARY.get(ps[-1], (0,))[0] >= least:
-        bind, f = _BINARY[ps.pop()]
-        x = _number(f(x, go(bind if f is _power else bind+1)))
+    while left and type(left[-1]) is str and _BINARY.get(left[-1], (0,))[0] >= least:
+        bind, function = _BINARY[left.pop()]
+        x = _number(function(x, go(bind if function is _power else bind+1)))
     return x
 
-def _next(ps, sign):
-    if not ps or ps.pop() != sign: raise _Refused
+def _next(left, sign):
+    if not left or left.pop() != sign: raise _Refused
 
-def _count(text, ps): # .count('part')
-    _next(ps, '.count'); _next(ps, '('); part = ps.pop() if ps else None; _next(ps, ')')
+def _count(text, left): # .count('part')
+    _next(left, '.count'); _next(left, '('); part = left.pop() if left else None; _next(left, ')')
     if type(part) is not tuple: raise _Refused
     return text.count(part[0])
 
@@ -117,14 +120,15 @@ class SandboxError(RuntimeError):
 _NEW = dict(user=0x10000000, pid=0x20000000, net=0x40000000, ipc=0x8000000, mount=0x20000)
 
 def _call(name, *args): # a function of libc; OSError if it fails
-    f = getattr(_libc(), name)
-    if f(*args) < 0: raise OSError(ctypes.get_errno(), f'{name}: {os.strerror(ctypes.get_errno())}')
+    function = getattr(_libc(), name)
+    if function(*args) < 0:
+        code = ctypes.get_errno(); raise OSError(code, f'{name}: {os.strerror(code)}')
 
 def _libc(): return ctypes.CDLL(None, use_errno=True)
 
 def _unshare(): # namespaces for the children of this process
     uid, gid = os.getuid(), os.getgid(); root = uid == 0
-    flags = sum(v for k, v in _NEW.items() if k != 'user' or not root)
+    flags = sum(flag for kind, flag in _NEW.items() if kind != 'user' or not root)
     _call('unshare', flags)
     if root: return
     Path('/proc/self/setgroups').write_text('deny')
@@ -132,7 +136,8 @@ def _unshare(): # namespaces for the children of this process
     Path('/proc/self/gid_map').write_text(f'{gid} {gid} 1')
 
 def _hidden(): # may others read this Python?
-    p = Path(sys.base_prefix); return not all(d.stat().st_mode & 1 for d in (p, *p.parents))
+    base = Path(sys.base_prefix)
+    return not all(folder.stat().st_mode & 1 for folder in (base, *base.parents))
 
 # %% ../nbs/16_execution.ipynb #sb-mounts
 def _mounts(work, disk): # everything read-only, and a small disk of its own in the work folder
@@ -143,16 +148,17 @@ def _mounts(work, disk): # everything read-only, and a small disk of its own in 
     _call('mount', b'tmpfs', work.encode(), b'tmpfs', ctypes.c_ulong(nosuid | nodev),
           f'size={disk},nr_inodes=1024,mode=777'.encode())
     if _hidden(): # Python lies where only root may look: show it in the work folder
-        os.mkdir(at := f'{work}/.python')
+        at = f'{work}/.python'; os.mkdir(at)
         _call('mount', sys.base_prefix.encode(), at.encode(), None, ctypes.c_ulong(0x1000), None)
-        for ps in (sys.path, *(getattr(m, '__path__', []) for m in [*sys.modules.values()])):
-            ps[:] = [p.replace(sys.base_prefix, at) for p in ps]
+        packages = [getattr(module, '__path__', []) for module in [*sys.modules.values()]]
+        for paths in (sys.path, *packages):
+            paths[:] = [path.replace(sys.base_prefix, at) for path in paths]
     _call('mount', b'proc', b'/proc', b'proc', ctypes.c_ulong(nosuid | nodev | 8), None)
     os.chdir(work)
 
 # %% ../nbs/16_execution.ipynb #sb-ll
 def _landlock(work): # -> version of Landlock; OSError if there is none
-    sys_call, libc = lambda *a: libc.syscall(*a), _libc()
+    sys_call = _libc().syscall
     abi = sys_call(444, None, ctypes.c_size_t(0), 1)
     if abi < 1: raise OSError('no Landlock')
     every = (1 << (13 if abi < 2 else 14 if abi < 3 else 15 if abi < 5 else 16)) - 1
@@ -161,12 +167,11 @@ def _landlock(work): # -> version of Landlock; OSError if there is none
     fd = sys_call(444, rules, ctypes.c_size_t(8 if abi < 4 else 16 if abi < 6 else 24), 0)
     if fd < 0: raise OSError('landlock_create_ruleset')
     read, null = 0b1101, 0b110                                  # run, read, list; write, read
-    places = {p: read for p in ('/usr', '/lib', '/lib64', '/bin', '/etc', '/proc', sys.prefix,
-                                sys.base_prefix)} | {'/dev/null': null, '/dev/urandom': 4,
-                                                     work: every}
-    for p, rights in places.items():
-        if not os.path.exists(p): continue
-        at = os.open(p, os.O_PATH)
+    system = '/usr', '/lib', '/lib64', '/bin', '/etc', '/proc', sys.prefix, sys.base_prefix
+    places = dict.fromkeys(system, read) | {'/dev/null': null, '/dev/urandom': 4, work: every}
+    for place, rights in places.items():
+        if not os.path.exists(place): continue
+        at = os.open(place, os.O_PATH)
         one = ctypes.create_string_buffer(rights.to_bytes(8, 'little') + at.to_bytes(4, 'little'),
                                           12)
         if sys_call(445, fd, 1, one, 0) < 0: raise OSError('landlock_add_rule')
@@ -199,17 +204,18 @@ _ALLOW, _NO, _ABSENT, _KILL = 0x7fff0000, 0x50001, 0x50026, 0x80000000   # 1: EP
 _LOAD, _EQUAL, _LEAST, _BITS, _AND, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x54, 6
 
 def _filter(machine): # -> instructions (code, jump if true, jump if false, number)
-    arch, clone, pair, kills = _ARCH[machine]; arg = lambda i: (_LOAD, 0, 0, 16 + 8*i)
+    arch, clone, pair, kills = _ARCH[machine]
+    def arg(i): return _LOAD, 0, 0, 16 + 8*i
     no, yes = (_RETURN, 0, 0, _NO), (_RETURN, 0, 0, _ALLOW)
-    f = [(_LOAD, 0, 0, 4), (_EQUAL, 1, 0, arch), (_RETURN, 0, 0, _KILL), (_LOAD, 0, 0, 0)]
-    if machine == 'x86_64': f += [(_LEAST, 0, 1, 0x40000000), (_RETURN, 0, 0, _KILL)]
-    for call in map(int, _REFUSED[machine].split()): f += [(_EQUAL, 0, 1, call), no]
-    f += [(_EQUAL, 0, 1, 435), (_RETURN, 0, 0, _ABSENT)]                        # clone3
-    f += [(_EQUAL, 0, 4, clone), arg(0), (_BITS, 0, 1, 0x7e020080), no, yes]    # new namespaces
-    f += [(_EQUAL, 0, 7, pair), arg(0), (_EQUAL, 0, 4, 1), arg(1), (_AND, 0, 0, 15),
+    rules = [(_LOAD, 0, 0, 4), (_EQUAL, 1, 0, arch), (_RETURN, 0, 0, _KILL), (_LOAD, 0, 0, 0)]
+    if machine == 'x86_64': rules += [(_LEAST, 0, 1, 0x40000000), (_RETURN, 0, 0, _KILL)]
+    for call in map(int, _REFUSED[machine].split()): rules += [(_EQUAL, 0, 1, call), no]
+    rules += [(_EQUAL, 0, 1, 435), (_RETURN, 0, 0, _ABSENT)]                        # clone3
+    rules += [(_EQUAL, 0, 4, clone), arg(0), (_BITS, 0, 1, 0x7e020080), no, yes]    # new namespaces
+    rules += [(_EQUAL, 0, 7, pair), arg(0), (_EQUAL, 0, 4, 1), arg(1), (_AND, 0, 0, 15),
           (_EQUAL, 0, 1, 1), yes, no]                                           # Unix, stream
-    for call in kills: f += [(_EQUAL, 0, 4, call), arg(0), (_EQUAL, 0, 1, 1), no, yes]
-    return [*f, yes]
+    for call in kills: rules += [(_EQUAL, 0, 4, call), arg(0), (_EQUAL, 0, 1, 1), no, yes]
+    return [*rules, yes]
 
 def _seccomp(): # OSError or KeyError where there is none
     code = b''.join(struct.pack('HBBI', *i) for i in _filter(platform.machine()))
@@ -219,19 +225,20 @@ def _seccomp(): # OSError or KeyError where there is none
     _call('prctl', 22, 2, what, 0, 0)
 
 # %% ../nbs/16_execution.ipynb #sb-lim
-def _limits(a, more=0): # more: processes of ours that count as the program's
-    r = resource; cpu = int(a['seconds']) + 1
-    for name, v in dict(CPU=cpu, AS=a['memory'], DATA=a['memory'], FSIZE=a['disk'], NOFILE=64,
-                        CORE=0, NPROC=a['processes'] + more, MSGQUEUE=0,
-                        MEMLOCK=0).items():
-        if hasattr(r, f'RLIMIT_{name}'):
-            key = getattr(r, f'RLIMIT_{name}'); hard = r.getrlimit(key)[1]
-            v = v if hard == r.RLIM_INFINITY else min(v, hard)
-            r.setrlimit(key, (v, v))
+def _limits(task, more=0): # more: processes of ours that count as the program's
+    cpu = int(task['seconds']) + 1
+    for name, most in dict(CPU=cpu, AS=task['memory'], DATA=task['memory'], FSIZE=task['disk'],
+                           NOFILE=64, CORE=0, NPROC=task['processes'] + more, MSGQUEUE=0,
+                           MEMLOCK=0).items():
+        key = getattr(resource, f'RLIMIT_{name}', None)      # CPU is 0
+        if key is None: continue
+        hard = resource.getrlimit(key)[1]
+        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        resource.setrlimit(key, (most, most))
 
 def _nobody(): # a user id that no account has, and the one after it
     import pwd
-    taken, uid = {p.pw_uid for p in pwd.getpwall()}, 20000 + os.getpid()*2 % 40000
+    taken, uid = {user.pw_uid for user in pwd.getpwall()}, 20000 + os.getpid()*2 % 40000
     while {uid, uid + 1} & taken: uid += 2
     return uid
 
@@ -242,17 +249,17 @@ def _become(uid):
 def _with_parent(): # end when the parent ends
     if sys.platform == 'linux': _call('prctl', 1, signal.SIGKILL, 0, 0, 0)
 
-def _shut(a, built, work, uid): # what holds this process from here on
+def _shut(task, built, work, uid): # what holds this process from here on
     if uid: _become(uid)
     if 'landlock' in built: _landlock(work)
     if 'namespaces' in built and not uid: _no_caps()
-    _limits(a, 0 if uid else 2)
+    _limits(task, 0 if uid else 2)
     _with_parent()                                       # a change of user takes it back
     if 'seccomp' in built: _seccomp()
 
 def _known(text): # what a text names is read before the walls stand, if they would hide it
-    for m in {*re.findall(r'^\s*(?:import|from)\s+(\w+)', text, re.M)} & sys.stdlib_module_names:
-        importlib.import_module(m)
+    for name in {*re.findall(r'^\s*(?:import|from)\s+(\w+)', text, re.M)} & sys.stdlib_module_names:
+        importlib.import_module(name)
 
 # %% ../nbs/16_execution.ipynb #sb-pack
 _PLAIN = (int, int.__int__), (float, float.__float__), (str, str.__str__)    # also of subclasses
@@ -284,37 +291,38 @@ def _unpack(x): # and back
     return _MAKE[letter](map(_unpack, rest))
 
 # %% ../nbs/16_execution.ipynb #sb-said
-def _said(e): # an exception in one line, whatever it does when it is asked
-    try: return ' '.join(f'{type(e).__name__}: {e}'.split())[:200] + ''
+def _said(error): # an exception in one line, whatever it does when it is asked
+    try: return ' '.join(f'{type(error).__name__}: {error}'.split())[:200] + ''
     except BaseException: return 'an exception that cannot be shown'
 
-def _outcome(f): # -> ok, exit or error; one line; name and text of the exception
-    try: f()
-    except SystemExit as e:
-        code = e.code if isinstance(e.code, (int, type(None))) else _said(e)
+def _outcome(function): # -> ok, exit or error; one line; name and text of the exception
+    try: function()
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, (int, type(None))) else _said(error)
         return 'exit', f'left early with code {code}', 'SystemExit', ''
-    except BaseException as e:
+    except BaseException as error:
         with suppress(BaseException):                             # its stderr may be closed
-            traceback.print_exception(None, e, e.__traceback__.tb_next.tb_next)
-        name = next(c.__name__ for c in type(e).__mro__ if c.__module__ == 'builtins')
-        return 'error', (what := _said(e)), name, what.partition(': ')[2]
+            traceback.print_exception(None, error, error.__traceback__.tb_next.tb_next)
+        what, kinds = _said(error), type(error).__mro__
+        name = next(kind.__name__ for kind in kinds if kind.__module__ == 'builtins')
+        return 'error', what, name, what.partition(': ')[2]
     return 'ok', '', '', ''
 
 def _flush():
-    for f in (sys.stdout, sys.stderr):
-        with suppress(BaseException): f.flush()               # the program may have closed it
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(BaseException): stream.flush()               # the program may have closed it
 
 # %% ../nbs/16_execution.ipynb #sb-inside
-def _program(a, hear, say): # behind the walls: the process that runs the program
+def _program(task, hear, say): # behind the walls: the process that runs the program
     me, scope = os.getpid(), dict(__name__='__main__')
     def tell(*what): os.write(say, json.dumps(what).encode() + b'\n')
-    end = _outcome(lambda: exec(compile(a['code'], '<program>', 'exec'), scope))
+    end = _outcome(lambda: exec(compile(task['code'], '<program>', 'exec'), scope))
     _flush()
     if os.getpid() != me: os._exit(0)                           # a child of the program
-    lacks = [n for n in a['names'] if n not in scope]
+    lacks = [n for n in task['names'] if n not in scope]
     if end[0] == 'ok' and lacks: end = 'error', f'NameError: the program has no {lacks[0]!r}'
-    tell(a['nonce'], *end[:2])
-    if end[0] == 'ok' and a['names']: _serve(scope, hear, tell)
+    tell(task['nonce'], *end[:2])
+    if end[0] == 'ok' and task['names']: _serve(scope, hear, tell)
 
 def _serve(scope, hear, tell): # answer the judge's calls until he hangs up
     with open(hear, 'rb') as calls:
@@ -366,13 +374,13 @@ def _caller(name, ask, lines, ended): # a function that is called in the program
     call.__name__ = name
     return call
 
-def _judge(a, tests, ask, hear, pid): # -> status and detail
+def _judge(task, tests, ask, hear, pid): # -> status and detail
     lines, ended = _lines(hear, pid), []
-    try: end = _first(lines, a['nonce'])
-    except ValueError as e: return 'error', str(e)
+    try: end = _first(lines, task['nonce'])
+    except ValueError as error: return 'error', str(error)
     if end is None: return _end_of(pid)
-    if end[0] != 'ok' or not (tests or a['names']): return end
-    scope = dict(__name__='__main__') | {n: _caller(n, ask, lines, ended) for n in a['names']}
+    if end[0] != 'ok' or not (tests or task['names']): return end
+    scope = dict(__name__='__main__') | {n: _caller(n, ask, lines, ended) for n in task['names']}
     end = _outcome(lambda: exec(compile(tests, '<tests>', 'exec'), scope)); _flush()
     return _end_of(pid) if ended else end[:2]
 
@@ -382,49 +390,50 @@ def _rest(fd): # all that is left to read
     while data := os.read(fd, 1 << 16): out += data
     return out
 
-def _both(a, work, built, report): # start the program, then judge it
+def _both(task, work, built, report): # start the program, then judge it
     (hear, say), (calls, ask), (stands, wall) = os.pipe(), os.pipe(), os.pipe()
     if sys.platform == 'linux': _call('prctl', 4, 0, 0, 0, 0)    # nobody reads or traces them
     pid = os.fork()
     if pid == 0:
         for fd in (hear, ask, stands, report): os.close(fd)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0); os.setsid()
-        try: _shut(a, built, work, a['uid'])
-        except BaseException as e: os.write(wall, _said(e).encode(errors='replace')); os._exit(1)
+        try: _shut(task, built, work, task['uid'])
+        except BaseException as why:
+            os.write(wall, _said(why).encode(errors='replace')); os._exit(1)
         os.close(wall)
-        try: _program(a, calls, say)
+        try: _program(task, calls, say)
         finally: os._exit(0)
     for fd in (say, calls, wall): os.close(fd)
     if why := _rest(stands).decode(): return 'wall', why
     tests = _rest(0).decode(errors='surrogatepass')
     if 'namespaces' not in built and _hidden(): _known(tests)
-    _shut(a, built, work, a['uid'] and a['uid'] + 1)
-    return _judge(a, tests, ask, hear, pid)
+    _shut(task, built, work, task['uid'] and task['uid'] + 1)
+    return _judge(task, tests, ask, hear, pid)
 
 # %% ../nbs/16_execution.ipynb #sb-inside2
-def _inside(a, work, built, report): # the first process behind the walls
+def _inside(task, work, built, report): # the first process behind the walls
     try:
         _with_parent()
-        if 'namespaces' in built: _mounts(work, a['disk'])
-        elif _hidden(): _known(a['code'])
-        for s in (signal.SIGTERM, signal.SIGALRM): signal.signal(s, signal.SIG_DFL)
-        end = _both(a, work, built, report)
-    except BaseException as e: end = 'wall', _said(e)
+        if 'namespaces' in built: _mounts(work, task['disk'])
+        elif _hidden(): _known(task['code'])
+        for number in (signal.SIGTERM, signal.SIGALRM): signal.signal(number, signal.SIG_DFL)
+        end = _both(task, work, built, report)
+    except BaseException as error: end = 'wall', _said(error)
     os.write(report, ' '.join(end).encode(errors='replace')); os._exit(0)
 
 # %% ../nbs/16_execution.ipynb #sb-build
-def _build(a): # what this system grants, tried in processes that end at once
-    skip, built, root = a['without'], [], os.getuid() == 0
-    def works(f):
+def _build(task): # what this system grants, tried in processes that end at once
+    skip, built, root = task['without'], [], os.getuid() == 0
+    def works(function):
         pid = os.fork()
         if pid == 0:
-            try: f(); os._exit(0)
+            try: function(); os._exit(0)
             except BaseException: os._exit(1)
         return os.waitpid(pid, 0)[1] == 0
     def ns():
         _unshare(); pid = os.fork()
         if pid == 0:
-            try: _mounts(os.getcwd(), a['disk']); os._exit(0)
+            try: _mounts(os.getcwd(), task['disk']); os._exit(0)
             except BaseException: os._exit(1)
         if os.waitpid(pid, 0)[1]: raise OSError('mounts')
     linux = sys.platform == 'linux'
@@ -436,25 +445,25 @@ def _build(a): # what this system grants, tried in processes that end at once
     return built
 
 # %% ../nbs/16_execution.ipynb #sb-guard
-def _read(fd, n): # exactly so many bytes
+def _read(fd, size): # exactly so many bytes
     out = b''
-    while len(out) < n and (data := os.read(fd, n - len(out))): out += data
+    while len(out) < size and (data := os.read(fd, size - len(out))): out += data
     return out
 
 def _guard(): # the script
-    a = json.loads(_read(0, int(_read(0, 8)))); report = int(sys.argv[1]); work = os.getcwd()
-    built = a['built'] if a['built'] is not None else _build(a)
-    a['uid'], a['nonce'] = _nobody() if 'user' in built else 0, os.urandom(16).hex()
-    if a['uid']: os.chown(work, a['uid'], a['uid'])
+    task = json.loads(_read(0, int(_read(0, 8)))); report = int(sys.argv[1]); work = os.getcwd()
+    built = task['built'] if task['built'] is not None else _build(task)
+    task['uid'], task['nonce'] = _nobody() if 'user' in built else 0, os.urandom(16).hex()
+    if task['uid']: os.chown(work, task['uid'], task['uid'])
     if 'namespaces' in built: _unshare()
     look, tell = os.pipe(); pid = os.fork()
-    if pid == 0: os.close(report); os.close(look); _inside(a, work, built, tell)
+    if pid == 0: os.close(report); os.close(look); _inside(task, work, built, tell)
     os.close(tell); late = []
     def stop(sig, _): late.append(sig); os.kill(pid, signal.SIGKILL)
-    for s in (signal.SIGALRM, signal.SIGTERM): signal.signal(s, stop)
-    signal.setitimer(signal.ITIMER_REAL, a['seconds'])
+    for number in (signal.SIGALRM, signal.SIGTERM): signal.signal(number, stop)
+    signal.setitimer(signal.ITIMER_REAL, task['seconds'])
     code = os.waitpid(pid, 0)[1]; signal.setitimer(signal.ITIMER_REAL, 0)
-    if a['uid'] and 'namespaces' not in built: _sweep(a['uid']); _sweep(a['uid'] + 1)
+    if task['uid'] and 'namespaces' not in built: _sweep(task['uid']); _sweep(task['uid'] + 1)
     os.set_blocking(look, False)
     try: text = os.read(look, 4096).decode(errors='replace')
     except BlockingIOError: text = ''
@@ -468,19 +477,19 @@ def _sweep(uid): # end every process of a user
             try: os.setresuid(uid, uid, uid); os.kill(-1, signal.SIGKILL)
             finally: os._exit(0)
         os.waitpid(pid, 0)
-        if not any(_uid_of(p) == uid for p in Path('/proc').glob('[0-9]*')): return
+        if not any(_uid_of(process) == uid for process in Path('/proc').glob('[0-9]*')): return
         time.sleep(.01)
 
-def _uid_of(p):
+def _uid_of(process):
     try:
-        dead = (p/'stat').read_text().rsplit(')', 1)[1].split()[0] == 'Z'
-        return None if dead else p.stat().st_uid
+        dead = (process/'stat').read_text().rsplit(')', 1)[1].split()[0] == 'Z'
+        return None if dead else process.stat().st_uid
     except OSError: return None
 
 # %% ../nbs/16_execution.ipynb #sb-listen
 def _listen(pipes, end, cap): # -> {name: bytes}, '' or the limit that was hit
-    got, sel = {n: bytearray() for n in pipes}, selectors.DefaultSelector()
-    for n, f in pipes.items(): sel.register(f, selectors.EVENT_READ, n)
+    got, sel = {name: bytearray() for name in pipes}, selectors.DefaultSelector()
+    for name, pipe in pipes.items(): sel.register(pipe, selectors.EVENT_READ, name)
     while sel.get_map():
         if (left := end - time.monotonic()) <= 0: return got, 'time'
         for key, _ in sel.select(left):
@@ -513,52 +522,52 @@ def run_code(code:str,                # a Python program
             ) -> Ran:
     "Run a program shut in; whatever it does, the answer comes within the limit and a second or two"
     key = tuple(sorted(without))
-    a = dict(code=code, seconds=seconds, memory=memory, disk=disk, processes=processes,
-             without=key, built=_BUILT.get(key), names=[*names])
-    if not trust and not _BUILT.get(key): _BUILT[key] = a['built'] = _walls(a, key)
-    t = time.monotonic()
+    task = dict(code=code, seconds=seconds, memory=memory, disk=disk, processes=processes,
+                without=key, built=_BUILT.get(key), names=[*names])
+    if not trust and not _BUILT.get(key): _BUILT[key] = task['built'] = _walls(task, key)
+    start = time.monotonic()
     for _ in range(3):
-        status, detail, built, got = _once(a, tests, seconds, output)
+        status, detail, built, got = _once(task, tests, seconds, output)
         if status != 'wall': break
-    if status == 'wall' and not trust: _walls(a, key)
-    out, err = (got[n][:output].decode(errors='replace') for n in ('out', 'err'))
-    return Ran(status == 'ok', status, detail, out, err, time.monotonic() - t, (*built, 'limits'))
+    if status == 'wall' and not trust: _walls(task, key)
+    out, err = (got[name][:output].decode(errors='replace') for name in ('out', 'err'))
+    took, layers = time.monotonic() - start, (*built, 'limits')
+    return Ran(status == 'ok', status, detail, out, err, took, layers)
 
 # %% ../nbs/16_execution.ipynb #sb-once
-def _once(a, tests, seconds, output): # -> status, detail, layers, what it printed
-    got, over, rep = _start(a, seconds, output, tests)
+def _once(task, tests, seconds, output): # -> status, detail, layers, what it printed
+    got, over, rep = _start(task, seconds, output, tests)
     if over == 'output': end = 'output', f'more than {output} characters'
     elif rep: end = _verdict(*rep, seconds)
     elif over: end = 'time', f'not done after {seconds:g} s'
     else: end = 'wall', 'the guard ended without a word'
-    return *end, (rep or [a['built'] or []])[0], got
+    return *end, (rep or [task['built'] or []])[0], got
 
 # %% ../nbs/16_execution.ipynb #sb-start
-def _start(a, seconds, cap, tests=''): # -> what it printed, limit hit, report
+def _start(task, seconds, cap, tests=''): # -> what it printed, limit hit, report
     script = Path(find_spec('nano_dh').origin).parent/'execution.py'
     with tempfile.TemporaryDirectory(prefix='nano_dh_', ignore_cleanup_errors=True) as work:
-        r, w = os.pipe()
-        p = subprocess.Popen([sys.executable, '-I', '-S', str(script), str(w)], cwd=work,
-                             pass_fds=[w],
-                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                             env=dict(PATH=os.defpath, HOME=work, LANG='C.UTF-8'),
-                             start_new_session=True)
-        os.close(w)
+        hear, tell = os.pipe()
+        guard = subprocess.Popen([sys.executable, '-I', '-S', str(script), str(tell)], cwd=work,
+                                 pass_fds=[tell], start_new_session=True, stdin=subprocess.PIPE,
+                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                 env=dict(PATH=os.defpath, HOME=work, LANG='C.UTF-8'))
+        os.close(tell)
         try:
-            head = json.dumps(a).encode()
-            with suppress(BrokenPipeError), p.stdin as f:        # one that fails reads no tests
-                f.write(b'%8d' % len(head) + head + tests.encode(errors='surrogatepass'))
-            got, over = _listen(dict(out=p.stdout, err=p.stderr, rep=r),
+            head = json.dumps(task).encode()
+            with suppress(BrokenPipeError), guard.stdin as pipe:    # who fails reads no tests
+                pipe.write(b'%8d' % len(head) + head + tests.encode(errors='surrogatepass'))
+            got, over = _listen(dict(out=guard.stdout, err=guard.stderr, rep=hear),
                                 time.monotonic() + seconds + 5, cap)
-            if over: p.terminate()
-            try: p.wait(3)
-            except subprocess.TimeoutExpired: p.kill(); p.wait()
-        finally: p.kill(); p.stdout.close(); p.stderr.close(); os.close(r)
+            if over: guard.terminate()
+            try: guard.wait(3)
+            except subprocess.TimeoutExpired: guard.kill(); guard.wait()
+        finally: guard.kill(); guard.stdout.close(); guard.stderr.close(); os.close(hear)
     return got, over, json.loads(got['rep']) if got['rep'].endswith(b']') else None
 
 # %% ../nbs/16_execution.ipynb #sb-walls
-def _walls(a, key): # the layers of this system; refuses if they are too few
-    rep = _start(dict(a, code='', built=None, names=[]), 10., 1 << 16)[2]
+def _walls(task, key): # the layers of this system; refuses if they are too few
+    rep = _start(dict(task, code='', built=None, names=[]), 10., 1 << 16)[2]
     built, need = rep[0] if rep else [], ['user'] if os.getuid() == 0 else ['namespaces', 'seccomp']
     if lacks := [n for n in need if n not in built] or ['guard']*(not rep): raise SandboxError(
         f'this system holds a program by {", ".join(["limits", *built])} alone, {lacks[0]} is '
@@ -578,5 +587,5 @@ def run_many(codes:list, # programs, or dicts of parameters of `run_code`
             ) -> list[Ran]:
     "Several programs at once, results in order"
     with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
-        one = lambda c: run_code(**kw | (c if isinstance(c, dict) else dict(code=c)))
-        return list(pool.map(one, codes))
+        asks = [kw | (code if isinstance(code, dict) else dict(code=code)) for code in codes]
+        return list(pool.map(lambda ask: run_code(**ask), asks))

@@ -41,7 +41,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from .cache import PrefixCache, StateError, _keys, prefill, read_prompt
 from .checkpoint import CheckpointError, load_model
 from .core import atomic_write, base_dir, closest, get_device, human, options
-from .engine import Engine, Grammar, GrammarError, Request, Salted, Shelves, bucket, no_memory
+from .engine import Engine, Grammar, GrammarError, Request, Salted, bucket, no_memory
 from .sft import newest
 from .tasks import ConversationError, messages, render
 from .train import PlanError
@@ -716,7 +716,7 @@ def remember(self:Worker, ids:Salted, msgs:list,
     "Job: read a conversation, write its state"
     e = self.engine
     state = state.fork(1) if known else e.model.init_state(1, bucket(len(ids)))
-    cache, rest = (None, ids[len(known):]) if known else (Shelves(e.prefix), ids)
+    cache, rest = (None, ids[len(known):]) if known else (e.prefix, ids)
     for _ in prefill(e.model, rest, state, cache, piece=e.piece, exact=e.exact): yield
     return write_state(e.model, state, ids, msgs)
 
@@ -862,7 +862,7 @@ def route(self:Service, ids:Salted, n:int=1) -> Worker: # n: answers
         raise ApiError(429, f'{busy:,} answers are being written or wait; try again later',
                        code='queue_full', retry=self.wait())
     if len(room) == 1: return room[0]
-    keys = _keys(ids.hidden())
+    keys = _keys(ids)
     def known(w): # tokens that would not be read again
         snaps = [m for m, k in keys.items() if k in w.engine.prefix.snaps]
         return max([len(w.memory.find(ids)[0]), *snaps])

@@ -8,39 +8,39 @@ __all__ = ['Lookup', 'checkpoint', 'rollback', 'Guessed', 'speculate']
 # %% ../nbs/17b_speculate.ipynb #imports
 import torch
 from dataclasses import dataclass
-from .cache import read_prompt, slot_names
+from .cache import named, read_prompt, slot_names
 from .engine import Request, sample
-from .hybrid_model import HybridModel, ModelState, _tensors
+from .hybrid_model import HybridModel, ModelState
 
 # %% ../nbs/17b_speculate.ipynb #lookup
 class Lookup:
     "Finds where the text ended like this before"
     def __init__(self, tokens=(), sizes:tuple=(4, 3, 2)): # tokens that must agree, longest first
         self.sizes, self.tokens, self.at = sizes, [], {}
-        for t in tokens: self.push(t)
+        for token in tokens: self.push(token)
 
     def push(self, token:int):
-        self.tokens.append(token); n = len(self.tokens)
+        self.tokens.append(token); last = len(self.tokens) - 1
         for k in self.sizes: # what ended just before this token now has a continuation
-            if n > k: self.at[tuple(self.tokens[n-1-k:n-1])] = n-1
+            if last >= k: self.at[tuple(self.tokens[last-k:last])] = last
 
-    def draft(self, n:int) -> list: # at most n tokens that followed the last time
+    def draft(self, most:int) -> list: # tokens that followed the last time
         for k in self.sizes:
-            if (i := self.at.get(tuple(self.tokens[-k:]))) is not None: return self.tokens[i:i+n]
+            if (i := self.at.get(tuple(self.tokens[-k:]))) is not None: return self.tokens[i:i+most]
         return []
 
 # %% ../nbs/17b_speculate.ipynb #back
-def checkpoint(model:HybridModel, state:ModelState, into:list|None=None) -> list:
+def checkpoint(model:HybridModel, state:ModelState, into:dict|None=None) -> dict:
     "Copy what a step changes for good; slots of keys and values are only added to"
-    parts = [(s, k) for s, names in zip((*state.layers, state), (*slot_names(model), set()))
-             for k in _tensors(s) if k not in names]
-    if into is None: into = [[s, k, torch.empty_like(getattr(s, k))] for s, k in parts]
-    for s, k, t in into: t.copy_(getattr(s, k))
+    fixed = {name: tensor for name, tensor in named(state).items() if name not in slot_names(model)}
+    if into is None: into = {name: torch.empty_like(tensor) for name, tensor in fixed.items()}
+    for name, tensor in fixed.items(): into[name].copy_(tensor)
     return into
 
-def rollback(state:ModelState, saved:list, n:int): # n: tokens that the state had read
+def rollback(state:ModelState, saved:dict, n:int): # n: tokens that the state had read
     "Back to the checkpoint, bit by bit"
-    for s, k, t in saved: getattr(s, k).copy_(t)
+    tensors = named(state)
+    for name, tensor in saved.items(): tensors[name].copy_(tensor)
     state.n = n
 
 # %% ../nbs/17b_speculate.ipynb #pace
@@ -78,22 +78,25 @@ def speculate(model:HybridModel, request:Request,
     "Continue one prompt, checking drafts from the text itself"
     if request.steers: raise ValueError('drafts are checked against the model alone: no grammar, '
                                         'bias or penalties here; submit the request to an Engine')
-    r, out, look, pace = request, Guessed([]), Lookup(request.prompt, sizes), _Pace(most)
-    choose, ends = choose or (lambda z, pos: int(sample(z, r, pos))), set(r.stop_tokens or ())
-    state = model.init_state(1, len(r.prompt) + r.max_tokens + most)
-    def take(z): # the next token
-        t = choose(z, len(look.tokens))
-        out.tokens.append(t); look.push(t)
-        return t
-    todo, saved = [take(read_prompt(model, r.prompt, state)[0])], None
-    while len(out.tokens) < r.max_tokens and out.tokens[-1] not in ends:
-        n, d = state.n, look.draft(min(pace.length(), r.max_tokens - len(out.tokens) - 1))
-        if d: saved = checkpoint(model, state, saved)
-        z = model(torch.tensor([todo + d], device=state.pos.device), state=state)[0, len(todo)-1:]
-        right, t = 0, take(z[0])
-        while right < len(d) and t == d[right] and t not in ends: right += 1; t = take(z[right])
-        out.passes += 1; out.drafted += len(d); out.accepted += right
-        if right == len(d): todo = [t]
-        else: rollback(state, saved, n); todo = todo + d[:right] + [t]
-        pace.judge(len(d), right)
+    out, look, pace = Guessed([]), Lookup(request.prompt, sizes), _Pace(most)
+    ends, state = {*(request.stop_tokens or ())}, model.init_state(
+        1, len(request.prompt) + request.max_tokens + most)
+    def take(logits): # the next token
+        at = len(look.tokens)
+        token = choose(logits, at) if choose else int(sample(logits, request, at))
+        out.tokens.append(token); look.push(token)
+        return token
+    todo, saved = [take(read_prompt(model, request.prompt, state)[0])], None
+    while (left := request.max_tokens - len(out.tokens)) > 0 and out.tokens[-1] not in ends:
+        known, draft = state.n, look.draft(min(pace.length(), left - 1))
+        if draft: saved = checkpoint(model, state, saved)
+        x = torch.tensor([todo + draft], device=state.pos.device)
+        logits = model(x, state=state)[0, len(todo)-1:]
+        right, t = 0, take(logits[0])
+        while right < len(draft) and t == draft[right] and t not in ends:
+            right += 1; t = take(logits[right])
+        out.passes += 1; out.drafted += len(draft); out.accepted += right
+        if right == len(draft): todo = [t]
+        else: rollback(state, saved, known); todo = todo + draft[:right] + [t]
+        pace.judge(len(draft), right)
     return out

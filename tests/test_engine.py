@@ -12,10 +12,11 @@ from nano_dh.cache import PrefixCache, StateError, read_prompt
 from nano_dh.dataset import open_data
 from nano_dh.decode import Recorded
 import nano_dh.engine as E
-from nano_dh.engine import Engine, Request, TextStream, gumbel, sample
+from nano_dh.engine import Engine, Request, TextStream, sample
 from nano_dh.execution import calculator
 from nano_dh.gated_attn import causal_mask, over_cache
 from nano_dh.hybrid_model import HybridConfig, HybridModel, generate
+from nano_dh.request import _words, gumbel
 from nano_dh.tokenizer import Tokenizer
 from tiny_run import PAPERMILL, environ, parameters
 
@@ -125,11 +126,11 @@ EVENT = st.tuples(st.integers(1, 90), st.integers(1, 12), st.integers(0, 3), st.
 def schedule(events, pattern, exact, rows, lag):
     m = one_layer(pattern)
     e = Engine(m, TOK, exact=exact, max_rows=rows, max_bytes=m.state_bytes(128, 6), prefix_bytes=20_000, piece=64)
-    e.lag, make_slab = lag, e._slab       # lag 1: results are read a step later, as on a GPU
+    e.lag, make_slab = lag, e.new_slab       # lag 1: results are read a step later, as on a GPU
     def counted(rows, cap): # while a slab grows, the old one is still there
         assert e.nbytes() + m.state_bytes(cap, rows) <= e.max_bytes
         return make_slab(rows, cap)
-    e._slab, streams = counted, []
+    e.new_slab, streams = counted, []
     for n, k, steps, what in events:
         if what == 'submit': streams.append(e.submit(Request(list(range(n)), max_tokens=k, seed=n, stop_tokens=(k,))))
         elif what == 'cancel' and streams: streams[n % len(streams)].cancel()
@@ -255,7 +256,7 @@ def test_tool_in_the_stream():
     for exact in (False, True):
         e = Engine(m, TOK, exact=exact)
         s = e.submit(Request(TOK.encode('a'), max_tokens=30, tools=True, stop_tokens=(), temperature=0))
-        s._forced.extend([sp['<|python_start|>'], *TOK.encode('6*7'), sp['<|python_end|>']])
+        s.forced.extend([sp['<|python_start|>'], *TOK.encode('6*7'), sp['<|python_end|>']])
         e.run([s])
         assert s.tokens[5:9] == [sp['<|output_start|>'], *TOK.encode('42'), sp['<|output_end|>']]
         assert s.tokens[9:] == generate(m, TOK.encode('a') + s.tokens[:9], 21, 0)      # it was read as well
@@ -454,14 +455,14 @@ def test_bytes_of_the_cache_are_all_counted():
 
 def test_no_room_for_a_prompt(monkeypatch):
     "No memory for a state, then none for the first draw: who needs it ends, nobody is lost, nothing is left behind"
-    m, place, first = make(2).double(), Engine._place, E.Slab.first
+    m, place, first = make(2).double(), Engine.place, E.Slab.first
     def small(self, need):
         if need > 64: raise MemoryError('no room')
         return place(self, need)
     def unlucky(self, i, row, z):
         if row.stream.request.prompt == [66]: raise MemoryError('no room')
         return first(self, i, row, z)
-    for name, f, on in (('_place', small, Engine), ('first', unlucky, E.Slab)):
+    for name, f, on in (('place', small, Engine), ('first', unlucky, E.Slab)):
         for exact in (False, True):
             rs = [Request([t], max_tokens=n, stop_tokens=(), temperature=0) for t, n in ((65, 5), (66, 90), (67, 5), (68, 1))]
             want = [alone(m, r, exact=exact).tokens for r in rs]
@@ -525,8 +526,8 @@ def journey(seed, kind, waits):
     if share: e.prefix.max_bytes = rng.choice((m.state_bytes(64)*3, 1 << 30))
     if rng.random() < .5: e.recorded = Recorded(m, 256)
     e.lag = rng.randint(0, 1); risk = rng.choice((0, 0, .05)); ends, streams, base = [], [], numbers(seed, 200)
-    end = e._end; e._end = lambda s, reason: (ends.append(s.id), end(s, reason))
-    group = e._together; e._together = lambda: (group(), waits.append(len(e.awaited)))[0]
+    end = e.end; e.end = lambda s, reason: (ends.append(s.id), end(s, reason))
+    group = e.together; e.together = lambda: (group(), waits.append(len(e.awaited)))[0]
     def risky(f):
         def g(*args, **kw):
             if rng.random() < risk: raise MemoryError('bad luck')
@@ -540,7 +541,7 @@ def journey(seed, kind, waits):
         kids = [id(s.parent) for s in e.prefix.snaps.values()]
         assert all(s.children == kids.count(id(s)) and not s.gone for s in e.prefix.snaps.values())
     with strides(stride) as patch:
-        for on, name in ((E.Reading, 'read'), (Engine, '_place'), (Engine, '_rows'), (E.Slab, 'first'), (E.Slab, 'next'), (E.Slab, 'copy'), (HybridModel, 'take'), (type(m.blocks[-1]), 'forward')):
+        for on, name in ((E.Reading, 'read'), (Engine, 'place'), (Engine, 'open'), (E.Slab, 'first'), (E.Slab, 'next'), (E.Slab, 'copy'), (HybridModel, 'take'), (type(m.blocks[-1]), 'forward')):
             patch.setattr(on, name, risky(getattr(on, name)))  # the last: in the middle of a forward
         for _ in range(rng.randint(5, 40)):
             what, base = rng.random(), numbers(rng.randrange(8), 200) if share else base
@@ -856,7 +857,7 @@ def test_close_frees_the_recorded_pieces():
     want, refs = e.generate([1]*70, **kw).tokens, [weakref.ref(x) for x in (e.recorded, e.recorded.state.tensors()[0])]
     e.release(); assert e.recorded.made; s = e.submit(Request([1]*70, **kw)); e.close(); assert refs[0]() is None and refs[1]() is None
     assert e.run([s])[0].tokens == want and e.recorded is None
-    e.graphs = True; assert isinstance(e._rows([[1, 2]], None).forward, Recorded) and isinstance(e._rows([[1], [2]], None).forward, HybridModel)
+    e.graphs = True; assert isinstance(e.open([[1, 2]]).forward, Recorded) and isinstance(e.open([[1], [2]]).forward, HybridModel)
     reading = e.recorded; e.reader = iter(()); e.close(); assert e.recorded is reading      # in use
 
 # ---- mistakes and damage
@@ -916,7 +917,7 @@ def test_numbers_that_are_none(lag):
     ss = [e.submit(Request([i]*70, seed=i, **kw)) for i in range(3)]
     for _ in range(5): e.step()
     assert e.damaged() == [] and e.prefix.snaps
-    slab, i = e._where(ss[1]); n = len(ss[1].tokens)
+    slab, i = e.where(ss[1]); n = len(ss[1].tokens)
     with torch.inference_mode(): slab.state.layers[0].S[i] = float('nan')
     raised = until_done(e, ss); assert [type(x) for x in raised] == [E.NotFinite] and not e.prefix.snaps
     assert [s.reason for s in ss] == ['length', 'error', 'length'] and 'not finite' in ss[1].error and len(ss[1].tokens) <= n + lag
@@ -967,7 +968,7 @@ def test_bias_and_penalties(lag):
     rs = [Request([i + 1]*3, seed=i, **kw, **h) for i, h in enumerate(hows)]; e = Engine(m, TOK); e.lag = lag
     ss = [e.submit(r) for r in rs]
     for _ in range(9): e.step()
-    e._halve(RuntimeError('on purpose')); e.run(ss)
+    e.step_failed(RuntimeError('on purpose')); e.run(ss)
     assert [s.tokens for s in ss] == [plain(r.prompt, r) for r in rs] and ss[2].tokens == [3]*30
 
 SHORT = dict(type='string', maxLength=6)
@@ -1058,7 +1059,7 @@ def test_json_refusals(monkeypatch):
         with pytest.raises(E.GrammarError) as said: e.grammar(bad)
         assert '\n' not in str(said.value) and len(str(said.value)) < 300
     with pytest.raises(E.GrammarError, match='needs a tokenizer'): Engine(make(), None).grammar({})
-    monkeypatch.setitem(sys.modules, 'llguidance', None); E._words.cache_clear()
+    monkeypatch.setitem(sys.modules, 'llguidance', None); _words.cache_clear()
     with pytest.raises(E.GrammarError, match='pip install llguidance'): e.grammar({})
 
 def test_json_where_results_are_read_late():

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 import jsonschema, openai, pytest, torch
 from openai import OpenAI
-import nano_dh.engine as E, nano_dh.serve as S
+import nano_dh.engine as E, nano_dh.request as R, nano_dh.serve as S
 from nano_dh.checkpoint import load_model, save_checkpoint
 from nano_dh.engine import Engine, Request
 from nano_dh.serve import ServeConfig, load, serving, summary
@@ -1103,12 +1103,12 @@ def test_json_is_cut_and_refused_in_words(srv):
     assert said(response_format=dict(type='text'), max_tokens=8, seed=3)[1]['choices'] == said(max_tokens=8, response_format=None, seed=3)[1]['choices']
 
 def test_json_without_llguidance(monkeypatch):
-    monkeypatch.setitem(sys.modules, 'llguidance', None); E._words.cache_clear()
+    monkeypatch.setitem(sys.modules, 'llguidance', None); R._words.cache_clear()
     with serving(Engine(model(), TOK)) as url:
         status, _, body = call(url, '/v1/chat/completions', dict(messages=ask('x'), response_format=dict(type='json_object'))); e = refused(status, body, 400)
         assert 'pip install llguidance' in e['message'] and e['param'] == 'response_format'
         assert call(url, '/v1/chat/completions', dict(messages=ask('x'), max_tokens=4))[0] == 200
-    E._words.cache_clear()
+    R._words.cache_clear()
 
 def test_json_beside_others_and_the_calculator():
     "Answers of others are the same while JSON is written, and no tool speaks in it"
