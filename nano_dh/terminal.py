@@ -14,14 +14,15 @@ from .core import _word, closest
 from .speedrun import Stage, check_parameters, find_notebooks, parameters_of, shown
 
 # %% ../nbs/27e_terminal.ipynb #find
+def _known(): return {path.stem: path for path in sorted(find_notebooks().glob('*.ipynb'))}
+
 def notebook(name:str     # 'pretrain', or the path of a notebook
             ) -> Path:
     "The run notebook that is meant"
-    p = Path(name).expanduser()
-    if p.suffix == '.ipynb' and p.is_file(): return p
-    known = {f.stem: f for f in sorted(find_notebooks().glob('*.ipynb'))}
-    if p.stem in known: return known[p.stem]
-    near = closest(p.stem, known); hint = f'did you mean {near!r}? '*bool(near)
+    path, known = Path(name).expanduser(), _known()
+    if path.suffix == '.ipynb' and path.is_file(): return path
+    if path.stem in known: return known[path.stem]
+    near = closest(path.stem, known); hint = f'did you mean {near!r}? '*bool(near)
     raise FileNotFoundError(f"no run notebook {name!r}, {hint}known: {', '.join(known)}")
 
 # %% ../nbs/27e_terminal.ipynb #out
@@ -62,14 +63,15 @@ def handed_on(km): # of jupyter_client; gives a list that holds an item for each
 OWN = ('Input Notebook', 'Output Notebook', 'Executing ', 'Ending Cell')   # papermill's words
 
 class Plain(logging.Formatter):
-    "The text alone, without the line that ends it"
+    "The text of the cells alone, without the line that ends it"
     def format(self, record): return record.getMessage().rstrip('\n')
+    @staticmethod
+    def wanted(record): text = record.getMessage(); return bool(text.strip()) and not text.startswith(OWN)
 
 def show_log():
     "What cells print goes to the terminal"
     out = logging.StreamHandler(sys.stdout)
-    out.addFilter(lambda r: not r.getMessage().startswith(OWN) and bool(r.getMessage().strip()))
-    out.setFormatter(Plain())
+    out.addFilter(Plain.wanted); out.setFormatter(Plain())
     log = logging.getLogger('papermill'); log.setLevel(logging.INFO); log.propagate = False
     log.handlers[:] = [out]
 
@@ -95,28 +97,30 @@ def execute(nb:Path, out:Path, params:dict) -> int: # exit code: 1 failed, 130 i
 def described(nb:Path) -> str:
     "A notebook's parameters, a line each"
     import papermill
-    rows = [f"  {n:24} {p['inferred_type_name']} = {p['default']:12} {p['help']}"
-            for n, p in papermill.inspect_notebook(str(nb)).items()]
+    rows = [f"  {name:24} {about['inferred_type_name']} = {about['default']:12} {about['help']}"
+            for name, about in papermill.inspect_notebook(str(nb)).items()]
     return '\n'.join([f'parameters of {shown(nb)}:', *rows])
 
 def dh_run(argv:list|None=None # default: the command line
           ):
     "Console command: execute a run notebook, its output under a name with the date"
-    p = ArgumentParser('dh_run', description='Execute a notebook of runs/ and show its log.',
-                       add_help=False, formatter_class=RawDescriptionHelpFormatter)
-    p.add_argument('notebook', nargs='?', help='pretrain, sft, ... or the path of a notebook')
-    p.add_argument('-p', '-r', nargs=2, action='append', default=[], metavar=('NAME', 'VALUE'),
-                   dest='params', help='a parameter; `dh_run NOTEBOOK --help` lists them')
-    p.add_argument('-o', '--out', help='the executed notebook; default: runs/out/NAME-DATE.ipynb')
-    p.add_argument('-h', '--help', action='store_true')
-    a = p.parse_args(argv)
+    parser = ArgumentParser('dh_run', description='Execute a notebook of runs/ and show its log.',
+                            add_help=False, formatter_class=RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add('notebook', nargs='?', help='pretrain, sft, ... or the path of a notebook')
+    add('-p', '-r', nargs=2, action='append', default=[], metavar=('NAME', 'VALUE'),
+        dest='params', help='a parameter; `dh_run NOTEBOOK --help` lists them')
+    add('-o', '--out', help='the executed notebook; default: runs/out/NAME-DATE.ipynb')
+    add('-h', '--help', action='store_true')
+    args = parser.parse_args(argv)
     try:
-        if a.help and a.notebook: return print(described(notebook(a.notebook)))
-        if not a.notebook:
-            names = ', '.join(f.stem for f in sorted(find_notebooks().glob('*.ipynb')))
-            p.epilog = f'notebooks: {names}'; p.print_help(); sys.exit(0 if a.help else 2)
-        nb = notebook(a.notebook); params = given(a.params, nb)
-        out = Path(a.out).expanduser() if a.out else target(nb)
+        if not args.notebook:
+            parser.epilog = 'notebooks: ' + ', '.join(_known())
+            parser.print_help(); sys.exit(0 if args.help else 2)
+        nb = notebook(args.notebook)
+        if args.help: return print(described(nb))
+        params = given(args.params, nb)
+        out = Path(args.out).expanduser() if args.out else target(nb)
         if out.exists(): raise FileExistsError(f'{out} exists; give another name')
     except (OSError, NameError, TypeError) as e: sys.exit(f'dh_run: {e}')
     sys.exit(execute(nb, out, params))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 import jsonschema, openai, pytest, torch
 from openai import OpenAI
-import nano_dh.engine as E, nano_dh.request as R, nano_dh.serve as S
+import nano_dh.chat as C, nano_dh.engine as E, nano_dh.request as R, nano_dh.serve as S, nano_dh.serve_engine as W
 from nano_dh.checkpoint import load_model, save_checkpoint
 from nano_dh.engine import Engine, Request
 from nano_dh.serve import ServeConfig, load, serving, summary
@@ -452,7 +452,7 @@ def test_no_memory_for_a_memory(monkeypatch):
     def none(*_, **__): raise torch.OutOfMemoryError('CUDA out of memory')
     with serving(Engine(model(), TOK)) as url:
         with monkeypatch.context() as patch:
-            patch.setattr(S, 'write_state', none); status, _, body = call(url, '/v1/states', dict(messages=ask('Hello')))
+            patch.setattr(W, 'write_state', none); status, _, body = call(url, '/v1/states', dict(messages=ask('Hello')))
         assert refused(status, body, 503)['code'] == 'out_of_memory' and call(url, '/v1/states', dict(messages=ask('Hello')))[0] == 200
 
 def test_terminal_without_memory(monkeypatch):
@@ -780,7 +780,7 @@ def test_memory_round_trip(client, srv):
     more = talk + ask('Go on'); ids = render_for_completion(more, TOK)
     with serving(Engine(model(), TOK)) as url:                           # has never seen it
         with pytest.MonkeyPatch.context() as mp:
-            mp.setattr(S, '_secret', lambda: b'of another user')
+            mp.setattr(C, '_secret', lambda: b'of another user')
             status, _, body = call(url, '/v1/states', data, 'PUT'); assert 'has not written it' in refused(status, body, 400)['message']
     status, _, body = call(srv.url, '/v1/states', data, 'PUT')
     back = json.loads(body)
@@ -794,7 +794,7 @@ def test_memories_that_are_refused(base, srv, monkeypatch):
     data = call(srv.url, '/v1/states', dict(messages=ask('hi')))[2]
     flip = lambda i: data[:i] + bytes([data[i] ^ 1]) + data[i+1:]
     head = 8 + int.from_bytes(data[:8], 'little')
-    m = talker(TOK.vocab_size, 1); state = m.init_state(1, 8); S.read_prompt(m, [1, 2], state)
+    m = talker(TOK.vocab_size, 1); state = m.init_state(1, 8); C.read_prompt(m, [1, 2], state)
     monkeypatch.setenv('NANO_DH_BASE_DIR', str(base)); other = S.write_state(m, state, [1, 2], ask('hi'))
     for bad, why in ((flip(len(data) - 1), 'damaged'), (data[:-1], 'not a whole'), (b'', 'not a whole'), (b'\xff'*9000, 'not a whole'), (other, 'made by model'),
                      (data.replace(b'hi', b'ho'), 'has not written it'), (data[:8] + b' '*(head - 8) + data[head:], 'not a whole')):
@@ -811,8 +811,8 @@ def test_forged_memories(base, monkeypatch): # with a checksum that is right, wh
     from nano_dh.cache import _digest
     from safetensors.torch import load as tensors, save
     monkeypatch.setenv('NANO_DH_BASE_DIR', str(base))
-    state = model().init_state(1, 8); S.read_prompt(model(), [1, 2, 3], state)
-    good = S.write_state(model(), state, [1, 2, 3], ask('hi')); T, md = tensors(good), S._head(good)[0]['__metadata__']
+    state = model().init_state(1, 8); C.read_prompt(model(), [1, 2, 3], state)
+    good = S.write_state(model(), state, [1, 2, 3], ask('hi')); T, md = tensors(good), C._head(good)[0]['__metadata__']
     def forge(T=T, **kw): h = {**md, **kw}; h['digest'] = _digest(T, h); return save(T, h)
     def seal(data): return S.sealed(data)
     pos, meta = T['pos'], lambda **kw: json.dumps(dict(messages=ask('hi'), tokens=[1, 2, 3]) | kw)
@@ -831,7 +831,7 @@ def test_forged_memories(base, monkeypatch): # with a checksum that is right, wh
     assert S.read_state(model(), seal(forge()))[1] == ask('hi') and time.time() - t < 5 and rss('self') - before < 300 << 20
     steps = []
     with serving(Engine(model(), TOK)) as url:
-        monkeypatch.setattr(S, 'read_state', lambda *a: steps.append(a))
+        monkeypatch.setattr(W, 'read_state', lambda *a: steps.append(a))
         for data in bad[:8] + bad[-3:]:
             status, _, body = call(url, '/v1/states', data, 'PUT'); refused(status, body, 400)
         assert not steps                                                 # the engine's thread has not heard of them
@@ -937,8 +937,8 @@ def test_terminal_one_shot(base, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv('NANO_DH_BASE_DIR', str(base)); f, kw = str(tmp_path/'m'), ['--temperature', '0', '--max-tokens', '20', '--device', 'cpu']
     S.dh_chat(['-p', 'Hello', '--save', f, *kw]); a = capsys.readouterr()
     assert a.out == alone(ask('Hello'), 20).text + '\n' and 'tiny, step 0' in a.err
-    reads = []; real = S.Request
-    monkeypatch.setattr(S, 'Request', lambda ids, *a, **k: reads.append(ids) or real(ids, *a, **k))
+    reads = []; real = C.Request
+    monkeypatch.setattr(C, 'Request', lambda ids, *a, **k: reads.append(ids) or real(ids, *a, **k))
     S.dh_chat(['--load', f, '-p', 'And?', *kw]); b = capsys.readouterr().out
     talk = ask('Hello') + [dict(role='assistant', content=a.out[:-1])] + ask('And?')
     assert b == alone(talk, 20).text + '\n'
@@ -996,7 +996,7 @@ def test_question_from_stdin(base):
     assert p.returncode == 1 and err.endswith('dh_chat: -p - found no question on stdin\n') and 'Traceback' not in err
 
 def test_ctrl_c_while_loading_is_one_line(base):
-    code = 'import nano_dh.serve as s, time; real = s.load_model\n' \
+    code = 'import nano_dh.chat as s, time; real = s.load_model\n' \
            'def slow(*a): print("loading", flush=True); time.sleep(60); return real(*a)\n' \
            's.load_model = slow; s.dh_chat([])'
     p = subprocess.Popen([sys.executable, '-c', code], env=environ(base), text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -1020,7 +1020,7 @@ def test_terminal_shows_control_characters(capsys, monkeypatch):
 
 def test_which_model_is_found(tmp_path, monkeypatch):
     monkeypatch.setenv('NANO_DH_BASE_DIR', str(tmp_path))
-    with pytest.raises(S.PlanError, match='train one'): S.find_model()
+    with pytest.raises(C.PlanError, match='train one'): S.find_model()
     for stage in ('sft', 'base', 'mid'):
         save_checkpoint(tmp_path/'runs'/f'a-{stage}', 0, talker(TOK.vocab_size), tokenizer=TOK, meta=dict(train=dict(stage=stage)))
     assert 'a-sft' in S.find_model() and S.find_model('a-mid') == 'a-mid'
@@ -1038,24 +1038,6 @@ def test_commands_say_what_is_wrong(base, monkeypatch):
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0)); s.listen()
         with pytest.raises(SystemExit, match='give another --port'): S.dh_serve(['--port', str(s.getsockname()[1])])
-
-def test_kill_and_start_again(base, srv): # the last one: srv is gone afterwards
-    port = int(srv.url.rsplit(':', 1)[1])
-    t = threading.Thread(target=lambda: setattr(t, 'got', load(srv.url, [dict(messages=ask('x'), max_tokens=4000, temperature=0)]*4, 4))); t.start()
-    until(lambda: gauge(srv.url, 'rows') == 4)
-    srv.kill(); t.join()
-    assert all(g.error for g in t.got)
-    with server(base, port=port) as p:
-        assert p.url == srv.url
-        r = json.loads(call(p.url, '/v1/chat/completions', dict(messages=ask('Hello'), temperature=0, max_tokens=9))[2])
-        assert r['choices'][0]['message']['content'] == alone(ask('Hello'), 9).text
-        long = dict(messages=ask('x'), max_tokens=4000, temperature=0)   # the second signal ends all, also who does not read
-        t = threading.Thread(target=lambda: setattr(t, 'got', load(p.url, [long]*6, 6))); t.start()
-        stalled = connect(p.url, dict(long, stream=True, n=8, logprobs=True, top_logprobs=20), small=True)
-        until(lambda: gauge(p.url, 'rows') == 14); time.sleep(.3); start = time.time()
-        p.send_signal(signal.SIGTERM); time.sleep(.2); p.send_signal(signal.SIGTERM)
-        assert p.wait(10) == 0 and time.time() - start < 4; t.join(); stalled.close()
-        assert all('going down' in g.error and g.text for g in t.got) and not any('Traceback' in l for l in p.lines)
 
 PERSON = dict(type='object', properties=dict(name=dict(type='string', maxLength=8), age=dict(type='integer', minimum=0, maximum=120)), required=['name', 'age'], additionalProperties=False)
 def as_format(schema): return dict(type='json_schema', json_schema=dict(name='it', schema=schema, strict=True))
@@ -1118,3 +1100,21 @@ def test_json_beside_others_and_the_calculator():
         mixed = [x for i, p in enumerate(plain) for x in (p, body(i, response_format=as_format(PERSON), calculator=True))]
         got = load(url, mixed, 6); assert [g.text for g in got[::2]] == alone and not any(g.error for g in got)
         assert all(g.text.lstrip()[:1] == '{' for g in got[1::2])
+
+def test_kill_and_start_again(base, srv): # the last one: srv is gone afterwards
+    port = int(srv.url.rsplit(':', 1)[1])
+    t = threading.Thread(target=lambda: setattr(t, 'got', load(srv.url, [dict(messages=ask('x'), max_tokens=4000, temperature=0)]*4, 4))); t.start()
+    until(lambda: gauge(srv.url, 'rows') == 4)
+    srv.kill(); t.join()
+    assert all(g.error for g in t.got)
+    with server(base, port=port) as p:
+        assert p.url == srv.url
+        r = json.loads(call(p.url, '/v1/chat/completions', dict(messages=ask('Hello'), temperature=0, max_tokens=9))[2])
+        assert r['choices'][0]['message']['content'] == alone(ask('Hello'), 9).text
+        long = dict(messages=ask('x'), max_tokens=4000, temperature=0)   # the second signal ends all, also who does not read
+        t = threading.Thread(target=lambda: setattr(t, 'got', load(p.url, [long]*6, 6))); t.start()
+        stalled = connect(p.url, dict(long, stream=True, n=8, logprobs=True, top_logprobs=20), small=True)
+        until(lambda: gauge(p.url, 'rows') == 14); time.sleep(.3); start = time.time()
+        p.send_signal(signal.SIGTERM); time.sleep(.2); p.send_signal(signal.SIGTERM)
+        assert p.wait(10) == 0 and time.time() - start < 4; t.join(); stalled.close()
+        assert all('going down' in g.error and g.text for g in t.got) and not any('Traceback' in l for l in p.lines)

@@ -6,7 +6,7 @@ ROOT = Path(__file__).parents[1]
 SHORT = {*'qkvgBTHKVSxi_'}       # letters of the field, an input, an index, nothing
 MOST = .10                       # of the names that a module assigns may be another letter
 LATER = set('''beside chat_eval chat_files chunked compiled cross_entropy dataloader dataset delta_rule deltanet gated_attn gradient_check hybrid_model identity
-    kernels launch pack rl serve sft short_conv speed speedrun tasks terminal tokenizer tokenizer_files train'''.split()) # not yet rewritten
+    kernels launch pack rl sft short_conv speed speedrun tasks tokenizer tokenizer_files train'''.split()) # not yet rewritten
 MODULES = sorted(p for p in (ROOT/'nano_dh').glob('*.py') if p.stem[0] != '_')
 
 def assigned(tree):
