@@ -14,6 +14,7 @@ REPLACING = ( # modules that put a version of theirs in the place of one of volu
     'damage',
     'data_files',
     'data_folders',
+    'prefetch',
 )
 
 # %% ../nbs/14d_volume2.ipynb #added
