@@ -23,6 +23,7 @@ REPLACING = ( # modules that put a version of theirs in the place of one of volu
     'sharded_optim',
     'safe_checkpoint',
     'eval_records',
+    'prefetch',
 )
 
 # %% ../nbs/14d_volume2.ipynb #added

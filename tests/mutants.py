@@ -20,7 +20,7 @@ MUTANTS = { # name -> file, text, the changed text, test that fails on it
  'rate of value embeddings': ('optim', 'value_embed=(embedding_lr*wide/2,', 'value_embed=(embedding_lr*wide,', HERE + 'test_rates_of_the_tables'),
  'loss: no maximum up to cap 300': ('cross_entropy', 'if not 0 < cap <= 30: top', 'if not 0 < cap <= 300: top', HERE + 'test_the_loss_of_large_scores'),
  'loss: no maximum at all': ('cross_entropy', 'if not 0 < cap <= 30: top', 'if not 0 <= cap: top', HERE + 'test_the_loss_of_large_scores'),
- 'packing: what fits exactly does not': ('dataloader', 'np.where(n <= gap, n, 0).argmax()', 'np.where(n < gap, n, 0).argmax()', HERE + 'test_what_fits_exactly'),
+ 'packing: what fits exactly does not': ('dataloader', 'np.where(lengths <= gap, lengths, 0).argmax()', 'np.where(lengths < gap, lengths, 0).argmax()', HERE + 'test_what_fits_exactly'),
  'packing: the last place is filled': ('dataloader', 'while size - at > 1 and', 'while size - at > 0 and', HERE + 'test_what_fits_exactly'),
  'error without k/(k-1)': ('loss_eval', '*k/(k - 1) if k > 1', '*1. if k > 1', HERE + 'test_the_error_of_bits'),
  'schedule a step late: pretraining': ('train', 'self.opt.schedule(self.step, c', 'self.opt.schedule(self.step + 1, c', HERE + 'test_the_rate_of_a_pretraining_step'),
