@@ -4,7 +4,7 @@
 
 Numbers may differ by 5%, whole ones not at all; what a clock, a machine or an installation says is passed over. A cell headed `#| varies 20%` gives its numbers
 more room, what one headed `#| varies` says is not looked at."""
-import contextlib, copy, json, os, re, subprocess, sys
+import contextlib, copy, io, json, os, re, subprocess, sys, tokenize
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -14,11 +14,11 @@ UNTITLED = set('''00_core 01_delta_rule 02_chunked 03_kernels 03b_short_conv 04_
     17b_speculate 17c_bench 21_tasks 21b_identity 22_sft 23_rl 24_chat_eval 25_serve 27b_speedrun'''.split()) # their figures do not say yet what they show
 
 NUMBER = r'(?:(?<![\w)\]])[-+])?(?:\d+(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)(?:e[-+]?\d+)?'
-UNIT = r'(?:[x×]|\s?(?:[mµun]?s|min|h|sec(?:onds?)?|minutes?|hours?|days?|times|[KMGTP]?\s?[\w.-]+/s|[KMGTP]?\s?[\w.-]+ (?:a|per) second))(?![\w/])'
+UNIT = r'(?:[x×]|\s?[x×](?!\s*[\w(])|\s?(?:[mµun]?s|min|h|sec(?:onds?)?|minutes?|hours?|days?|times|[KMGTP]?\s?[\w.-]+/s|[KMGTP]?\s?[\w.-]+ (?:a|per) second))(?![\w/])'
 MASKS = [(re.compile(what), to) for what, to in (
     (r'\x1b\[[0-9;]*m', ''),                                              # colours
     (r'0x[0-9a-f]{6,}', '<address>'), (r'(?<![\w/.])~?(?:/[\w.@+=~-]+){2,}/?', '<path>'),
-    (r'\d{4}-\d\d-\d\d(?:[T ]\d\d:\d\d(?::\d\d)?)?|\b\d\d:\d\d:\d\d\b', '<date>'),
+    (r'\d{4}-\d\d-\d\d(?:[T ]\d\d:\d\d(?::\d\d)?)?|\b\d\d:\d\d:\d\d\b|\b1[6-9]\d{8}\b', '<date>'),
     (r'\b\d+\.\d+\.\d+[\w.+]*', '<version>'), (r'(?<![\w.])(?=[a-f]*\d)(?=\d*[a-f])[0-9a-f]{7,}(?![\w]|[-+]\d)', '<hash>'),
     (rf'(\b\w*(?:_(?:s|ms|us|ns|per_second)|seconds)\b[\'"]?\s*[:=|]?\s*[\'"]?){NUMBER}', r'\1<measured>'),   # 'tokens_s': 823.12
     (rf'(?<![\w.]){NUMBER}(?:\s?(?:±|\+-|to)\s?{NUMBER})?{UNIT}(?:\s?{NUMBER}{UNIT})*', '<measured>'))]
@@ -67,13 +67,19 @@ def room_of(source:str): # share by which numbers may differ; None: all of it ma
     said = re.search(r'^#\|\s*varies *(\d*)%?', source, re.M)
     return ROOM if not said else int(said[1])/100 if said[1] else None
 
+def quiet(source:str): # its result is not shown: it ends in a semicolon, whatever comment follows
+    kinds = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.ENDMARKER)
+    try: tokens = [t.string for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type not in kinds]
+    except (SyntaxError, tokenize.TokenError): return False              # a magic command
+    return tokens[-1:] == [';']
+
 def differences(path:Path, now:dict): # now: cell id -> outputs of the cells that ran
     "A line for each cell whose stored outputs are not what it gives"
     wrong = []
     for cell in json.loads(Path(path).read_text())['cells']:
         if cell['id'] not in now: continue
         source = ''.join(cell['source']); room = room_of(source)
-        new = [o for o in now[cell['id']] if not (o['output_type'] == 'execute_result' and source.rstrip().endswith(';'))]
+        new = [o for o in now[cell['id']] if o['output_type'] != 'execute_result' or not quiet(source)]
         (old, before), (new, after) = shown(cell['outputs']), shown(new)
         found = difference(old, new, room) if room else None
         if not found and after and not before: found = ('no picture', f'{after} of them')    # live ones are drawn in notebooks alone
@@ -96,7 +102,7 @@ def recorded():
             if cell.cell_type != 'code': return
             Recorder.now, cell.outputs = cell.id, []
             super().cell(cell, **kw); self.outputs[cell.id] = cell.outputs
-        def _run(self, code, *args, **kw): # a last semicolon hides the result, not what is printed
+        def _run(self, code, *args, **kw): # execnb would hide what is printed, too
             return super()._run(code + '\n#' if code.rstrip().endswith(';') else code, *args, **kw)
     def drawn(self, *args, **kw):
         if max(len(t.split()) for t in titles(self.figure)) < 3: Recorder.untitled.append(Recorder.now)
