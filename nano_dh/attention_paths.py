@@ -25,7 +25,8 @@ def dense(q:Tensor, # (B, T, H, D)
          ) -> Tensor: # (B, T, H, D)
     "Attention through the machine's best kernel for this kind of call"
     fixed = torch.is_grad_enabled() or torch.compiler.is_compiling() # shapes come back
-    if not q.is_cuda or fixed and mask is not None: return gated_attn.dense.plain(q, k, v, scale, mask)
+    if not q.is_cuda or fixed and mask is not None:
+        return gated_attn.dense.plain(q, k, v, scale, mask)
     with sdpa_kernel([SDPBackend.CUDNN_ATTENTION]*fixed + _ANY, set_priority=True):
         return gated_attn.dense.plain(q, k, v, scale, mask)
 

@@ -71,11 +71,7 @@ def _each_document(q, k, v, g, beta, state, cu, scale, output_state, chunk_size)
     return o[ok].view(B, T, *o.shape[2:]), S
 
 # %% ../nbs/02_chunked.ipynb #main
-def chunk_gated_delta_rule(q:Tensor,    # (B, T, H, K) queries of length one
-                           k:Tensor,    # (B, T, H, K) keys of length one
-                           v:Tensor,    # (B, T, HV, V) values, HV a multiple of H
-                           g:Tensor,    # (B, T, HV) natural log of the decay, <= 0
-                           beta:Tensor, # (B, T, HV) write strength in [0, 2)
+def chunk_gated_delta_rule(q:Tensor, k:Tensor, v:Tensor, g:Tensor, beta:Tensor, # as in chapter 01
                            state:Tensor|None=None, # (B, HV, K, V), or (N, ...) of N documents
                            cu_seqlens:Tensor|None=None, # (N+1,) borders in the flattened B*T
                            scale:float|None=None,  # factor of the read; default K**-0.5

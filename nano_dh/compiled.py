@@ -12,7 +12,7 @@ import torch
 from .hybrid_model import HybridModel, layer
 
 # %% ../nbs/13a_compile.ipynb #apart
-def _apart(b, x, x0, ctx, *rest): return layer(b, x, x0, replace(ctx, masks={}), *rest)
+def _apart(block, x, x0, ctx, *rest): return layer(block, x, x0, replace(ctx, masks={}), *rest)
 
 class Compiled(torch.nn.Module):
     "A model compiled in parts, each kind of layer once; called as the model is"
@@ -20,11 +20,13 @@ class Compiled(torch.nn.Module):
                  **how):              # further arguments of torch.compile
         super().__init__()
         self.model, self.made, self.how = model, {}, dict(fullgraph=True, dynamic=False) | how
-        c = torch._dynamo.config; c.recompile_limit = max(c.recompile_limit, 64)
-    def part(self, f):                # of the model
+        config = torch._dynamo.config
+        config.recompile_limit = max(config.recompile_limit, 64)
+    def part(self, run):              # of the model
         "A compiled part"
-        if f not in self.made: self.made[f] = torch.compile(_apart if f is layer else f, **self.how)
-        return self.made[f]
+        if run not in self.made:
+            self.made[run] = torch.compile(_apart if run is layer else run, **self.how)
+        return self.made[run]
     def forward(self, *args, **kw): return self.model(*args, part=self.part, **kw)
 
 # %% ../nbs/13a_compile.ipynb #compiled

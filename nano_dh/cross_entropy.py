@@ -14,55 +14,62 @@ from .hybrid_model import softcapped
 from .kernels import HAS_TRITON, lazy_jit, on_device, tl
 
 # %% ../nbs/12d_cross_entropy.ipynb #rows
-def _loss_and_grad(z, y, vocab, cap): # (n, V) scores, (n,) targets
+def _loss_and_grad(scores, targets, vocab, cap): # (n, V), (n,)
     "Row losses (n, 1) and their gradient by the scores, which may be overwritten"
-    f, dt = torch.promote_types(z.dtype, torch.float32), z.dtype
+    exact, dtype = torch.promote_types(scores.dtype, torch.float32), scores.dtype
     fuse = torch.compiler.is_compiling()
-    keep, at = (y >= 0).to(f)[:, None], y.clamp_min(0)[:, None]
-    z, top = z.to(f), 0.
-    if cap: t = z.div_(cap).tanh_(); z = t * cap
-    if vocab < z.shape[1]: z[:, vocab:] = -torch.inf
-    hot = torch.arange(z.shape[1], device=z.device) == at if fuse else None
-    hit = z.where(hot, 0.).sum(-1, keepdim=True) if fuse else z.gather(1, at)
-    if not 0 < cap <= 30: top = z.amax(-1, keepdim=True); z = z - top  # exp(30) is no danger
-    e = z.exp_(); total = e.sum(-1, keepdim=True)
-    g = e.mul_(keep/total)
+    keep, at = (targets >= 0).to(exact)[:, None], targets.clamp_min(0)[:, None]
+    scores, top = scores.to(exact), 0.
+    if cap:
+        bent = scores.div_(cap).tanh_()
+        scores = bent * cap
+    if vocab < scores.shape[1]: scores[:, vocab:] = -torch.inf
+    hot = torch.arange(scores.shape[1], device=scores.device) == at if fuse else None
+    hit = scores.where(hot, 0.).sum(-1, keepdim=True) if fuse else scores.gather(1, at)
+    if not 0 < cap <= 30:                                       # exp(30) is no danger
+        top = scores.amax(-1, keepdim=True)
+        scores = scores - top
+    share = scores.exp_()
+    total = share.sum(-1, keepdim=True)
+    g = share.mul_(keep/total)
     g = g - keep*hot if fuse else g.scatter_add_(1, at, -keep)
-    if cap: g.addcmul_(g * t, t, value=-1)
-    return (total.log() + top - hit) * keep, g.to(dt)
+    if cap: g.addcmul_(g * bent, bent, value=-1)
+    return (total.log() + top - hit) * keep, g.to(dtype)
 
 # %% ../nbs/12d_cross_entropy.ipynb #kernel
 @lazy_jit
 def _capped(x, cap, CAP: tl.constexpr): # cap * tanh(x/cap), or x; all in bits, ln 2 nats each
     if CAP:
-        r = tl.rsqrt(1 + tl.exp2(x*(2.8853900817779268/cap))) # 2/ln 2
-        return cap*1.4426950408889634*(1 - 2*r*r)
+        root = tl.rsqrt(1 + tl.exp2(x*(2.8853900817779268/cap))) # 2/ln 2
+        return cap*1.4426950408889634*(1 - 2*root*root)
     return x*1.4426950408889634
 
 # %% ../nbs/12d_cross_entropy.ipynb #rows-kernel
 @lazy_jit
-def _rows_kernel(z, y, losses, cap, cols: tl.constexpr, vocab: tl.constexpr, BV: tl.constexpr,
-                 CAP: tl.constexpr, SMALL: tl.constexpr): # SMALL: exp(u) cannot overflow
-    row, j, target = tl.program_id(0).to(tl.int64), tl.arange(0, BV), tl.load(y + tl.program_id(0))
-    z += row*cols
-    total, top, m = tl.zeros([BV], tl.float32), tl.full([BV], -1e30, tl.float32), 0.
+def _rows_kernel(scores, targets, losses, cap, cols: tl.constexpr, vocab: tl.constexpr,
+                 BV: tl.constexpr, CAP: tl.constexpr, SMALL: tl.constexpr): # SMALL: no exp overflows
+    row, lane = tl.program_id(0).to(tl.int64), tl.arange(0, BV)
+    target = tl.load(targets + row)
+    scores += row*cols
+    total, top, shift = tl.zeros([BV], tl.float32), tl.full([BV], -1e30, tl.float32), 0.
     for k in range(0, vocab, BV):
-        live = k + j < vocab
-        u = _capped(tl.load(z + k + j, mask=live, other=0.).to(tl.float32), cap, CAP)
-        if SMALL: total += tl.where(live, tl.exp2(u), 0.)
+        live = k + lane < vocab
+        bits = _capped(tl.load(scores + k + lane, mask=live, other=0.).to(tl.float32), cap, CAP)
+        if SMALL: total += tl.where(live, tl.exp2(bits), 0.)
         else:
-            new = tl.maximum(top, tl.where(live, u, -1e30))
-            total, top = total*tl.exp2(top - new) + tl.where(live, tl.exp2(u - new), 0.), new
-    if not SMALL: m = tl.max(top, 0); total *= tl.exp2(top - m)
-    s, keep = tl.sum(total, 0), tl.where(target >= 0, 1., 0.)
-    hit = _capped(tl.load(z + tl.maximum(target, 0)).to(tl.float32), cap, CAP)
-    tl.store(losses + row, (tl.log2(s) + m - hit)*keep*0.6931471805599453)
+            new = tl.maximum(top, tl.where(live, bits, -1e30))
+            total, top = total*tl.exp2(top - new) + tl.where(live, tl.exp2(bits - new), 0.), new
+    if not SMALL: shift = tl.max(top, 0); total *= tl.exp2(top - shift)
+    whole, keep = tl.sum(total, 0), tl.where(target >= 0, 1., 0.)
+    hit = _capped(tl.load(scores + tl.maximum(target, 0)).to(tl.float32), cap, CAP)
+    tl.store(losses + row, (tl.log2(whole) + shift - hit)*keep*0.6931471805599453)
     for k in range(0, cols, BV):
-        live = k + j < vocab
-        u = _capped(tl.load(z + k + j, mask=live, other=0.).to(tl.float32), cap, CAP)
-        g = tl.exp2(u - m)*(keep/s) - tl.where(k + j == target, keep, 0.)
-        if CAP: g *= 1 - u*u*(0.4804530139182014/(cap*cap)) # (ln 2)**2
-        tl.store(z + k + j, tl.where(live, g, 0.).to(z.dtype.element_ty), mask=k + j < cols)
+        live = k + lane < vocab
+        bits = _capped(tl.load(scores + k + lane, mask=live, other=0.).to(tl.float32), cap, CAP)
+        g = tl.exp2(bits - shift)*(keep/whole) - tl.where(k + lane == target, keep, 0.)
+        if CAP: g *= 1 - bits*bits*(0.4804530139182014/(cap*cap)) # (ln 2)**2
+        g = tl.where(live, g, 0.).to(scores.dtype.element_ty)
+        tl.store(scores + k + lane, g, mask=k + lane < cols)
 
 # %% ../nbs/12d_cross_entropy.ipynb #op
 ROW_TILE = dict(columns=4096, warps=8) # of a row at once
@@ -80,30 +87,31 @@ def _loss_and_grad_op(z:Tensor, y:Tensor, vocab:int, cap:float) -> Tensor: # (n,
 def _(z, y, vocab, cap): return z.new_empty(len(z), 1, dtype=torch.float32)
 
 # %% ../nbs/12d_cross_entropy.ipynb #either
-def loss_and_grad(z:Tensor,  # (n, V) scores before the cap, contiguous; may be overwritten
-                  y:Tensor,  # (n,) targets, -1 is ignored
-                  vocab:int, # columns that are tokens
-                  cap:float  # 0 is off
-                 ) -> tuple: # row losses (n, 1) in float32, their gradient by z
+def loss_and_grad(scores:Tensor,  # (n, V) before the cap, contiguous; may be overwritten
+                  targets:Tensor, # (n,), -1 is ignored
+                  vocab:int,      # columns that are tokens
+                  cap:float       # 0 is off
+                 ) -> tuple: # row losses (n, 1) in float32, their gradient by the scores
     "By the kernel where it can, else in torch"
-    if HAS_TRITON and z.is_cuda and z.dtype != torch.float64:
-        return torch.ops.nano_dh.loss_and_grad_(z, y, vocab, cap), z
-    return _loss_and_grad(z, y, vocab, cap)
+    if HAS_TRITON and scores.is_cuda and scores.dtype != torch.float64:
+        return torch.ops.nano_dh.loss_and_grad_(scores, targets, vocab, cap), scores
+    return _loss_and_grad(scores, targets, vocab, cap)
 
 # %% ../nbs/12d_cross_entropy.ipynb #lce-class
 class _LinearCrossEntropy(torch.autograd.Function):
     "Sum of the row losses; both gradients are made on the way"
     @staticmethod
-    def forward(ctx, x, w, y, vocab, cap, chunk):
-        f = torch.promote_types(w.dtype, torch.float32)
-        gx, gw, wc, losses = [], torch.zeros_like(w, dtype=f), w.to(x.dtype), []
+    def forward(ctx, x, weight, targets, vocab, cap, chunk):
+        exact, head = torch.promote_types(weight.dtype, torch.float32), weight.to(x.dtype)
+        gx, gw, losses = [], torch.zeros_like(weight, dtype=exact), []
         for i in range(0, len(x), chunk):
-            xi = x[i:i+chunk]
-            l, g = loss_and_grad(F.linear(xi, wc), y[i:i+chunk], vocab, cap)
-            gx.append(g @ wc); losses.append(l.sum())
-            if g.dtype == f: gw.addmm_(g.mT, xi)
-            else: gw += g.mT @ xi
-        ctx.save_for_backward(torch.cat(gx), gw.to(w.dtype))
+            rows = x[i:i+chunk]
+            loss, g = loss_and_grad(F.linear(rows, head), targets[i:i+chunk], vocab, cap)
+            gx.append(g @ head)
+            losses.append(loss.sum())
+            if g.dtype == exact: gw.addmm_(g.mT, rows)
+            else: gw += g.mT @ rows
+        ctx.save_for_backward(torch.cat(gx), gw.to(weight.dtype))
         return torch.stack(losses).sum()
     @staticmethod
     def backward(ctx, dl):
@@ -111,9 +119,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return gx * dl.to(gx.dtype), gw * dl.to(gw.dtype), None, None, None, None
 
 # %% ../nbs/12d_cross_entropy.ipynb #lce
-def _row_losses(x, w, y, vocab, cap):
-    z = softcapped(F.linear(x, w.to(x.dtype)), cap)[:, :vocab]
-    return F.cross_entropy(z, y, ignore_index=-1, reduction='none')
+def _row_losses(x, weight, targets, vocab, cap):
+    scores = softcapped(F.linear(x, weight.to(x.dtype)), cap)[:, :vocab]
+    return F.cross_entropy(scores, targets, ignore_index=-1, reduction='none')
 
 # %% ../nbs/12d_cross_entropy.ipynb #lce-main
 def linear_cross_entropy(x:Tensor,          # (..., d) what the head reads

@@ -67,19 +67,6 @@ class Context:
         return self.masks['valid']
 
 # %% ../nbs/04_deltanet.ipynb #short-conv
-def _last_inputs(x, state, doc_ids, lengths): # (B, C, W-1) the inputs that the next piece will need
-    (B, T, _), few = x.shape, state.shape[2]
-    end = torch.full((B,), T, device=x.device) if lengths is None else lengths.long()
-    at = end[:, None] + torch.arange(few, device=x.device) - few  # times, < 0 in the old state
-    def pick(rows, i): return rows.gather(1, i[..., None].expand(-1, -1, x.shape[2]))
-    old = pick(state.mT.to(x.dtype), (at + few).clamp(0, few-1))
-    new = torch.where((at < 0)[..., None], old, pick(x, at.clamp(0, T-1)))
-    if doc_ids is not None:
-        last = doc_ids.gather(1, (end-1).clamp_min(0)[:, None])
-        same = doc_ids.gather(1, at.clamp(0, T-1)) == last
-        new = new * same[..., None].to(x.dtype)
-    return new.mT.to(state.dtype)
-
 def short_conv(x:Tensor,      # (B, T, C)
                weight:Tensor, # (C, W); weight[:, -1] multiplies the current token
                state:Tensor|None=None,   # (B, C, W-1) the inputs before x; zeros at the start
@@ -87,8 +74,8 @@ def short_conv(x:Tensor,      # (B, T, C)
                lengths:Tensor|None=None  # (B,) valid tokens of a right-padded piece
               ) -> tuple[Tensor, Tensor|None]: # y (B, T, C), the next state (None without a state)
     "Depthwise causal convolution over time, then SiLU"
-    (B, T, _), few, taps = x.shape, weight.shape[1] - 1, weight.to(x.dtype).unbind(1)
-    taps = torch.stack(taps)          # as rows, several times faster to multiply with
+    (B, T, channels), few = x.shape, weight.shape[1] - 1
+    taps = torch.stack(weight.to(x.dtype).unbind(1)) # as rows, several times faster
     before = F.pad(x, (0, 0, few, 0)) if state is None else torch.cat([state.mT.to(x.dtype), x], 1)
     if doc_ids is not None: docs = torch.cat([doc_ids[:, :1].expand(B, few), doc_ids], 1)
     y = x * taps[-1]
@@ -96,14 +83,19 @@ def short_conv(x:Tensor,      # (B, T, C)
         late = before[:, i:i+T]
         if doc_ids is not None: late = late * (docs[:, i:i+T] == doc_ids)[..., None].to(x.dtype)
         y = torch.addcmul(y, late, taps[i])
-    return F.silu(y), None if state is None else _last_inputs(x, state, doc_ids, lengths)
+    if state is None: return F.silu(y), None
+    end = torch.full((B,), T, device=x.device) if lengths is None else lengths.long()
+    at = end[:, None] + torch.arange(few, device=x.device)       # (B, W-1) in `before`
+    last = before.gather(1, at[..., None].expand(-1, -1, channels))
+    if doc_ids is not None:                                      # of the last token's document
+        last = last * (docs.gather(1, at) == docs.gather(1, at[:, -1:]))[..., None].to(x.dtype)
+    return F.silu(y), last.mT.to(state.dtype)
 
 # %% ../nbs/04_deltanet.ipynb #split
 @Replaceable
 def conv_split_norm(x:Tensor,      # (B, T, C), channels q|k|v; may be a slice of a wider tensor
                     weight:Tensor, # (C, W)
-                    n_qk_head:int, n_v_head:int,   # H and HV
-                    head_k_dim:int, head_v_dim:int, # K and V
+                    n_qk_head:int, n_v_head:int, head_k_dim:int, head_v_dim:int, # H, HV, K, V
                     state:Tensor|None=None,   # (B, C, W-1) the inputs before x
                     doc_ids:Tensor|None=None, # (B, T) document of each token
                     lengths:Tensor|None=None  # (B,) valid tokens of a right-padded piece
@@ -225,7 +217,8 @@ def init_state(self:GatedDeltaNet,
               ) -> DeltaState:
     "An empty memory"
     exact = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
-    heads, (channels, width) = (self.n_v_head, self.head_k_dim, self.head_v_dim), self.conv_weight.shape
+    channels, width = self.conv_weight.shape
+    heads = self.n_v_head, self.head_k_dim, self.head_v_dim
     S = torch.zeros(batch, *heads, device=device, dtype=exact)
     return DeltaState(S, torch.zeros(batch, channels, width-1, device=device, dtype=dtype))
 

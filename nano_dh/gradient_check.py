@@ -22,14 +22,15 @@ def awake(model:HybridModel, # at any point of its training
           seed:int=0         # of the numbers
          ):
     "Parameters that are zero hide the gradients behind them: fill them, then set them back"
-    asleep = [p for p in model.parameters() if not p.any()]
-    gens = {p.device: torch.Generator(p.device).manual_seed(seed) for p in asleep}
+    asleep = [weight for weight in model.parameters() if not weight.any()]
+    gens = {weight.device: torch.Generator(weight.device).manual_seed(seed) for weight in asleep}
     with torch.no_grad():
-        for p in asleep: p.normal_(0, .5*p.shape[-1]**-.5, generator=gens[p.device])
+        for weight in asleep:
+            weight.normal_(0, .5*weight.shape[-1]**-.5, generator=gens[weight.device])
     try: yield
     finally:
         with torch.no_grad():
-            for p in asleep: p.zero_()
+            for weight in asleep: weight.zero_()
 
 # %% ../nbs/13b_gradient_check.ipynb #documents
 def documents(x:Tensor, y:Tensor,   # (T,) a row of tokens and its targets
@@ -37,12 +38,16 @@ def documents(x:Tensor, y:Tensor,   # (T,) a row of tokens and its targets
              ) -> list:             # of (rows, longest) tokens and targets, -1 behind the end
     "The documents of a row as rows of their own, in batches no larger than the row"
     cuts = [0, len(x)] if borders is None else borders.tolist()
-    spans = sorted((a - b, a, b) for a, b in zip(cuts, cuts[1:]) if b > a)    # the longest first
-    out = []
+    spans = [slice(*span) for span in zip(cuts, cuts[1:]) if span[1] > span[0]]
+    def length(span): return span.stop - span.start
+    spans, out = sorted(spans, key=length, reverse=True), []
     while spans:
-        longest = -spans[0][0]; n = max(1, len(x)//longest); some, spans = spans[:n], spans[n:]
+        longest = length(spans[0])
+        fit = max(1, len(x)//longest)
+        some, spans = spans[:fit], spans[fit:]
         rows, targets = x.new_zeros(len(some), longest), y.new_full((len(some), longest), -1)
-        for i, (_, a, b) in enumerate(some): rows[i, :b-a], targets[i, :b-a] = x[a:b], y[a:b]
+        for i, span in enumerate(some):
+            rows[i, :length(span)], targets[i, :length(span)] = x[span], y[span]
         out.append((rows, targets))
     return out
 
@@ -68,7 +73,8 @@ def gradients(model:HybridModel, loss:Tensor # that the model made
     "The gradient of every parameter, without touching those that training adds up"
     named = dict(model.named_parameters())
     found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
-    return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(named.items(), found)}
+    return {name: torch.zeros_like(weight) if g is None else g
+            for (name, weight), g in zip(named.items(), found)}
 
 # %% ../nbs/13b_gradient_check.ipynb #reference
 def reference(model:HybridModel, rows:list # (tokens, targets), from `documents`
@@ -78,18 +84,19 @@ def reference(model:HybridModel, rows:list # (tokens, targets), from `documents`
     high = torch.float64 if low == torch.float32 and device.type != 'mps' else torch.float32
     formats = (high, None), (low, yardstick(device, low))
     true, off, squares = {}, {}, {}
-    for x, y in rows:
+    for x, targets in rows:
         got = []
         for dtype, delta in formats:
             with computing_in(model, dtype, delta):
-                got.append(gradients(model, model(x, targets=y, reduction='sum')))
-        for n, g in got[0].items():
-            e = got[1][n] - g
-            true[n], off[n] = (g, e) if n not in true else (true[n] + g, off[n] + e)
-            squares[n] = squares.get(n, 0) + e.double().square().sum()
-    noise = {n: torch.maximum(squares[n].sqrt(), off[n].double().norm()) for n in true}
-    reached = {n: g.double().norm() for n, g in true.items() if g.any()}
-    return true, {n: (noise[n]/reached[n]).item() if n in reached else 0. for n in true}
+                got.append(gradients(model, model(x, targets=targets, reduction='sum')))
+        for name, g in got[0].items():
+            error = got[1][name] - g
+            true[name], off[name] = true.get(name, 0) + g, off.get(name, 0) + error
+            squares[name] = squares.get(name, 0) + error.double().square().sum()
+    noise = {name: torch.maximum(squares[name].sqrt(), off[name].double().norm()) for name in true}
+    reached = {name: g.double().norm() for name, g in true.items() if g.any()}
+    return true, {name: (noise[name]/reached[name]).item() if name in reached else 0.
+                  for name in true}
 
 # %% ../nbs/13b_gradient_check.ipynb #verdict
 def compared(got:dict, true:dict, # name -> gradient
@@ -98,15 +105,16 @@ def compared(got:dict, true:dict, # name -> gradient
             ) -> list[dict]:      # a row each: name, norm_ratio, one_minus_cos, error, limit, why
     "Judge each gradient by the noise of the number format"
     usual, rows = sorted(noise.values())[len(noise)//2], []
-    for n, t in true.items():
-        g, t = got[n].to(t.device).double().flatten(), t.double().flatten()
-        length = t.norm().item(); error = (g - t).norm().item()/length if length else 0.
-        limit = factor*(1 + 3/len(t)**.5)*max(noise[n], usual, 1e-5)
-        cos = (g @ t).item()/(g.norm().item()*length or 1.)
+    for name, exact in true.items():
+        g, exact = got[name].to(exact.device).double().flatten(), exact.double().flatten()
+        length = exact.norm().item()
+        error = (g - exact).norm().item()/length if length else 0.
+        limit = factor*(1 + 3/len(exact)**.5)*max(noise[name], usual, 1e-5)
+        cos = (g @ exact).item()/(g.norm().item()*length or 1.)
         why = 'no gradient' if length and not g.any() else \
             'further off than rounding explains' if not error <= limit else ''
-        rows.append(dict(name=n, norm_ratio=g.norm().item()/(length or 1.), one_minus_cos=1 - cos,
-                         error=error, noise=noise[n], limit=limit, why=why))
+        rows.append(dict(name=name, norm_ratio=g.norm().item()/(length or 1.),
+                         one_minus_cos=1 - cos, error=error, noise=noise[name], limit=limit, why=why))
     return rows
 
 # %% ../nbs/13b_gradient_check.ipynb #error
@@ -119,17 +127,17 @@ class GradientCheck:
     rows: list      # of `compared`
     seconds: float  # that the comparison took beside the compiled pass
     def wrong(self) -> list: # rows, the worst first
-        bad = [r for r in self.rows if r['why']]
-        return sorted(bad, key=lambda r: r['error']/r['limit'], reverse=True)
+        bad = [row for row in self.rows if row['why']]
+        return sorted(bad, key=lambda row: row['error']/row['limit'], reverse=True)
     def __str__(self):
-        r = max(self.rows, key=lambda r: r['error']/r['limit'])
+        worst = max(self.rows, key=lambda row: row['error']/row['limit'])
         return (f"gradients of {len(self.rows)} parameters checked in {self.seconds:.1f} s, worst: "
-                f"{r['name']} off by {r['error']:.1e} of {r['limit']:.1e} allowed")
+                f"{worst['name']} off by {worst['error']:.1e} of {worst['limit']:.1e} allowed")
     def refuse(self):
         "Stop if a gradient is wrong, and say which"
         if not (bad := self.wrong()): return
-        some = '; '.join(f"{r['name']}: {r['why']} (length {r['norm_ratio']:.3f} of the true one, "
-                         f"error {r['error']:.1e}, limit {r['limit']:.1e})" for r in bad[:4])
+        some = '; '.join('{name}: {why} (length {norm_ratio:.3f} of the true one, '
+                         'error {error:.1e}, limit {limit:.1e})'.format(**row) for row in bad[:4])
         raise WrongGradient(
             f'{len(bad)} of {len(self.rows)} parameters get a wrong gradient from the compiled model: '
             f'{some}. Train with compile off, or with another release than torch '
@@ -141,8 +149,9 @@ def piece(T:int, tokens:int,    # of a row, of the piece
          ) -> tuple:            # where it begins and ends, borders inside
     "A piece of a row that begins with the row's longest document"
     if borders is None: return 0, min(T, tokens), None
-    a = int(borders[borders.diff().argmax()]); b = min(T, a + tokens)
-    return a, b, torch.unique((borders - a).clamp(0, b - a))
+    start = int(borders[borders.diff().argmax()])
+    end = min(T, start + tokens)
+    return start, end, torch.unique((borders - start).clamp(0, end - start))
 
 def check_gradients(model:HybridModel, # the model itself
                     fwd,               # the same, compiled
@@ -159,13 +168,15 @@ def check_gradients(model:HybridModel, # the model itself
         borders = [torch.unique((cu - i*T).clamp(0, T)) for i in range(B)]
     counted, parts = torch.full_like(y, -1), []
     for i in some:
-        a, b, inside = piece(T, T//4 + 128, borders[i]); counted[i, a:b] = y[i, a:b]
-        parts += documents(x[i, a:b], y[i, a:b], inside)
+        *span, inside = piece(T, T//4 + 128, borders[i])
+        span = slice(*span)
+        counted[i, span] = y[i, span]
+        parts += documents(x[i, span], y[i, span], inside)
     docs = dict(cu_seqlens=cu_seqlens, cu_seqlens_cpu=cu_seqlens_cpu)
     if cu_seqlens is None: docs = {}
     with awake(model):
         got = gradients(model, fwd(x, targets=counted, reduction='sum', **docs))
-        got = {n: g.cpu() for n, g in got.items()}                 # room for the reference
+        got = {name: g.cpu() for name, g in got.items()}                 # room for the reference
         began = time.perf_counter()
         true, noise = reference(model, parts)
         judged = compared(got, true, noise, factor)

@@ -34,7 +34,8 @@ def register_mixer(letter:str,      # one upper-case letter of the pattern strin
     if carries_order is None: carries_order = getattr(factory, 'carries_order', None)
     if carries_order is None:
         raise ValueError(f'mixer {letter}: does it know the order of tokens, as a recurrence does? '
-                         'Set carries_order True or False on the class; with True layers get no positions')
+                         'Set carries_order True or False on the class; with True layers get no '
+                         'positions')
     MIXERS[letter] = factory
     ORDERED.discard(letter)
     if carries_order: ORDERED.add(letter)
@@ -82,28 +83,23 @@ class HybridConfig:
     def __post_init__(self):
         _derive(self)
         _check(self)
-
     @property
     def layer_types(self) -> list: # one letter a layer
         "The pattern tiled over depth; a mixed pattern ends in L, a one-letter pattern stays pure"
         letters = [self.pattern[i % len(self.pattern)] for i in range(self.n_layer)]
         return letters[:-1] + ['L'] if len(set(self.pattern)) > 1 else letters
-
     @property
     def padded_vocab(self) -> int:
         "Rows of embedding and head: vocab_size rounded up to 64, which matrix units like"
         return _up(self.vocab_size, 64)
-
     @property
     def rot_dim(self) -> int:
         "Channels of a head that rotate with the position"
         part = max(int(self.head_dim*self.partial_rotary)//2*2, 2)
         return dict(none=0, full=self.head_dim, partial=part)[self.pos]
-
     def has_value_embed(self, i:int) -> bool: # i: layer, from 0
         "Whether layer i adds value embeddings: alternate layers, the last one among them"
         return self.value_embeds and i % 2 == (self.n_layer-1) % 2
-
     @classmethod
     def from_depth(cls, depth:int,        # layers; sets the width and all that follows from it
                    pattern:str|None=None, # the preset's, else GGGL
@@ -114,19 +110,16 @@ class HybridConfig:
             raise ValueError(f"preset {preset!r}: known: {', '.join(PRESETS)}")
         letters = dict(pattern=pattern) if pattern else {}
         return cls.from_dict({**PRESETS.get(preset, {}), **letters, 'n_layer': depth, **overrides})
-
     @classmethod
     def from_dict(cls, values:dict): # field -> value
         "From plain values, as `to_dict` gives them; an unknown name or a wrong type is an error"
         return checked(cls, values)
-
     def to_dict(self) -> dict: return asdict(self)    # for JSON
 
 # %% ../nbs/06_hybrid_model.ipynb #derive
 def _divisors(n): return [i for i in range(1, n+1) if n % i == 0]
 def _up(n, multiple): return -(-n // multiple) * multiple
 
-# %% ../nbs/06_hybrid_model.ipynb #derive-2
 def _derive(cfg):
     "Fill the fields that are None"
     if cfg.n_layer < 1: raise ValueError(f'n_layer {cfg.n_layer}: at least 1')
@@ -151,7 +144,6 @@ def _nearest(n, legal): # the legal values on both sides of n
     below, above = [i for i in legal if i <= n], [i for i in legal if i >= n]
     return ', '.join(str(i) for i in dict.fromkeys([*below[-1:], *above[:1]]))
 
-# %% ../nbs/06_hybrid_model.ipynb #check
 SMEAR_CHANNELS = 24 # of the embedding, read by the smear gate
 CHOICES = dict(activation=['relu2', 'gelu', 'silu', 'swiglu'], pos=['none', 'partial', 'full'],
                attn_gate=['headwise', 'elementwise', 'none'], z_gate=list(GATES))
@@ -170,7 +162,8 @@ def _check(cfg):
         part, heads = getattr(cfg, name), getattr(cfg, of)
         need(part > 0 and heads % part == 0, name,
              f' does not divide {of} {heads}; nearest: {_nearest(part, _divisors(heads))}')
-    rotating, least = cfg.rot_dim, max(cfg.ve_gate_channels*cfg.value_embeds, SMEAR_CHANNELS*cfg.smear)
+    rotating = cfg.rot_dim
+    least = max(cfg.ve_gate_channels*cfg.value_embeds, SMEAR_CHANNELS*cfg.smear)
     need(rotating % 2 == 0 and rotating <= cfg.head_dim, 'head_dim',
          f': {rotating} channels do not pair; nearest: {cfg.head_dim//2*2}')
     need(cfg.d_model >= least, 'd_model', f': gates read {least} channels; nearest: {least}')
@@ -190,7 +183,6 @@ def relu2(x:Tensor) -> Tensor: # any shape, the same
 
 ACTIVATIONS = dict(relu2=relu2, gelu=F.gelu, silu=F.silu, swiglu=F.silu)
 
-# %% ../nbs/06_hybrid_model.ipynb #block
 class MLP(nn.Module):
     "Out to the hidden width, activation, back; swiglu: times a second way out"
     def __init__(self, cfg:HybridConfig):
@@ -205,7 +197,6 @@ class MLP(nn.Module):
         hidden = self.act(self.c_fc(x))
         return self.c_proj(hidden if self.c_up is None else hidden*self.c_up(x))
 
-# %% ../nbs/06_hybrid_model.ipynb #block-2
 class Block(nn.Module):
     "Mixer, then MLP; each reads the normed stream and adds to it"
     def __init__(self, cfg:HybridConfig, i:int): # i: layer, from 0
@@ -271,7 +262,7 @@ def linear_cross_entropy(x:Tensor,          # (..., d) what the head reads
                          softcap:float=15., # 0 is off
                          reduction:str='mean', # over the targets that count; or sum, none
                          vocab_size:int|None=None, # rows of weight that are tokens; None: all
-                         chunk:int|None=None # of no importance here: all scores exist at once
+                         chunk:int|None=None # all scores exist at once here
                         ) -> Tensor: # (), or targets.shape if none; float32
     "Cross entropy of softcap(x @ weight.T)"
     if reduction not in ('mean', 'sum', 'none'):
@@ -300,7 +291,8 @@ class HybridModel(nn.Module):
                 str(i): nn.Embedding(V, block.mixer.value_dim)
                 for i, block in enumerate(self.blocks) if cfg.has_value_embed(i)})
             if not cfg.tie_embeddings: self.lm_head = Linear(width, V)
-            if cfg.resid_scalars: self.resid_lambdas, self.x0_lambdas = scalars(depth), scalars(depth)
+            if cfg.resid_scalars:
+                self.resid_lambdas, self.x0_lambdas = scalars(depth), scalars(depth)
             if cfg.smear: self.smear_gate, self.smear_lambda = Linear(SMEAR_CHANNELS, 1), scalars(1)
             if cfg.backout: self.backout_lambda = scalars(1)
             self.rope = Rope(cfg.rot_dim, cfg.rope_base, cfg.sequence_len) if cfg.rot_dim else None
@@ -308,12 +300,10 @@ class HybridModel(nn.Module):
         if device.type == 'meta': return
         self.to_empty(device=device)
         self.init_weights(seed)
-
     @property
     def dtype(self) -> torch.dtype:
         "Number format of the stream: compute_dtype if set, else that of the parameters"
         return self.compute_dtype or self.wte.weight.dtype
-
     @property
     def head_weight(self) -> Tensor: # (padded_vocab, d)
         "The matrix that turns the stream into scores"
@@ -328,7 +318,8 @@ class HybridModel(nn.Module):
         x0 = part(enter)(self, idx, ctx, state)
         x = mid = x0.view_as(x0)                   # another name: compiled, `layer` is one function
         mixes = [()]*cfg.n_layer
-        if cfg.resid_scalars: mixes = list(zip(self.resid_lambdas.unbind(), self.x0_lambdas.unbind()))
+        if cfg.resid_scalars:
+            mixes = list(zip(self.resid_lambdas.unbind(), self.x0_lambdas.unbind()))
         for i, block in enumerate(self.blocks):
             table = self.value_embeds[str(i)].weight if cfg.has_value_embed(i) else None
             memory = None if state is None else state.layers[i]
@@ -352,7 +343,7 @@ class HybridModel(nn.Module):
                 lengths:Tensor|None=None,    # (B,) valid tokens of each row of a right-padded piece
                 reduction:str='mean',        # of the loss: mean, sum, none
                 last_only:bool=False,        # only the logits of each row's last valid token
-                cu_seqlens_cpu:Tensor|None=None, # the borders again, for kernels that read them there
+                cu_seqlens_cpu:Tensor|None=None, # the borders again, for kernels that read them
                 part=as_it_is                # what runs the parts of `stream` and the loss
                ) -> Tensor: # logits (B, T or 1, vocab) float32; with targets the loss
         "Logits, or the loss if there are targets"
@@ -433,25 +424,20 @@ class ModelState:
     capacity: int       # key/value slots
     dtype: torch.dtype  # of keys, values and convolution inputs
     prev: Tensor|None = None # (B, d) last embedding, for smear
-
     def count(self, T:int, lengths:Tensor|None=None): # a piece was read; as in `forward`
         "Move every row on"
         self.pos += T if lengths is None else lengths
         exact = lengths is not None and not self.pos.is_cuda # reading a GPU would wait for it
         if self.n is not None: self.n = int(self.pos.max()) if exact else self.n + T
-
     def tensors(self) -> list: # in a fixed order
         "Every tensor of the state"
         return [x for part in (*self.layers, self) for x in _tensors(part).values()]
-
     def nbytes(self) -> int: return sum(x.nbytes for x in self.tensors())
-
     def select(self, rows:Tensor): # (n,) int64, in any order and number
         "A new state of the given rows, independent of this one"
         def pick(part): return {name: x[rows] for name, x in _tensors(part).items()}
         layers = [type(part)(**pick(part)) for part in self.layers]
         return replace(self, layers=layers, **pick(self))
-
     def fork(self, n:int): # copies of each row
         "Each row n times, next to each other"
         rows = torch.arange(len(self.pos), device=self.pos.device)
@@ -473,7 +459,6 @@ def init_state(self:HybridModel,
     if self.cfg.smear: prev = torch.zeros(batch, self.cfg.d_model, dtype=dtype, device=device)
     return ModelState(layers, pos, 0, slots, dtype, prev)
 
-# %% ../nbs/06_hybrid_model.ipynb #grow
 @patch
 def make_room(self:HybridModel, state:ModelState, T:int): # T: tokens to come
     "Double the capacity until they fit; buffers that depend on it move, the others stay"
@@ -511,7 +496,6 @@ def param_roles(self:HybridModel) -> dict: # parameter name -> role
         return getattr(self.blocks[int(i)].mixer, 'adamw', ()) if first == 'blocks' else ()
     return {name: _role(name, weight, keep(name)) for name, weight in self.named_parameters()}
 
-# %% ../nbs/06_hybrid_model.ipynb #counts
 @patch
 def param_counts(self:HybridModel) -> dict: # kind -> number
     "Parameters by kind, without the rows that pad the vocabulary; scaling = matrices + head"

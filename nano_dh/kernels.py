@@ -81,13 +81,14 @@ def _borders(cu, cu_cpu): # (N+1,) -> tuple without the empty documents at its e
         seen = _fetched.get(cu)
         if seen is None or seen[0] != cu._version:
             _fetched[cu] = seen = cu._version, tuple(cu.tolist())
-        c = seen[1]
-    else: c = tuple((cu if cu_cpu is None else cu_cpu).tolist())
-    n = len(c)
-    while n > 2 and c[n-1] == c[n-2]: n -= 1
-    if any(a >= b for a, b in zip(c[:n], c[1:n])):
-        raise ValueError(f'cu_seqlens {c[:8]}...: empty documents belong at the end, borders rise')
-    return c[:n]
+        borders = seen[1]
+    else: borders = tuple((cu if cu_cpu is None else cu_cpu).tolist())
+    end = len(borders)
+    while end > 2 and borders[end-1] == borders[end-2]: end -= 1
+    if any(start >= stop for start, stop in zip(borders[:end], borders[1:end])):
+        raise ValueError(f'cu_seqlens {borders[:8]}...: empty documents belong at the end, '
+                         'borders rise')
+    return borders[:end]
 
 # %% ../nbs/12b_kernels.ipynb #quiet
 @contextmanager
@@ -132,8 +133,9 @@ def idle_kernels():
 # %% ../nbs/12b_kernels.ipynb #opaque-fwd
 def _opaque_forward(name, fwd):
     def blank(q, k, v, g, beta, state, cu, cu_cpu, scale, output_state): # of the results' shapes
-        N = q.shape[0] if cu is None else cu.shape[0] - 1
-        S = g.new_empty(N, v.shape[2], k.shape[3], v.shape[3]) if output_state else g.new_empty(0)
+        many = q.shape[0] if cu is None else cu.shape[0] - 1
+        shape = many, v.shape[2], k.shape[3], v.shape[3]
+        S = g.new_empty(shape if output_state else 0)
         return v.new_empty(v.shape), S, g.new_empty(g.shape), k.new_empty(*g.shape, 64)
 
     @torch.library.custom_op(f'nano_dh::{name}_fwd', mutates_args=())
@@ -148,8 +150,8 @@ def _opaque_forward(name, fwd):
         call = name, q.shape, v.shape, state is None, docs is None, output_state
         with on_device(q), _quiet_once(*call):
             o, S, G, A = fwd(*xs, S, docs, scale, output_state)
-        if output_state and docs and (n := len(docs)-1) < len(cu)-1: # documents without a token
-            rest = S.new_zeros(len(cu)-1-n, *S.shape[1:]) if state is None else state[n:]
+        if output_state and docs and (some := len(docs)-1) < len(cu)-1: # documents without a token
+            rest = S.new_zeros(len(cu)-1-some, *S.shape[1:]) if state is None else state[some:]
             S = torch.cat([S, rest.to(S.dtype)])
         S = S if output_state else g.new_empty(0)
         out = o.reshape(v.shape), S, G.view(g.shape), A.view(*g.shape, 64)
@@ -170,16 +172,19 @@ def _opaque_backward(name, bwd):
            scale:float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         if _idle[0]: return blank(q, k, v, beta, G, A, state, cu, cu_cpu, do, dS, scale)
         docs, xs = _borders(cu, cu_cpu), [x.contiguous() for x in (q, k, v, G, beta, A, do)]
-        n, N = (q.shape[0],)*2 if docs is None else (len(docs)-1, len(cu)-1)
-        S, d = (None if x is None else x[:n].contiguous() for x in (state, dS))
+        some, many = (q.shape[0],)*2 if docs is None else (len(docs)-1, len(cu)-1)
+        S, dlast = (None if x is None else x[:some].contiguous() for x in (state, dS))
         if docs: xs = [x.flatten(0, 1)[None] for x in xs]
         call = name, 'bwd', q.shape, v.shape, state is None, docs is None, dS is None
         with on_device(q), _quiet_once(*call):
-            *grads, d0 = bwd(*xs, S, d, docs, scale)
+            *grads, d0 = bwd(*xs, S, dlast, docs, scale)
         if state is None: d0 = G.new_empty(0)
-        elif n < N: d0 = torch.cat([d0, G.new_zeros(N-n, *d0.shape[1:]) if dS is None else dS[n:]])
-        like = lambda x, y: x.to(y.dtype).reshape(y.shape).contiguous()
-        return *(like(*xy) for xy in zip(grads, (q, k, v, G, beta))), d0
+        elif some < many:
+            rest = G.new_zeros(many-some, *d0.shape[1:]) if dS is None else dS[some:]
+            d0 = torch.cat([d0, rest])
+        grads = [x.to(to.dtype).reshape(to.shape).contiguous()
+                 for x, to in zip(grads, (q, k, v, G, beta))]
+        return *grads, d0
 
     op.register_fake(blank)
     return op
@@ -188,7 +193,7 @@ def _opaque_backward(name, bwd):
 def opaque_backend(name:str, fwd:Callable, bwd:Callable, **kw): # kw: fields of Backend
     "Register foreign kernels as a pair of custom ops with autograd, and as a backend"
     op = _opaque_forward(name, fwd); _opaque_backward(name, bwd)
-    call, back = (getattr(torch.ops.nano_dh, f'{name}_{d}').default for d in ('fwd', 'bwd'))
+    call, back = (getattr(torch.ops.nano_dh, f'{name}_{way}').default for way in ('fwd', 'bwd'))
 
     def setup(ctx, inputs, output):
         q, k, v, g, beta, state, cu, cu_cpu, ctx.scale, _ = inputs
@@ -206,9 +211,10 @@ def opaque_backend(name:str, fwd:Callable, bwd:Callable, **kw): # kw: fields of 
     def run(q, k, v, g, beta, state, cu, scale, output_state, doc_ids, cu_cpu):
         if cu is None and doc_ids is not None: # documents known only by number: masks, not borders
             return _torch(q, k, v, g, beta, state, cu, scale, output_state, doc_ids, cu_cpu)
-        q, k, v, f = q.to(v.dtype), k.to(v.dtype), v, torch.promote_types(v.dtype, torch.float32)
-        state = None if state is None else state.to(f)
-        o, S, _, _ = call(q, k, v, g.to(f), beta.to(f), state, cu, cu_cpu, scale, output_state)
+        q, k, exact = q.to(v.dtype), k.to(v.dtype), torch.promote_types(v.dtype, torch.float32)
+        state = None if state is None else state.to(exact)
+        o, S, _, _ = call(q, k, v, g.to(exact), beta.to(exact), state, cu, cu_cpu, scale,
+                          output_state)
         return o, S if output_state else None
     register_backend(name, run, **kw)
 
@@ -232,7 +238,7 @@ def hopper_trap(capability:tuple, # (9, 0) is Hopper
 # %% ../nbs/12b_kernels.ipynb #fla
 def _nvcc():
     homes = os.environ.get('CUDA_HOME'), os.environ.get('CUDA_PATH'), '/usr/local/cuda'
-    return bool(which('nvcc')) or any(h and Path(h, 'bin', 'nvcc').exists() for h in homes)
+    return bool(which('nvcc')) or any(home and Path(home, 'bin', 'nvcc').exists() for home in homes)
 
 def _tilelang(): return find_spec('tilelang') is not None and _nvcc()
 
@@ -241,14 +247,15 @@ def _fla_note(device): # fla hands that kernel to tilelang wherever it is instal
     return 'Triton, one backward kernel by tilelang' if hopper and _tilelang() else 'Triton'
 
 def _fla_ready(device):
-    for p in ('fla', 'triton'):
-        if find_spec(p) is None: return f'no {p} (pip install flash-linear-attention triton)'
+    for name in ('fla', 'triton'):
+        if find_spec(name) is None: return f'no {name} (pip install flash-linear-attention triton)'
     return hopper_trap(torch.cuda.get_device_capability(device), _version('triton'), _tilelang())
 
 # %% ../nbs/12b_kernels.ipynb #fla-op
 @lru_cache(32)
 def _fla_plan(docs, device): # borders and (document, chunk) pairs on the GPU
-    pairs = [(i, j) for i, (a, b) in enumerate(zip(docs, docs[1:])) for j in range(-(-(b-a)//64))]
+    pairs = [(i, chunk) for i, (start, end) in enumerate(zip(docs, docs[1:]))
+             for chunk in range(-(-(end - start)//64))]
     return [torch.tensor(x, dtype=torch.int32).to(device, non_blocking=True) for x in (docs, pairs)]
 
 def _fla_fwd(q, k, v, g, beta, state, docs, scale, output_state):
@@ -267,8 +274,8 @@ def _fla_bwd(q, k, v, G, beta, A, do, state, dS, docs, scale):
 
 # %% ../nbs/12b_kernels.ipynb #qla
 def _qla_ready(device):
-    for p in ('flash_qla', 'tilelang'):
-        if find_spec(p) is None: return f'no {p} (pip install flash-qla)'
+    for name in ('flash_qla', 'tilelang'):
+        if find_spec(name) is None: return f'no {name} (pip install flash-qla)'
     major = torch.cuda.get_device_capability(device)[0]
     if major not in (9, 10): return f'no training kernels for compute capability {major}'
     return '' if _nvcc() else 'tilelang finds no nvcc (install the CUDA toolkit or set CUDA_HOME)'
@@ -326,8 +333,8 @@ def available_backends(device,             # kind or device
                       ) -> list[str]: # in the order of registration
     "Names of the backends that are installed and can run such a call"
     device = torch.device(device); dtype = dtype or compute_dtype(device)
-    can = lambda b: not (b.fits(device.type, dtype, head_k_dim, head_v_dim) or b.ready(device))
-    return [n for n, b in BACKENDS.items() if can(b)]
+    return [name for name, way in BACKENDS.items()
+            if not (way.fits(device.type, dtype, head_k_dim, head_v_dim) or way.ready(device))]
 
 def set_backend(name:str=''): # '' goes back to what the checks chose
     "Use a backend from now on, wherever it fits"
@@ -450,40 +457,43 @@ def check_inputs(B:int, T:int,   # rows and tokens a row
                  state:bool=True, # rows start from a state and the last one is read
                  seed:int=0) -> dict: # float64 on the CPU: xs, grads of o and state, docs
     "A problem of the delta rule with the decays of a fresh layer and write strengths up to 2"
-    G = torch.Generator().manual_seed(seed)
-    r = lambda *s: torch.randn(s, generator=G, dtype=torch.float64)
-    u = lambda *s: torch.rand(s, generator=G, dtype=torch.float64)
-    dt, A = (math.log(1e-3) + u(HV)*math.log(100)).exp(), 1 + 15*u(HV)
-    g = -A * F.softplus(r(B, T, HV) + dt.expm1().log())
-    xs = [x.to(dtype) for x in (l2norm(r(B, T, H, K)), l2norm(r(B, T, H, K)), r(B, T, HV, V))]
-    xs = [x.double() for x in xs + [x.float() for x in (g, 2*u(B, T, HV), r(B, HV, K, V))]]
+    how = dict(generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    def normal(*size): return torch.randn(size, **how)
+    def uniform(*size): return torch.rand(size, **how)
+    rate, fast = (math.log(1e-3) + uniform(HV)*math.log(100)).exp(), 1 + 15*uniform(HV)
+    g = -fast * F.softplus(normal(B, T, HV) + rate.expm1().log())
+    xs = l2norm(normal(B, T, H, K)), l2norm(normal(B, T, H, K)), normal(B, T, HV, V)
+    exact = g, 2*uniform(B, T, HV), normal(B, HV, K, V)
+    xs = [x.to(dtype).double() for x in xs] + [x.float().double() for x in exact]
     state = state and not docs
-    return dict(xs=xs if state else xs[:5], do=r(B, T, HV, V).to(dtype).double(),
-                dS=r(B, HV, K, V).float().double() if state else None, docs=docs)
+    return dict(xs=xs if state else xs[:5], do=normal(B, T, HV, V).to(dtype).double(),
+                dS=normal(B, HV, K, V).float().double() if state else None, docs=docs)
 
 # %% ../nbs/12b_kernels.ipynb #outcome-f
-def _called(run, p, device, dtype): # inputs, outputs, gradients of those
-    to = lambda x, dt: x.to(device, dt, copy=True)
-    f = torch.promote_types(dtype, torch.float32)
-    xs = [to(x, dtype if i < 3 else f).requires_grad_() for i, x in enumerate(p['xs'])]
-    cpu = torch.tensor(p['docs'], dtype=torch.int32) if p['docs'] else None
+def _called(run, problem, device, dtype): # inputs, outputs, gradients of those
+    def to(x, kind): return x.to(device, kind, copy=True)
+    exact, docs = torch.promote_types(dtype, torch.float32), problem['docs']
+    xs = [to(x, dtype if i < 3 else exact).requires_grad_() for i, x in enumerate(problem['xs'])]
+    cpu = torch.tensor(docs, dtype=torch.int32) if docs else None
     cu = None if cpu is None else cpu.to(device)
     state, scale = xs[5] if len(xs) > 5 else None, xs[0].shape[-1]**-.5
     o, S = run(*xs[:5], state, cu, scale, state is not None, None, cpu)
-    outs, d = [o], [to(p['do'], dtype)]
-    if p['dS'] is not None: outs.append(S); d.append(to(p['dS'], f))
-    return xs, outs, d
+    outs, given = [o], [to(problem['do'], dtype)]
+    if problem['dS'] is not None:
+        outs.append(S)
+        given.append(to(problem['dS'], exact))
+    return xs, outs, given
 
 def outcome(run:Callable,       # a backend's function
-            p:dict,             # a problem of `check_inputs`
+            problem:dict,       # of `check_inputs`
             device='cpu',       # where to run it
             dtype=torch.float64 # of q, k, v; g, beta and state are float32 at least
            ) -> dict[str, Tensor]: # o, S, dq, dk, dv, dg, dbeta, dS0, as far as asked for
     "Outputs and gradients of a backend on a problem, moved to the CPU as float64"
-    xs, outs, d = _called(run, p, device, dtype)
-    grads = torch.autograd.grad(outs, xs, d)
+    xs, outs, given = _called(run, problem, device, dtype)
+    grads = torch.autograd.grad(outs, xs, given)
     names = ['o', 'S'][:len(outs)] + ['dq', 'dk', 'dv', 'dg', 'dbeta', 'dS0'][:len(xs)]
-    return {n: x.detach().double().cpu() for n, x in zip(names, (*outs, *grads))}
+    return {name: x.detach().double().cpu() for name, x in zip(names, (*outs, *grads))}
 
 # %% ../nbs/12b_kernels.ipynb #errors
 def yardstick(device, dtype:torch.dtype) -> Callable: # a backend function
@@ -495,13 +505,13 @@ def yardstick(device, dtype:torch.dtype) -> Callable: # a backend function
 
 def errors(got:dict, true:dict) -> dict[str, float]: # name -> |got - true| / |true|
     "Relative error of each tensor; NaN counts as infinite"
-    e = {n: ((got[n] - t).norm() / t.norm()).item() for n, t in true.items()}
-    return {n: x if math.isfinite(x) else math.inf for n, x in e.items()}
+    off = {name: ((got[name] - x).norm() / x.norm()).item() for name, x in true.items()}
+    return {name: x if math.isfinite(x) else math.inf for name, x in off.items()}
 
 def limits(yard:dict, dtype:torch.dtype) -> dict[str, float]: # name -> largest error accepted
     "At most 1e-2, and at most twice the yardstick or the resolution of the format"
     eps = torch.finfo(dtype).eps * (1 if dtype in HALF else 100)
-    return {n: min(1e-2, max(2*e, eps)) for n, e in yard.items()}
+    return {name: min(1e-2, max(2*error, eps)) for name, error in yard.items()}
 
 # %% ../nbs/12b_kernels.ipynb #problems
 USES = ('rows', 'docs', 'state', 'long')
@@ -512,14 +522,15 @@ def _small(use): # document borders, and rows and tokens, of the problem for a u
 
 def _problems(device, H, HV, K, V, dtype, uses): # each with its truth and the yardstick's errors
     gpu = device.type == 'cuda' # whose kernels are compiled for a number of heads; a CPU takes few
-    h = H if gpu else min(H, 2)
-    dims, at = dict(H=h, HV=h*(HV//H), K=K, V=V, dtype=dtype), device if gpu else 'cpu'
+    few = H if gpu else min(H, 2)
+    dims, at = dict(H=few, HV=few*(HV//H), K=K, V=V, dtype=dtype), device if gpu else 'cpu'
     for use in uses:
         docs, shape = _small(use)
         reference = _torch if use == 'long' else _torch_recurrent
-        p = check_inputs(*shape, **dims, docs=docs, state=use == 'state')
-        true = outcome(reference, p, at)
-        yield p, true, errors(outcome(yardstick(device, dtype), p, device, dtype), true)
+        problem = check_inputs(*shape, **dims, docs=docs, state=use == 'state')
+        true = outcome(reference, problem, at)
+        near = outcome(yardstick(device, dtype), problem, device, dtype)
+        yield problem, true, errors(near, true)
 
 # %% ../nbs/12b_kernels.ipynb #check
 def check_backends(names:list[str], # of BACKENDS
@@ -535,41 +546,51 @@ def check_backends(names:list[str], # of BACKENDS
         row = rows[name] = dict(error=math.inf, worst='', errors={}, why='')
         try:
             run = BACKENDS[name].run
-            with quiet(): got = [outcome(run, p, device, dtype) for p, _, _ in problems]
+            with quiet(): got = [outcome(run, problem[0], device, dtype) for problem in problems]
         except Exception as e:
             row['why'] = f'{type(e).__name__}: {e}'.splitlines()[0][:200]
             continue
-        for o, (_, true, yard) in zip(got, problems):
-            e, lim = errors(o, true), limits(yard, dtype)
-            over = [f'{n} errs by {e[n]:.1e}, limit {lim[n]:.1e}' for n in e if e[n] > lim[n]]
+        for found, (_, true, yard) in zip(got, problems):
+            off, most, worst = errors(found, true), limits(yard, dtype), row['errors']
+            over = [f'{part} errs by {error:.1e}, limit {most[part]:.1e}'
+                    for part, error in off.items() if error > most[part]]
             row['why'] = row['why'] or (over or [''])[0]
-            row['errors'] |= {n: max(x, row['errors'].get(n, 0)) for n, x in e.items()}
+            worst.update({part: max(error, worst.get(part, 0)) for part, error in off.items()})
         row['worst'], row['error'] = max(row['errors'].items(), key=lambda x: x[1])
     return rows
 
 # %% ../nbs/12b_kernels.ipynb #timing
-def gpu_ms(f:Callable) -> float:
+def gpu_ms(call:Callable) -> float:
     "Milliseconds of one call on the current GPU, by its own clock"
-    a, b = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(4_000_000); a.record(); f(); b.record(); b.synchronize() # cycles
-    return a.elapsed_time(b)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(4_000_000) # cycles
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
 
-def _clock(f, device, n):
+def _clock(call, device, n): # n: calls
     "Milliseconds of a call, after one to warm up: median on a GPU, best on a CPU that others use"
-    f(); times = []
-    for _ in range(n):
-        if device.type == 'cuda': times.append(gpu_ms(f))
-        else: t = time.perf_counter(); f(); times.append(1e3*(time.perf_counter() - t))
-    return sorted(times)[n//2 if device.type == 'cuda' else 0]
+    def cpu_ms():
+        start = time.perf_counter()
+        call()
+        return 1e3*(time.perf_counter() - start)
+    call()
+    gpu = device.type == 'cuda'
+    return sorted(gpu_ms(call) if gpu else cpu_ms() for _ in range(n))[n//2 if gpu else 0]
 
 # %% ../nbs/12b_kernels.ipynb #time-backend
-def _rows_call(b, device, rows, t, H, HV, K, V, dtype, packed): # a call without arguments, its inputs
-    r, f = lambda *s: torch.randn(rows, t, *s, device=device), torch.promote_types(dtype, torch.float32)
-    xs = [l2norm(r(H, K)).to(dtype), l2norm(r(H, K)).to(dtype), r(HV, V).to(dtype)]
-    xs = [x.requires_grad_() for x in (*xs, -r(HV).to(f).abs(), r(HV).to(f).sigmoid())]
-    cpu = torch.arange(0, rows*t + 1, t, dtype=torch.int32) if packed else None
+def _rows_call(way, device, rows, T, H, HV, K, V, dtype, packed):
+    "A call without arguments, and its inputs"
+    exact = torch.promote_types(dtype, torch.float32)
+    def normal(*size): return torch.randn(rows, T, *size, device=device)
+    xs = [l2norm(normal(H, K)).to(dtype), l2norm(normal(H, K)).to(dtype), normal(HV, V).to(dtype)]
+    xs += [-normal(HV).to(exact).abs(), normal(HV).to(exact).sigmoid()]
+    xs = [x.requires_grad_() for x in xs]
+    cpu = torch.arange(0, rows*T + 1, T, dtype=torch.int32) if packed else None
     cu = None if cpu is None else cpu.to(device)
-    return lambda: b.run(*xs, None, cu, K**-.5, False, None, cpu)[0], xs
+    return lambda: way.run(*xs, None, cu, K**-.5, False, None, cpu)[0], xs
 
 def time_backend(name:str, device, # of BACKENDS, and where
                  B:int, T:int, H:int, HV:int, K:int, V:int, # shape
@@ -578,13 +599,14 @@ def time_backend(name:str, device, # of BACKENDS, and where
                  packed:bool=False  # rows as documents, for kernels that know their borders
                 ) -> tuple[float, float]: # milliseconds forward, backward
     "Time of a backend on whole rows, as in training; a large problem may be cut and scaled up"
-    device, b = torch.device(device), BACKENDS[name]; small = device.type != 'cuda'
-    t, rows = min(T, b.time_at or T, 256 if small else T), min(B, 2) if small else B
-    run, xs = _rows_call(b, device, rows, t, H, HV, K, V, dtype, packed)
-    do = torch.randn(rows, t, HV, V, device=device).to(dtype)
+    device, way = torch.device(device), BACKENDS[name]
+    small = device.type != 'cuda'
+    some, rows = min(T, way.time_at or T, 256 if small else T), min(B, 2) if small else B
+    run, xs = _rows_call(way, device, rows, some, H, HV, K, V, dtype, packed)
+    do = torch.randn(rows, some, HV, V, device=device).to(dtype)
     forward = _clock(run, device, n)
     both = _clock(lambda: torch.autograd.grad(run(), xs, do), device, n)
-    scale = B*T / (rows*t)
+    scale = B*T / (rows*some)
     return forward*scale, max(both - forward, 0)*scale
 
 # %% ../nbs/12b_kernels.ipynb #choice
@@ -595,72 +617,74 @@ class Choice:
     reason: str # one line
     table: list = field(default_factory=list) # a dict for each candidate
     def __str__(self):
-        ms = lambda x: '' if x is None else f'{x:.2f}'
+        def ms(x): return '' if x is None else f'{x:.2f}'
         lines = [('backend', 'error', 'of', 'fwd ms', 'bwd ms', '')] + [
-            (r['name'], f"{r['error']:.1e}" if r['worst'] else '', r['worst'], ms(r['forward']),
-             ms(r['backward']), r['why'] or 'passes') for r in self.table]
-        return '\n'.join('{:16}{:>9} {:6}{:>9}{:>9}  {}'.format(*l).rstrip() for l in lines)
+            (row['name'], f"{row['error']:.1e}" if row['worst'] else '', row['worst'],
+             ms(row['forward']), ms(row['backward']), row['why'] or 'passes') for row in self.table]
+        return '\n'.join('{:16}{:>9} {:6}{:>9}{:>9}  {}'.format(*line).rstrip() for line in lines)
 
 # %% ../nbs/12b_kernels.ipynb #candidates
 def _packed(uses): return 'docs' in uses and not {'rows', 'state'} & {*uses}
 
 def _tried(names, device, shape, dtype, uses, timed): # rows of a Choice's table: errors, times
-    for n, r in check_backends(names, device, *shape[2:], dtype, uses).items():
-        r |= dict(name=n, note=BACKENDS[n].note(device), forward=None, backward=None)
+    for name, row in check_backends(names, device, *shape[2:], dtype, uses).items():
+        row |= dict(name=name, note=BACKENDS[name].note(device), forward=None, backward=None)
         try:
-            if timed and not r['why']:
-                with quiet(): ms = time_backend(n, device, *shape, dtype, packed=_packed(uses))
-                r['forward'], r['backward'] = ms
-        except torch.OutOfMemoryError: r['why'] = 'out of memory at this shape'
-        except Exception as e: r['why'] = f'{type(e).__name__}: {e}'.splitlines()[0][:200]
-        yield r
+            if timed and not row['why']:
+                with quiet(): ms = time_backend(name, device, *shape, dtype, packed=_packed(uses))
+                row['forward'], row['backward'] = ms
+        except torch.OutOfMemoryError: row['why'] = 'out of memory at this shape'
+        except Exception as e: row['why'] = f'{type(e).__name__}: {e}'.splitlines()[0][:200]
+        yield row
 
 def _candidates(device, shape, dtype, uses, everything):
     "Check and time the backends that could answer such a call: the table of a Choice"
     blank = dict(error=None, worst='', errors={}, note='', forward=None, backward=None)
     table, found = [], ''
-    for rank in sorted({b.rank for b in BACKENDS.values()}):
-        group = {n: b for n, b in BACKENDS.items() if b.rank == rank}
-        why = {n: b.fits(device.type, dtype, *shape[-2:]) or b.ready(device)
-               or found and f'not tried, {found} passes' for n, b in group.items()}
-        ok = [n for n, w in why.items() if not w]
-        table += [blank | dict(name=n, why=w) for n, w in why.items() if w]
-        if ok: table += _tried(ok, device, shape, dtype, uses, len(ok) > 1 or everything)
-        good = [r['name'] for r in table if not r['why']]
+    for rank in sorted({way.rank for way in BACKENDS.values()}):
+        why = {name: way.fits(device.type, dtype, *shape[-2:]) or way.ready(device)
+               or found and f'not tried, {found} passes'
+               for name, way in BACKENDS.items() if way.rank == rank}
+        fit = [name for name, reason in why.items() if not reason]
+        table += [blank | dict(name=name, why=reason) for name, reason in why.items() if reason]
+        if fit: table += _tried(fit, device, shape, dtype, uses, len(fit) > 1 or everything)
+        good = [row['name'] for row in table if not row['why']]
         if good and not everything: found = found or good[0]
     return table
 
 # %% ../nbs/12b_kernels.ipynb #decide
 def _decide(table, where): # table -> name, one line
-    took = lambda r: (r['forward'] or 0) + (r['backward'] or 0)
-    good = sorted((r for r in table if not r['why']), key=took)
-    out = [f"{r['name']} out: {r['why']}" for r in table if r['why'] and r['why'] != 'needs cuda'
-           and not r['why'].startswith('not tried')]
+    def took(row): return (row['forward'] or 0) + (row['backward'] or 0)
+    good = sorted((row for row in table if not row['why']), key=took)
+    out = [f"{row['name']} out: {row['why']}" for row in table
+           if row['why'] not in ('', 'needs cuda') and not row['why'].startswith('not tried')]
     if not good: raise RuntimeError(f'no backend is right on {where}: ' + '; '.join(out))
-    rest = ', '.join(f"{r['name']} {took(r):.3g}" for r in good[1:])
-    name, note = good[0]['name'], f" ({good[0]['note']})" if good[0]['note'] else ''
-    time_ = f', {took(good[0]):.3g} ms forward + backward' if took(good[0]) else ''
-    line = f'{where}: {name}{note}' + time_ + f' ({rest})'*bool(rest)
-    return name, '; '.join([f"{line}, error {good[0]['error']:.1e}", *out])
+    best, rest = good[0], ', '.join(f"{row['name']} {took(row):.3g}" for row in good[1:])
+    line = f"{where}: {best['name']}" + f" ({best['note']})"*bool(best['note'])
+    if took(best): line += f', {took(best):.3g} ms forward + backward'
+    line += f' ({rest})'*bool(rest) + f", error {best['error']:.1e}"
+    return best['name'], '; '.join([line, *out])
 
 def _machine(device, shape, dtype): # everything the answer may depend on
     gpu = device.type == 'cuda'
     card = torch.cuda.get_device_name(device) if gpu else f'cpu, {torch.get_num_threads()} threads'
     code = Path(sys.modules['nano_dh.core'].__file__).with_name('kernels.py').read_bytes()
     return dict(host=platform.node(), card=card, dtype=str(dtype), shape=shape,
-                backends=list(BACKENDS), versions={p: _version(p) for p in _PACKAGES},
+                backends=list(BACKENDS), versions={name: _version(name) for name in _PACKAGES},
                 code=hashlib.sha1(code).hexdigest()[:8])
 
 def _first(device, dtype, K, V): # the backends that are tried first
-    names = available_backends(device, K, V, dtype); best = min(BACKENDS[n].rank for n in names)
-    return [n for n in names if BACKENDS[n].rank == best]
+    names = available_backends(device, K, V, dtype)
+    best = min(BACKENDS[name].rank for name in names)
+    return [name for name in names if BACKENDS[name].rank == best]
 
 def _question(device, shape, dtype, uses, everything): # what is asked, the file of its answer
-    if bad := [u for u in uses if u not in USES]: raise ValueError(f'uses {bad}; known: {USES}')
+    if bad := [use for use in uses if use not in USES]:
+        raise ValueError(f'uses {bad}; known: {USES}')
     long = device.type == 'cuda' and ('long' in uses or shape[1] > 4096)
     first = _first(device, dtype, *shape[-2:])
     if len(first) == 1 and not everything: shape = (0, 0, *shape[2:])     # nothing is timed
-    uses = tuple(u for u in USES[:3] if device.type != 'cuda' or u in uses) + ('long',)*long
+    uses = tuple(use for use in USES[:3] if device.type != 'cuda' or use in uses) + ('long',)*long
     what = _machine(device, shape, dtype) | dict(uses=uses, everything=everything)
     key = hashlib.sha1(json.dumps(what).encode()).hexdigest()[:16]
     return what, base_dir()/'backends'/f'{key}.json'
@@ -677,13 +701,13 @@ def _every_second(first): # of the kernels that tilelang compiles, from the firs
 def _compile_call(name, way, half, rows, dims, use, dtype, index): # what such a process does
     docs, shape = _small(use); torch.cuda.set_device(index); dtype = getattr(torch, dtype)
     if half is not None: _every_second(half)
-    p = check_inputs(*shape, *dims, dtype=dtype, docs=docs, state=use == 'state')
-    call = BACKENDS[name].run, p, 'cuda', dtype
+    problem = check_inputs(*shape, *dims, dtype=dtype, docs=docs, state=use == 'state')
+    call = BACKENDS[name].run, problem, 'cuda', dtype
     if way == 'forward':
         _called(*call); _rows_call(BACKENDS[name], 'cuda', *rows, *dims, dtype, use == 'docs')[0]()
         return
-    with idle_kernels(): xs, outs, d = _called(*call)
-    torch.autograd.grad(outs, xs, d)
+    with idle_kernels(): xs, outs, given = _called(*call)
+    torch.autograd.grad(outs, xs, given)
 
 # %% ../nbs/12b_kernels.ipynb #ahead-class
 class Ahead:
@@ -692,19 +716,21 @@ class Ahead:
                  calls:list=()):  # arguments of `_compile_call`
         code = ('import json, sys; from nano_dh.kernels import _compile_call; '
                 '_compile_call(*json.loads(sys.argv[1]))')
-        env = os.environ | dict(PYTHONPATH=os.pathsep.join(p for p in sys.path if p))
+        env = os.environ | dict(PYTHONPATH=os.pathsep.join(filter(None, sys.path)))
         self.name, self.running = name, []
-        for c in calls:
+        for call in calls:
             said = tempfile.TemporaryFile()
-            p = subprocess.Popen([sys.executable, '-c', code, json.dumps(c)], env=env,
-                                 stdin=subprocess.DEVNULL, stdout=said, stderr=said)
-            self.running.append((c, p, said))
+            process = subprocess.Popen([sys.executable, '-c', code, json.dumps(call)], env=env,
+                                       stdin=subprocess.DEVNULL, stdout=said, stderr=said)
+            self.running.append((call, process, said))
     def wait(self) -> list: # a line for each that failed
         "Wait until all are done"
         lines = []
-        for c, p, said in self.running:
-            if p.wait(): said.seek(0); lines.append(f'{" ".join(map(str, c))}: ' + (
-                said.read().decode(errors='replace').strip().splitlines() or ['no output'])[-1])
+        for call, process, said in self.running:
+            failed = process.wait()
+            said.seek(0)
+            last = (said.read().decode(errors='replace').strip().splitlines() or ['no output'])[-1]
+            if failed: lines.append(f'{" ".join(map(str, call))}: {last}')
             said.close()
         self.running = []
         return lines
@@ -713,8 +739,8 @@ class Ahead:
 _begun = set()
 def _begin(name, device, shape, uses, dtype) -> Ahead: # what this process has not begun before
     (*rows, H, HV, K, V), kind = shape, str(dtype).removeprefix('torch.')
-    new = [u for u in uses if (name, H, HV, K, V, u, kind) not in _begun]
-    _begun.update((name, H, HV, K, V, u, kind) for u in new)
+    new = [use for use in uses if (name, H, HV, K, V, use, kind) not in _begun]
+    _begun.update((name, H, HV, K, V, use, kind) for use in new)
     if not hasattr(torch.ops.nano_dh, f'{name}_fwd'): return Ahead(name)
     halves, index = (0, 1) if name == 'flash_qla' else (None,), torch.cuda.current_device()
     return Ahead(name, [(name, way, half, rows, (H, HV, K, V), use, kind, index) for use in new
@@ -742,8 +768,8 @@ def choose_backend(device,                        # where
         # the first rank of a node checks, the others wait and read; gradients are checked too,
         # also where the first to ask is a model that only answers
         if refresh or not path.exists():
-            for n in _first(device, dtype, *shape[-2:])[:device.type == 'cuda']:
-                _begin(n, device, shape, what['uses'], dtype).wait()  # what fails, fails in the check
+            for first in _first(device, dtype, *shape[-2:])[:device.type == 'cuda']:
+                _begin(first, device, shape, what['uses'], dtype).wait() # what fails, fails below
             table = _candidates(device, shape, dtype, what['uses'], everything)
             where = what['card'] + f', B {batch}, T {seq_len}'*(what['shape'][0] > 0)
             choice = Choice(*_decide(table, where), table)

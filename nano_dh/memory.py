@@ -55,7 +55,8 @@ def memory_estimate(self:HybridModel,
 @patch
 def state_bytes(self:GatedDeltaNet, T:int, itemsize:int) -> int: # tokens, bytes of a number
     "Bytes of one row's state; independent of T"
-    heads, (channels, width) = self.n_v_head*self.head_k_dim*self.head_v_dim, self.conv_weight.shape
+    channels, width = self.conv_weight.shape
+    heads = self.n_v_head*self.head_k_dim*self.head_v_dim
     return heads*max(4, itemsize) + channels*(width-1)*itemsize
 
 @patch
@@ -73,6 +74,7 @@ def state_bytes(self:HybridModel,
     dtype = dtype or self.dtype
     def size(mixer):
         if hasattr(mixer, 'state_bytes'): return mixer.state_bytes(seq_len, dtype.itemsize)
-        return sum(x.nbytes for x in _tensors(mixer.init_state(1, seq_len, 'meta', dtype)).values())
+        empty = mixer.init_state(1, seq_len, 'meta', dtype)
+        return sum(x.nbytes for x in _tensors(empty).values())
     own = 8 + self.cfg.smear*self.cfg.d_model*dtype.itemsize
     return batch*(own + sum(size(block.mixer) for block in self.blocks))

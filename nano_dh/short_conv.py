@@ -11,190 +11,208 @@ from torch import Tensor
 from typing import Optional
 from . import deltanet
 from .delta_rule import l2norm
-from .deltanet import _last_inputs, short_conv
+from .deltanet import short_conv
 from .kernels import lazy_jit, on_device, tl, HAS_TRITON
 
 # %% ../nbs/12c_short_conv.ipynb #shift
 def _shifted(x, i, doc_ids): # x delayed by i steps, without its first i rows; 0 across a border
-    t = x[:, :max(x.shape[1]-i, 0)]
-    if doc_ids is None or i == 0: return t
-    return t * (doc_ids[:, i:] == doc_ids[:, :-i])[..., None].to(x.dtype)
+    late = x[:, :max(x.shape[1]-i, 0)]
+    if doc_ids is None or i == 0: return late
+    return late * (doc_ids[:, i:] == doc_ids[:, :-i])[..., None].to(x.dtype)
 
-def _heads(y, H, HV, K, V): # (B, T, C) -> views: q and k (B, T, 2H, K), v (B, T, HV, V)
-    return y[..., :2*H*K].unflatten(-1, (2*H, K)), y[..., 2*H*K:].unflatten(-1, (HV, V))
+def _heads(x, H, HV, K, V): # (B, T, C) -> views: q and k (B, T, 2H, K), v (B, T, HV, V)
+    return x[..., :2*H*K].unflatten(-1, (2*H, K)), x[..., 2*H*K:].unflatten(-1, (HV, V))
 
 # %% ../nbs/12c_short_conv.ipynb #function
 class _ConvSplitNorm(torch.autograd.Function):
     "conv + SiLU + split + norm in the dtype of x, without state"
     @staticmethod
-    def forward(ctx, x, w, doc_ids, dims, eps=1e-6):
-        w = torch.stack(w.unbind(1))    # (W, C): taps as rows, several times faster to multiply with
-        H, W, y = dims[0], len(w), x * w[-1]
-        for i in range(1, W): y[:, i:].addcmul_(_shifted(x, i, doc_ids), w[-1-i])
-        qk, v = _heads(F.silu(y), *dims)
-        r = torch.linalg.vector_norm(qk, dim=-1, keepdim=True).square_().add_(eps).rsqrt_()
-        qk.mul_(r)
+    def forward(ctx, x, weight, doc_ids, dims, eps=1e-6):
+        taps = torch.stack(weight.unbind(1)) # (W, C): rows, several times faster to read
+        H, mixed = dims[0], x * taps[-1]
+        for i in range(1, len(taps)): mixed[:, i:].addcmul_(_shifted(x, i, doc_ids), taps[-1-i])
+        qk, v = _heads(F.silu(mixed), *dims)
+        factor = torch.linalg.vector_norm(qk, dim=-1, keepdim=True).square_().add_(eps).rsqrt_()
+        qk.mul_(factor)
         ctx.dims = dims
-        ctx.save_for_backward(x, w, doc_ids, y, qk, r)
+        ctx.save_for_backward(x, taps, doc_ids, mixed, qk, factor)
         return qk[:, :, :H], qk[:, :, H:], v
 
     @staticmethod
     def backward(ctx, dq, dk, dv):
-        (x, w, doc_ids, y, qk, r), H = ctx.saved_tensors, ctx.dims[0]
-        g, tmp = torch.empty_like(y), torch.empty_like(y)
+        (x, taps, doc_ids, mixed, qk, factor), H = ctx.saved_tensors, ctx.dims[0]
+        g, tmp = torch.empty_like(mixed), torch.empty_like(mixed)
         gqk, gv = _heads(g, *ctx.dims)
         gqk[:, :, :H], gqk[:, :, H:], gv[:] = dq, dk, dv
-        p = tmp.view(-1)[:qk.numel()].view(qk.shape)
-        s = torch.mul(gqk, qk, out=p).sum(-1, keepdim=True)
-        gqk.addcmul_(qk, s, value=-1).mul_(r)
-        torch.ops.aten.silu_backward.grad_input(g, y, grad_input=g)
-        return *_conv_backward(g, x, w, doc_ids, tmp), None, None
+        room = tmp.view(-1)[:qk.numel()].view(qk.shape)
+        along = torch.mul(gqk, qk, out=room).sum(-1, keepdim=True)
+        gqk.addcmul_(qk, along, value=-1).mul_(factor)
+        torch.ops.aten.silu_backward.grad_input(g, mixed, grad_input=g)
+        return *_conv_backward(g, x, taps, doc_ids, tmp), None, None
 
 # %% ../nbs/12c_short_conv.ipynb #conv-backward
-def _conv_backward(g, x, w, doc_ids, tmp): # g at the filter's output -> dx, dw; tmp is scratch
-    (B, T, C), W, dw = x.shape, len(w), torch.empty_like(w)
-    for i in range(W):
-        n = max(T-i, 0)
-        p = tmp.view(-1)[:B*n*C].view(B, n, C)
-        torch.mul(g[:, i:], _shifted(x, i, doc_ids), out=p)
-        dw[W-1-i] = p.sum(1).sum(0)
-    dx = torch.mul(g, w[-1], out=tmp)
-    for i in range(1, min(W, T)):
+def _conv_backward(g, x, taps, doc_ids, tmp): # g at the filter's output -> dx, dw; tmp is scratch
+    (B, T, channels), width, dw = x.shape, len(taps), torch.empty_like(taps)
+    for i in range(width):
+        some = max(T-i, 0)
+        room = tmp.view(-1)[:B*some*channels].view(B, some, channels)
+        torch.mul(g[:, i:], _shifted(x, i, doc_ids), out=room)
+        dw[width-1-i] = room.sum(1).sum(0)
+    dx = torch.mul(g, taps[-1], out=tmp)
+    for i in range(1, min(width, T)):
         later = g[:, i:]
         if doc_ids is not None: later = later * (doc_ids[:, i:] == doc_ids[:, :-i])[..., None]
-        dx[:, :-i].addcmul_(later, w[-1-i])
+        dx[:, :-i].addcmul_(later, taps[-1-i])
     return dx, dw.mT
+
+# %% ../nbs/12c_short_conv.ipynb #last-inputs
+def _last_inputs(x, state, doc_ids, lengths): # (B, C, W-1) the inputs that the next piece will need
+    (B, T, _), few = x.shape, state.shape[2]
+    end = torch.full((B,), T, device=x.device) if lengths is None else lengths.long()
+    at = end[:, None] + torch.arange(few, device=x.device) - few  # times, < 0 in the old state
+    def pick(rows, i): return rows.gather(1, i[..., None].expand(-1, -1, x.shape[2]))
+    old = pick(state.mT.to(x.dtype), (at + few).clamp(0, few-1))
+    new = torch.where((at < 0)[..., None], old, pick(x, at.clamp(0, T-1)))
+    if doc_ids is not None:
+        last = doc_ids.gather(1, (end-1).clamp_min(0)[:, None])
+        same = doc_ids.gather(1, at.clamp(0, T-1)) == last
+        new = new * same[..., None].to(x.dtype)
+    return new.mT.to(state.dtype)
 
 # %% ../nbs/12c_short_conv.ipynb #walk-helpers
 @lazy_jit
 def _head(h, q, k, v, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
           BD: tl.constexpr): # head h: channels, within it, which exist, where to, numbers a token
-    d = tl.arange(0, BD)[None, :]
-    c, live = tl.where(h < 2*H, h*K, 2*H*K + (h - 2*H)*V) + d, d < tl.where(h < 2*H, K, V)
+    lane = tl.arange(0, BD)[None, :]
+    col, live = tl.where(h < 2*H, h*K, 2*H*K + (h - 2*H)*V) + lane, lane < tl.where(h < 2*H, K, V)
     if h < H: out = q + h*K
     elif h < 2*H: out = k + (h - H)*K
     else: out = v + (h - 2*H)*V
-    return c, d, live, out, tl.where(h < 2*H, H*K, HV*V)
+    return col, lane, live, out, tl.where(h < 2*H, H*K, HV*V)
 
 @lazy_jit
-def _taps(w, c, live): # (C, 4) -> of each channel, the newest input's first
-    w0, w1 = tl.load(w + c*4 + 3, mask=live, other=0.), tl.load(w + c*4 + 2, mask=live, other=0.)
-    w2, w3 = tl.load(w + c*4 + 1, mask=live, other=0.), tl.load(w + c*4, mask=live, other=0.)
+def _taps(taps, col, live): # (C, 4) -> of each channel, the newest input's first
+    at = taps + col*4
+    w0, w1 = tl.load(at + 3, mask=live, other=0.), tl.load(at + 2, mask=live, other=0.)
+    w2, w3 = tl.load(at + 1, mask=live, other=0.), tl.load(at, mask=live, other=0.)
     return w0, w1, w2, w3
 
 @lazy_jit
-def _ahead(x, at, t, T, live):  # numbers of tokens t, zero where there are none
-    return tl.load(x + at, mask=live & (t < T)[:, None], other=0.)
+def _ahead(x, at, now, T, live):  # numbers of the tokens `now`, zero where there are none
+    return tl.load(x + at, mask=live & (now < T)[:, None], other=0.)
 
 @lazy_jit
-def _same(e, f, z, DOC: tl.constexpr): # z where both are of one document, else 0
-    if DOC: z = tl.where((e == f)[:, None], z, 0.)
-    return z
+def _same(e, f, val, DOC: tl.constexpr): # val where both are of one document, else 0
+    if DOC: val = tl.where((e == f)[:, None], val, 0.)
+    return val
 
 # %% ../nbs/12c_short_conv.ipynb #walk-past
 @lazy_jit
-def _past(x, state, doc, b, t, c, live, T, C, sb, st, STATE: tl.constexpr, DOC: tl.constexpr):
-    s, e = t[:, None], t                         # inputs at times t, and their documents
-    at, ok = x + b*sb + s.to(tl.int64)*st + c, live & (s < T)
-    z = tl.load(at, mask=ok & (s >= 0), other=0.).to(tl.float32)
-    if STATE: z += tl.load(state + (b*C + c)*3 + 3 + s, mask=ok & (s < 0), other=0.).to(tl.float32)
-    if DOC: e = tl.load(doc + b*T + tl.minimum(tl.maximum(t, 0), T - 1))
-    return z, e
+def _past(x, state, doc, b, now, col, live, T, C, sb, st, STATE: tl.constexpr, DOC: tl.constexpr):
+    s, e = now[:, None], now                         # inputs at times now, and their documents
+    at, ok = x + b*sb + s.to(tl.int64)*st + col, live & (s < T)
+    val = tl.load(at, mask=ok & (s >= 0), other=0.).to(tl.float32)
+    old = state + (b*C + col)*3 + 3 + s
+    if STATE: val += tl.load(old, mask=ok & (s < 0), other=0.).to(tl.float32)
+    if DOC: e = tl.load(doc + b*T + tl.minimum(tl.maximum(now, 0), T - 1))
+    return val, e
 
 @lazy_jit
-def _begin(x, state, doc, b, c, live, T, C, sb, st, R: tl.constexpr, L: tl.constexpr,
+def _begin(x, state, doc, b, col, live, T, C, sb, st, R: tl.constexpr, L: tl.constexpr,
            STATE: tl.constexpr, DOC: tl.constexpr): # first token of the program, and of each row
     first = tl.program_id(0).to(tl.int64)*R*L
-    t = (first + tl.arange(0, R)*L).to(tl.int32)
-    x1, e1 = _past(x, state, doc, b, t - 1, c, live, T, C, sb, st, STATE, DOC)
-    x2, e2 = _past(x, state, doc, b, t - 2, c, live, T, C, sb, st, STATE, DOC)
-    x3, e3 = _past(x, state, doc, b, t - 3, c, live, T, C, sb, st, STATE, DOC)
-    return first, t, tl.arange(0, R)[:, None]*L, x1, x2, x3, e1, e2, e3
+    now = (first + tl.arange(0, R)*L).to(tl.int32)
+    x1, e1 = _past(x, state, doc, b, now - 1, col, live, T, C, sb, st, STATE, DOC)
+    x2, e2 = _past(x, state, doc, b, now - 2, col, live, T, C, sb, st, STATE, DOC)
+    x3, e3 = _past(x, state, doc, b, now - 3, col, live, T, C, sb, st, STATE, DOC)
+    return first, now, tl.arange(0, R)[:, None]*L, x1, x2, x3, e1, e2, e3
 
 # %% ../nbs/12c_short_conv.ipynb #sigmoid
 @lazy_jit
-def _sigmoid(y):
-    r = tl.rsqrt(1 + tl.exp2(y * -1.4426950408889634)) # 1/ln 2
-    return r*r
+def _sigmoid(mix):
+    root = tl.rsqrt(1 + tl.exp2(mix * -1.4426950408889634)) # 1/ln 2
+    return root*root
 
 # %% ../nbs/12c_short_conv.ipynb #fwd-kernel
 @lazy_jit
-def _conv_fwd_kernel(x, w, state, doc, q, k, v, T, sb, st, eps, H: tl.constexpr, HV: tl.constexpr,
-                     K: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, R: tl.constexpr,
-                     L: tl.constexpr, U: tl.constexpr, STATE: tl.constexpr, DOC: tl.constexpr):
+def _conv_fwd_kernel(x, taps, state, doc, q, k, v, T, sb, st, eps, H: tl.constexpr,
+                     HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BD: tl.constexpr,
+                     R: tl.constexpr, L: tl.constexpr, U: tl.constexpr, STATE: tl.constexpr,
+                     DOC: tl.constexpr):
     h, b, C = tl.program_id(1), tl.program_id(2).to(tl.int64), 2*H*K + HV*V
-    c, d, live, out, so = _head(h, q, k, v, H, HV, K, V, BD)
-    w0, w1, w2, w3 = _taps(w, c, live)
-    first, t, row, x1, x2, x3, e1, e2, e3 = _begin(x, state, doc, b, c, live, T, C, sb, st, R, L,
-                                                   STATE, DOC)
-    x += b*sb + first*st; out += (b*T + first)*so; at, to = row*st + c, row*so + d
-    nx, mx = _ahead(x, at, t, T, live), _ahead(x, at + st, t + 1, T, live)
+    col, lane, live, out, so = _head(h, q, k, v, H, HV, K, V, BD)
+    w0, w1, w2, w3 = _taps(taps, col, live)
+    first, now, row, x1, x2, x3, e1, e2, e3 = _begin(x, state, doc, b, col, live, T, C, sb, st,
+                                                     R, L, STATE, DOC)
+    x += b*sb + first*st; out += (b*T + first)*so; at, to = row*st + col, row*so + lane
+    nx, mx = _ahead(x, at, now, T, live), _ahead(x, at + st, now + 1, T, live)
     for s in range(0, L, U):
         for _ in tl.static_range(U):
-            x0, e0, nx, mx = nx.to(tl.float32), t, mx, _ahead(x, at + 2*st, t + 2, T, live)
-            if DOC: e0 = tl.load(doc + b*T + tl.minimum(t, T - 1))
-            y = w0*x0 + _same(e0, e1, w1*x1, DOC)
-            y += _same(e0, e2, w2*x2, DOC) + _same(e0, e3, w3*x3, DOC)
-            a = y * _sigmoid(y)
-            if h < 2*H: a *= tl.rsqrt(tl.sum(a*a, 1) + eps)[:, None]
-            tl.store(out + to, a.to(out.dtype.element_ty), mask=live & (t < T)[:, None])
-            x1, x2, x3, e1, e2, e3, t = x0, x1, x2, e0, e1, e2, t + 1
+            x0, e0, nx, mx = nx.to(tl.float32), now, mx, _ahead(x, at + 2*st, now + 2, T, live)
+            if DOC: e0 = tl.load(doc + b*T + tl.minimum(now, T - 1))
+            mix = w0*x0 + _same(e0, e1, w1*x1, DOC)
+            mix += _same(e0, e2, w2*x2, DOC) + _same(e0, e3, w3*x3, DOC)
+            act = mix * _sigmoid(mix)
+            if h < 2*H: act *= tl.rsqrt(tl.sum(act*act, 1) + eps)[:, None]
+            tl.store(out + to, act.to(out.dtype.element_ty), mask=live & (now < T)[:, None])
+            x1, x2, x3, e1, e2, e3, now = x0, x1, x2, e0, e1, e2, now + 1
             at += st; to += so
 
 # %% ../nbs/12c_short_conv.ipynb #bwd-helper
 @lazy_jit
-def _unsquash(y, go, qk, eps): # gradient after SiLU and norm -> gradient at the filter's output
-    sig = _sigmoid(y)
-    a = y * sig
+def _unsquash(mix, go, qk, eps): # gradient after SiLU and norm -> gradient at the filter's output
+    sig = _sigmoid(mix)
+    act = mix * sig
     if qk:
-        r = tl.rsqrt(tl.sum(a*a, 1) + eps)
-        go = r[:, None]*go - a*(r*r*r*tl.sum(go*a, 1))[:, None]
-    return go * (sig + a*(1 - sig))
+        root = tl.rsqrt(tl.sum(act*act, 1) + eps)
+        go = root[:, None]*go - act*(root*root*root*tl.sum(go*act, 1))[:, None]
+    return go * (sig + act*(1 - sig))
 
 @lazy_jit
-def _pull(g0, g1, g2, g3, e0, e1, e2, e3, w0, w1, w2, w3, DOC: tl.constexpr): # gradient of x[t-3]
+def _pull(g0, g1, g2, g3, e0, e1, e2, e3, w0, w1, w2, w3, DOC: tl.constexpr): # gradient of x3
     out = w0*g3 + _same(e3, e2, w1*g2, DOC)
     return out + _same(e3, e1, w2*g1, DOC) + _same(e3, e0, w3*g0, DOC)
 
 @lazy_jit
-def _share(dw, a0, a1, a2, a3, c, live): # sums over a program's tokens
-    p = dw + c*4
-    tl.store(p + 3, tl.sum(a0, 0)[None, :], mask=live)
-    tl.store(p + 2, tl.sum(a1, 0)[None, :], mask=live)
-    tl.store(p + 1, tl.sum(a2, 0)[None, :], mask=live)
-    tl.store(p, tl.sum(a3, 0)[None, :], mask=live)
+def _share(dw, a0, a1, a2, a3, col, live): # sums over a program's tokens
+    at = dw + col*4
+    tl.store(at + 3, tl.sum(a0, 0)[None, :], mask=live)
+    tl.store(at + 2, tl.sum(a1, 0)[None, :], mask=live)
+    tl.store(at + 1, tl.sum(a2, 0)[None, :], mask=live)
+    tl.store(at, tl.sum(a3, 0)[None, :], mask=live)
 
 # %% ../nbs/12c_short_conv.ipynb #bwd-kernel
 @lazy_jit
-def _conv_bwd_kernel(x, w, state, doc, dq, dk, dv, dx, dw, T, sb, st, eps, H: tl.constexpr,
+def _conv_bwd_kernel(x, taps, state, doc, dq, dk, dv, dx, dw, T, sb, st, eps, H: tl.constexpr,
                      HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BD: tl.constexpr,
                      R: tl.constexpr, L: tl.constexpr, STATE: tl.constexpr, DOC: tl.constexpr):
     h, b, C = tl.program_id(1), tl.program_id(2).to(tl.int64), 2*H*K + HV*V
-    c, d, live, grad, sg = _head(h, dq, dk, dv, H, HV, K, V, BD)
-    w0, w1, w2, w3 = _taps(w, c, live)
-    first, t, row, x1, x2, x3, e1, e2, e3 = _begin(x, state, doc, b, c, live, T, C, sb, st, R, L,
-                                                   STATE, DOC)
+    col, lane, live, grad, sg = _head(h, dq, dk, dv, H, HV, K, V, BD)
+    w0, w1, w2, w3 = _taps(taps, col, live)
+    first, now, row, x1, x2, x3, e1, e2, e3 = _begin(x, state, doc, b, col, live, T, C, sb, st,
+                                                     R, L, STATE, DOC)
     x += b*sb + first*st; grad += (b*T + first)*sg; dx += (b*T + first)*C
-    at, up, to = row*st + c, row*sg + d, (row - 3)*C + c
-    nx, mx = _ahead(x, at, t, T, live), _ahead(x, at + st, t + 1, T, live)
-    ng, mg = _ahead(grad, up, t, T, live), _ahead(grad, up + sg, t + 1, T, live)
+    at, up, to = row*st + col, row*sg + lane, (row - 3)*C + col
+    nx, mx = _ahead(x, at, now, T, live), _ahead(x, at + st, now + 1, T, live)
+    ng, mg = _ahead(grad, up, now, T, live), _ahead(grad, up + sg, now + 1, T, live)
     g1, g2, g3 = x1*0, x2*0, x3*0 # zeros apart: Triton 3.6 merges loop variables that start as one
     zero = tl.zeros([R, BD], tl.float32)
     a0, a1, a2, a3 = zero, zero, zero, zero
     for s4 in range(0, L + 3, 4):
         for u in tl.static_range(4):
-            s, e0, x0, go, nx, ng = s4 + u, t, nx.to(tl.float32), ng.to(tl.float32), mx, mg
-            mx, mg = _ahead(x, at + 2*st, t + 2, T, live), _ahead(grad, up + 2*sg, t + 2, T, live)
-            if DOC: e0 = tl.load(doc + b*T + tl.minimum(t, T - 1))
+            s, e0, x0, go, nx, ng = s4 + u, now, nx.to(tl.float32), ng.to(tl.float32), mx, mg
+            mx = _ahead(x, at + 2*st, now + 2, T, live)
+            mg = _ahead(grad, up + 2*sg, now + 2, T, live)
+            if DOC: e0 = tl.load(doc + b*T + tl.minimum(now, T - 1))
             z1, z2, z3 = _same(e0, e1, x1, DOC), _same(e0, e2, x2, DOC), _same(e0, e3, x3, DOC)
             g0 = _unsquash(w0*x0 + w1*z1 + w2*z2 + w3*z3, go, h < 2*H, eps)
             gw = tl.where(s < L, g0, 0.) # the last three count for the neighbour
             a0, a1, a2, a3 = a0 + gw*x0, a1 + gw*z1, a2 + gw*z2, a3 + gw*z3
             out = _pull(g0, g1, g2, g3, e0, e1, e2, e3, w0, w1, w2, w3, DOC).to(dx.dtype.element_ty)
-            tl.store(dx + to, out, mask=live & ((s > 2) & (s < L + 3) & (t - 3 < T))[:, None])
-            x1, x2, x3, g1, g2, g3, e1, e2, e3, t = x0, x1, x2, g0, g1, g2, e0, e1, e2, t + 1
+            tl.store(dx + to, out, mask=live & ((s > 2) & (s < L + 3) & (now - 3 < T))[:, None])
+            x1, x2, x3, g1, g2, g3, e1, e2, e3, now = x0, x1, x2, g0, g1, g2, e0, e1, e2, now + 1
             at += st; up += sg; to += C
-    _share(dw + (b*tl.num_programs(0) + tl.program_id(0))*C*4, a0, a1, a2, a3, c, live)
+    _share(dw + (b*tl.num_programs(0) + tl.program_id(0))*C*4, a0, a1, a2, a3, col, live)
 
 # %% ../nbs/12c_short_conv.ipynb #ops-fwd
 TILE = dict(R=1, L=64, warps=1, fwd_R=4, fwd_L=16, fwd_warps=4) # rows, their steps, warps
@@ -267,7 +285,8 @@ def conv_split_norm(x:Tensor,      # (B, T, C), channels q|k|v; may be a slice o
     dims = (n_qk_head, n_v_head, head_k_dim, head_v_dim)
     need = 2*n_qk_head*head_k_dim + n_v_head*head_v_dim
     if x.shape[-1] != need:
-        raise ValueError(f'x has {x.shape[-1]} channels; q|k|v of {dims} heads and dims need {need}')
+        raise ValueError(f'x has {x.shape[-1]} channels; q|k|v of {dims} heads and dims need '
+                         f'{need}')
     kernel = HAS_TRITON and x.is_cuda and weight.shape[1] == 4 and x.dtype != torch.float64
     if kernel and x.stride(-1) == 1:
         after = None if state is None else _last_inputs(x, state, doc_ids, lengths)

@@ -8,6 +8,7 @@ MODEL = 'core delta_rule chunked deltanet gated_attn hybrid_model generate'.spli
 
 PROGRAM = '''
 import sys, torch
+sys.meta_path[:] = [f for f in sys.meta_path if 'ditable' not in repr(f)]      # of a checkout elsewhere
 import nano_dh, nano_dh.generate
 from nano_dh.core import volume2
 from nano_dh.hybrid_model import HybridConfig, HybridModel
