@@ -388,28 +388,36 @@ class Reader(Batch):
     def forget(self): self.last = None; self.prefix.clear()
 
     def read(self, group:list): # of streams; yields 'piece', 'wait', or 'again' at an early end
-        before, sharing = group[0].request.state, {}       # who continues a state is alone
+        "Read the prompts of a group and give each stream its seat"
         if group[0].request.score is not None: yield from self.score(group[0]); return
-        self.large = False
+        before, sharing = group[0].request.state, {}       # who continues a state is alone
         for stream in group: sharing.setdefault(stream.ids, []).append(stream)
-        if before is None and self.last and (same := sharing.pop(self.last[0], None)):
-            self.note(same, len(self.last[0])); yield from self.seat(same, *self.last[1:])
+        self.large = False
+        if before is None: yield from self.repeat(sharing)
         if not sharing or not group: return
-        prompts = [*sharing]; reading = self.open(prompts, before)
+        prompts, reading = [*sharing], self.open([*sharing], before)
         for p, n in zip(prompts, reading.at): self.note(sharing[p], before.n if before else n)
         while reading.left:
             self.pace(reading, [sharing[p][0] for p in prompts])
             for i, logits in reading.read().items():
-                p, one = prompts[i], reading.state
-                if before is None:
-                    one = self.model.take(reading.state, i, len(p)); self.last = p, one, logits
-                yield from self.seat(sharing[p], one, logits)
+                yield from self.seat(sharing[prompts[i]], self.at_end(reading, i, logits), logits)
             there = len(group)
-            if reading.left: yield 'piece'
-            if not group: return                           # all were cancelled
+            if reading.left: yield 'piece'                 # others decode, some may be cancelled
+            if not group: return
             for p, pieces in zip(prompts, reading.cuts):
-                if not {*group} & {*sharing[p]}: pieces.clear()
+                if not {*group} & {*sharing[p]}: pieces.clear()      # nobody wants this row
             if reading.left and self.enough(reading, len(group) < there): yield 'again'
+
+    def repeat(self, sharing): # the last prompt, asked again, is not read at all
+        if not self.last or self.last[0] not in sharing: return
+        ids, state, logits = self.last; same = sharing.pop(ids)
+        self.note(same, len(ids)); yield from self.seat(same, state, logits)
+
+    def at_end(self, reading, i, logits): # the state of row i
+        if reading.before: return reading.state            # of a conversation that goes on
+        prompt = reading.prompts[i]
+        self.last = prompt, self.model.take(reading.state, i, len(prompt)), logits
+        return self.last[1]
 
     def note(self, streams, n): # tokens that were known before any of it was read
         for stream in streams:

@@ -595,7 +595,7 @@ def test_a_mistake_ends_only_its_request(where, monkeypatch, capfd):
     if where == 'read':
         real = E.Reading.read; monkeypatch.setattr(E.Reading, 'read', lambda self: boom() if any(len(p) > 300 for p in self.prompts) else real(self))
     if where == 'tool':
-        real = E.Stream._accept; monkeypatch.setattr(E.Stream, '_accept', lambda self, t: boom() if bad(self.request) and len(self.tokens) > 20 else real(self, t))
+        real = E.Stream.accept; monkeypatch.setattr(E.Stream, 'accept', lambda self, t: boom() if bad(self.request) and len(self.tokens) > 20 else real(self, t))
     if where == 'text':
         real = E.Stream.pieces; monkeypatch.setattr(E.Stream, 'pieces', lambda self: boom() if bad(self.request) and len(self.tokens) > 20 else real(self))
     late = dict(messages=ask('e'*(400 if where == 'read' else 9)), max_tokens=301, temperature=0)
