@@ -77,7 +77,6 @@ def latest_step(run_dir:str|Path) -> int|None: # folder of a run
     found = checkpoints(run_dir)
     return found[-1]['step'] if found else None
 
-# %% ../nbs/12_checkpoint.ipynb #publish
 def publish(folder:Path, run:Path, step:int, sums:dict, keep:int, sync=lambda path: None) -> Path:
     "Manifest, rename; then drop the oldest. `sync` forces a file or folder to the disk"
     serial = 1 + max((old['serial'] for old in checkpoints(run)), default=0)
@@ -119,9 +118,7 @@ def write_checkpoint(run, step, state, about, loader_state, tokenizer, keep) -> 
 
 def save_checkpoint(run_dir:str|Path, # folder of the run; made if missing
                     step:int,       # optimizer steps done
-                    model,          # the same weights on all ranks
-                    optimizer=None, # has checkpoint_state() -> {name: tensor}
-                    tokenizer=None, # written beside the weights
+                    model, optimizer=None, tokenizer=None, # the same weights on all ranks
                     loader_state:dict|None=None, # this rank's `Loader.state_dict()`
                     meta:dict|None=None, # plain values that `load_checkpoint` returns
                     keep:int=2      # newest checkpoints that stay; 0: all
@@ -155,7 +152,6 @@ def list_runs() -> list[dict]: # name, path, step, steps, saved, bytes, meta; th
 def is_checkpoint(folder:Path) -> bool:
     return any((folder/name).exists() for name in ('meta.json', 'manifest.json'))
 
-# %% ../nbs/12_checkpoint.ipynb #findone
 def find_checkpoint(name:str|Path='',  # run name, folder of a run or of a checkpoint; '' the newest
                     step:int|None=None # None: the newest
                    ) -> Path:
@@ -199,8 +195,7 @@ def fill(path, step, model, optimizer) -> tuple: # folder, meta
     return path, json.loads((path/'meta.json').read_text())
 
 def load_checkpoint(path:str|Path,      # run name, folder of a run or of a checkpoint
-                    model,              # filled in place
-                    optimizer=None,     # filled too
+                    model, optimizer=None, # filled in place
                     step:int|None=None, # None: the newest
                     rng:bool=True       # set the random generators, if there were as many ranks
                    ) -> dict:           # meta, with 'path' and 'loader_state'

@@ -31,7 +31,8 @@ def merges_of(tokens:list[bytes] # in the order of their ranks
     "Every way to make a token of two"
     rank, out = {token: i for i, token in enumerate(tokens)}, []
     for token in tokens:
-        cuts = [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in rank and token[i:] in rank]
+        cuts = [(token[:i], token[i:]) for i in range(1, len(token))]
+        cuts = [cut for cut in cuts if cut[0] in rank and cut[1] in rank]
         out += sorted(cuts, key=lambda pair: (rank[pair[0]], rank[pair[1]]))
     return out
 
@@ -47,10 +48,12 @@ def hf_tokenizer(tok:Tokenizer): # -> a Tokenizer of Hugging Face's library
         engine = Engine(models.BPE({text(v): i for i, v in enumerate(tok.tokens)}, pairs))
         cut = pre_tokenizers.Split(Regex(tok.pattern), 'isolated')
         words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        engine.pre_tokenizer, engine.decoder = pre_tokenizers.Sequence([cut, words]), decoders.ByteLevel()
+        engine.pre_tokenizer = pre_tokenizers.Sequence([cut, words])
+        engine.decoder = decoders.ByteLevel()
         name = {i: special for special, i in tok.special.items()}
-        engine.add_special_tokens([AddedToken(name.get(i, f'<|unused_{i}|>'), special=True, normalized=False)
-                              for i in range(len(tok.tokens), tok.vocab_size)])
+        engine.add_special_tokens([
+            AddedToken(name.get(i, f'<|unused_{i}|>'), special=True, normalized=False)
+            for i in range(len(tok.tokens), tok.vocab_size)])
     engine.post_processor = TemplateProcessing(single='<|bos|> $A', pair='<|bos|> $A <|bos|> $B',
                                           special_tokens=[('<|bos|>', tok.bos_id)])
     return engine
@@ -169,7 +172,8 @@ def _block(block, letter, cfg): # tensors of a layer there
 
 def _every(letters): # each n-th layer is L; 0 if they lie otherwise
     every = letters.index('L') + 1 if 'L' in letters else 0
-    return every if every and all((letter == 'L') == ((i + 1) % every == 0) for i, letter in enumerate(letters)) else 0
+    fits = every and all((letter == 'L') == (i % every == 0) for i, letter in enumerate(letters, 1))
+    return every if fits else 0
 
 # %% ../nbs/28_exchange.ipynb #qwen-b
 def qwen_format(model:HybridModel) -> tuple[dict, dict]: # config.json, tensors
@@ -208,10 +212,12 @@ def expert_format(model:HybridModel) -> tuple[dict, dict]: # config.json, tensor
     size, width, few = config['intermediate_size'], config['hidden_size'], 128
     for i in range(config['num_hidden_layers']):
         at = f'model.layers.{i}.mlp.'
-        for k, shape in dict(gate_proj=(few, width), up_proj=(few, width), down_proj=(width, few)).items():
+        shapes = dict(gate_proj=(few, width), up_proj=(few, width), down_proj=(width, few))
+        for k, shape in shapes.items():
             tensors[f'{at}experts.0.{k}.weight'] = tensors.pop(f'{at}{k}.weight')
             tensors[f'{at}shared_expert.{k}.weight'] = torch.zeros(shape)
-        tensors |= {f'{at}gate.weight': torch.zeros(1, width), f'{at}shared_expert_gate.weight': torch.zeros(1, width)}
+        tensors |= {f'{at}{gate}.weight': torch.zeros(1, width)
+                    for gate in ('gate', 'shared_expert_gate')}
     return config | dict(num_experts=1, num_experts_per_tok=1, norm_topk_prob=True, mlp_only_layers=[],
                          moe_intermediate_size=size, shared_expert_intermediate_size=few), tensors
 
@@ -235,7 +241,8 @@ def _lines(run) -> list: # what a run's evaluations and stages said
         more = f" of {Path(data).name}" if stage['stage'] == 'base' and data != '-' else ''
         seen = f", {human(stage['tokens'])} tokens{more}" if stage['tokens'] else ''
         out.append(f"- {stage['stage']}: {stage['step']:,} steps{seen}{end}")
-    return out + [f'- {k}: {v:.4f}' + (f' ± {error:.4f}' if error else '') for k, (v, error) in scores(name).items()]
+    return out + [f'- {k}: {v:.4f}' + (f' ± {error:.4f}' if error else '')
+                  for k, (v, error) in scores(name).items()]
 
 # %% ../nbs/28_exchange.ipynb #card-b
 def model_card(model:HybridModel, meta:dict, kind:str) -> str: # Markdown
@@ -299,8 +306,10 @@ def save_pretrained(self:HybridModel,
     config, tensors = FORMATS[format](self); _empty(folder)
     if dtype and dtype not in DTYPES: raise FileError(f'dtype {dtype!r}: known: {", ".join(DTYPES)}')
     if dtype: # the decay stays exact
-        tensors = {k: v if k.endswith(('A_log', 'dt_bias')) else v.to(DTYPES[dtype]) for k, v in tensors.items()}
-    tensors = {k: v if v.untyped_storage().nbytes() == v.nbytes else v.clone() for k, v in tensors.items()} # no hidden rows
+        tensors = {k: v if k.endswith(('A_log', 'dt_bias')) else v.to(DTYPES[dtype])
+                   for k, v in tensors.items()}
+    tensors = {k: v if v.untyped_storage().nbytes() == v.nbytes else v.clone()
+               for k, v in tensors.items()}                                   # no hidden rows
     config |= dict(dtype=dtype or str(self.wte.weight.dtype).removeprefix('torch.')) | _ids(tokenizer)
     folder = Path(folder).absolute(); folder.parent.mkdir(parents=True, exist_ok=True)
     tmp = Path(tempfile.mkdtemp(dir=folder.parent, prefix='.unfinished-'))
@@ -328,14 +337,17 @@ def read_exported(folder:str|Path): # -> (HybridModel in eval mode on the CPU, T
     path = Path(folder)
     def no(why): return FileError(f'{folder}{why}; give a folder of dh_export --format hf')
     try: config = json.loads((path/'config.json').read_text())
-    except (OSError, ValueError) as error: raise no(f': no readable config.json ({type(error).__name__})') from None
+    except (OSError, ValueError) as error:
+        raise no(f': no readable config.json ({type(error).__name__})') from None
     if config.get('model_type') != 'nano_dh': raise no(f" is a {config.get('model_type')!r}")
     cfg, tensors = HybridConfig.from_dict(config['hybrid']), _tensors(path)
     with torch.device('meta'): model = HybridModel(cfg)
     for k, v in model.state_dict().items():
-        if k in tensors and tensors[k].shape[1:] == v.shape[1:] and len(tensors[k]) < len(v) == cfg.padded_vocab:
-            tensors[k] = torch.cat([tensors[k], tensors[k].new_zeros(len(v) - len(tensors[k]), v.shape[1])])
-    have, want = ({k: tuple(v.shape) for k, v in found.items()} for found in (tensors, model.state_dict()))
+        x = tensors.get(k)
+        if x is not None and x.shape[1:] == v.shape[1:] and len(x) < len(v) == cfg.padded_vocab:
+            tensors[k] = torch.cat([x, x.new_zeros(len(v) - len(x), v.shape[1])])
+    have, want = ({k: tuple(v.shape) for k, v in found.items()}
+                  for found in (tensors, model.state_dict()))
     if off := sorted(k for k in have.keys() | want.keys() if have.get(k) != want.get(k)):
         raise no(f': tensors do not fit its config.json ({", ".join(off[:3])})')
     model = model.to_empty(device='cpu'); model.load_state_dict(tensors)

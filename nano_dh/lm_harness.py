@@ -26,7 +26,8 @@ def grouped(pairs:list, # (context ids, continuation ids)
         rows = [[*context, *pairs[i][1]] for i in own]
         cut = [max(0, len(row) - (max_len or len(row))) for row in rows]
         starts = [max(len(context) - k, 1) for k in cut]
-        items.append(Item([row[k:] for row, k in zip(rows, cut)], starts, 0, len(items))); owners.append(own)
+        items.append(Item([row[k:] for row, k in zip(rows, cut)], starts, 0, len(items)))
+        owners.append(own)
     return items, owners
 
 def loglikelihoods(score:ModelScorer, pairs:list, # (context ids, continuation ids)
@@ -48,9 +49,13 @@ def chat_string(conv:list, # messages
                 open_answer:bool=True # the assistant's turn begins
                ) -> str:
     "A conversation as a string that `special_ids` reads"
-    conv = [dict(message, content=message['content'].replace(MARK, '')) if isinstance(message['content'], str) else message for message in conv]
+    def cleaned(message):
+        text = message['content']
+        return dict(message, content=text.replace(MARK, '')) if isinstance(text, str) else message
+    conv = [*map(cleaned, conv)]
     last = conv[-1]['role'] == 'assistant' and not open_answer                # the harness goes on writing it
-    parts = [f'{MARK}{text}{MARK}' if special else text for text, special, _ in segments(messages(conv))]
+    parts = [f'{MARK}{text}{MARK}' if special else text
+             for text, special, _ in segments(messages(conv))]
     return ''.join(parts[:-1] if last else parts + [f'{MARK}<|assistant_start|>{MARK}']*open_answer)
 
 def special_ids(tok, text:str) -> list[int]: # without BOS, unless the text has it
@@ -105,7 +110,8 @@ def _loglikelihood_tokens(self:Harness, requests, disable_tqdm=False, chunk=1024
         got = loglikelihoods(self.score, [requests[i][1:] for i in part], self.most)
         for i, result in zip(part, got):
             out[i] = result
-            if requests[i][0] is not None: self.cache_hook.add_partial('loglikelihood', requests[i][0], result)
+            if requests[i][0] is None: continue
+            self.cache_hook.add_partial('loglikelihood', requests[i][0], result)
     return out
 
 @patch

@@ -16,8 +16,7 @@ from .core import Replaceable, added, dist_info, volume2
 __getattr__ = added(__name__)
 
 # %% ../nbs/11_loss_eval.ipynb #row-sums
-def row_sums(losses:Tensor, # nats of each target (B, T) or (B*T,)
-             y:Tensor, # targets (B, T); negative: masked
+def row_sums(losses:Tensor, y:Tensor, # nats (B, T) or (B*T,) of targets (B, T); negative: masked
              token_bytes:Tensor # (vocab,) bytes of each token, 0 for special tokens
             ) -> Tensor: # (B, 3) float64: nats, bytes and number of the counted targets
     "What each row adds to the two sums"
@@ -58,8 +57,7 @@ def bpb_of(sums:Tensor) -> BPB: # (7,) of `moments`
     return BPB(ratio/bits, nats, int(size), int(tokens), int(k), math.sqrt(var)/size/bits)
 
 @Replaceable
-def add_up(sums:dict, # source -> `moments`; '' is the whole
-           device) -> BPB:
+def add_up(sums:dict, device) -> BPB: # source -> `moments`, '' is the whole
     "The whole and its sources, in one process; chapter 11c adds those of many"
     out = {name: bpb_of(each.cpu()) for name, each in sums.items()}
     total = out.pop(''); total.sources = out
@@ -81,7 +79,6 @@ def unpack_batch(batch, # (x, y[, cu_seqlens[, source]]) or an object with these
     more = {} if cuts is None else dict(cu_seqlens=cuts)
     return x, y, more, [source]*len(y) if one else list(source)
 
-# %% ../nbs/11_loss_eval.ipynb #evaluate-bpb
 @torch.no_grad()
 def evaluate_bpb(model, # model(x, targets=y, reduction='none'[, cu_seqlens]) gives nats (B, T)
                  batches, # this rank's share of the rows
@@ -129,7 +126,6 @@ def _grouped(rows, size, unit=1): # batches of `size` rows; similar lengths out 
         block.sort(key=lambda row: -len(row[1]))
         for at in range(0, len(block), size): yield _batch(block[at:at+size], unit)
 
-# %% ../nbs/11_loss_eval.ipynb #eval-docs
 @torch.no_grad()
 def evaluate_documents(model, tok, mixture, # as for `evaluate_bpb`; what open_data gives
                        split:str='val', seq_len:int|None=None, # targets of a row; None: as trained

@@ -68,7 +68,7 @@ def nanochat_config(sizes:dict, tensors:dict, # model_config of the meta file; r
         raise FileError(f'model_config has no whole number {lacks[0]!r}, but '
                         f'{", ".join(sizes) or "nothing"}; is this the meta file of nanochat?')
     depth, letters = sizes['n_layer'], sizes.get('window_pattern', 'L').upper()
-    layers = [letters[i % len(letters)] for i in range(depth - 1)] + ['L'] # it ends every pattern in L
+    layers = [letters[i % len(letters)] for i in range(depth - 1)] + ['L']   # as it ends patterns
     pure = len(set(letters)) == 1 and letters != 'L'*len(letters)
     kw, said = era(tensors, sizes['sequence_len'])
     head = sizes['n_embd']//sizes['n_head']
@@ -133,8 +133,8 @@ def nanochat_tokenizer(path:str|Path # folder of a checkpoint or of a tokenizer,
         said = torch.load(table, map_location='cpu', weights_only=True)
         both = min(len(said), tok.vocab_size)
         off = int((said[:both] != tok.token_bytes()[:both]).sum())
-        if off: print0(f'{table}: {off} of {both} lengths are not those of the tokens; the bytes of '
-                       'the tokens count here')
+        if off: print0(f'{table}: {off} of {both} lengths are not those of the tokens; the bytes '
+                       'of the tokens count here')
     return tok
 
 # %% ../nbs/11b_nanochat.ipynb #about

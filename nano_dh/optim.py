@@ -29,8 +29,7 @@ POLAR_EXPRESS = ((8.156554524902461, -22.48329292557795, 15.878769915207462),
 # %% ../nbs/10_optim.ipynb #orthogonalize
 def orthogonalize(x:Tensor, # stacked matrices (N, m, n); arithmetic in its dtype
                   coefs:tuple=POLAR_EXPRESS, # (a, b, c) of each step
-                  safety:float=1.01, eps:float=1e-6 # factor of the first norm; added to it
-                 ) -> Tensor: # (N, m, n), all singular values near 1
+                  safety:float=1.01, eps:float=1e-6) -> Tensor: # factor of the first norm; added
     "Nearest semi-orthogonal matrices by odd quintics (Amsel et al., 2025, arXiv:2505.16932)"
     tall = x.size(-2) > x.size(-1)
     if tall: x = x.mT
@@ -43,9 +42,8 @@ def orthogonalize(x:Tensor, # stacked matrices (N, m, n); arithmetic in its dtyp
 # %% ../nbs/10_optim.ipynb #update-scale
 def update_scale(update:Tensor, # orthogonalised (N, m, n)
                  second:Tensor|None=None, # mean square of a neuron (N, m, 1)|(N, 1, n); in place
-                 renorm:bool=True, beta2:float=.9 # Frobenius norm sqrt(min(m, n)); memory
-                ) -> Tensor: # factors that broadcast over the update
-    "Levels the neurons of an update (NorMuon: Li et al., 2025, arXiv:2510.05491)"
+                 renorm:bool=True, beta2:float=.9) -> Tensor: # norm sqrt(min(m, n)); memory
+    "Factors that level the neurons of an update (NorMuon: Li et al., 2025, arXiv:2510.05491)"
     rows, columns = update.shape[-2:]
     along, size = (-1, columns) if rows >= columns else (-2, rows)
     squares = vector_norm(update, dim=along, keepdim=True).square() # of each neuron
@@ -266,7 +264,6 @@ def weight_decay_at(step:int, num_iterations:int, weight_decay:float) -> float: 
     "Half a cosine down to 0"
     return weight_decay*(1 + math.cos(math.pi * min(step / num_iterations, 1.)))/2
 
-# %% ../nbs/10_optim.ipynb #apply-schedule
 @patch
 def schedule(self:MuonAdamW, step:int, num_iterations:int, warmup_steps:int=40, # as above
              warmdown_ratio:float=.65, final_lr_frac:float=.05, schedule:str='linear') -> float:
@@ -282,8 +279,7 @@ def schedule(self:MuonAdamW, step:int, num_iterations:int, warmup_steps:int=40, 
 # %% ../nbs/10_optim.ipynb #table
 def param_table(model) -> list: # (name, parameter, role)
     "Roles; a tied embedding is a head, small tensors outside the blocks are the stream's"
-    roles = model.param_roles()
-    head = 'embed' if 'lm_head' in roles.values() else 'lm_head'
+    roles = model.param_roles(); head = 'embed' if 'lm_head' in roles.values() else 'lm_head'
     def role(name):
         outside = not name.startswith('blocks.')
         return dict(embed=head, small='stream' if outside else 'small').get(roles[name], roles[name])
@@ -298,8 +294,7 @@ def build_optimizer(model:nn.Module, # with `param_roles()`
                     matrix_lr:float=.02, # Muon's; learning rates are for REF_BATCH tokens a step
                     embedding_lr:float=.3, unembedding_lr:float=.008, scalar_lr:float=.5,
                     weight_decay:float=.28, # Muon's, at REF_BATCH and REF_TOKENS
-                    total_batch_size:int=REF_BATCH, # tokens a step
-                    total_tokens:int|None=None, # of the run; None: REF_TOKENS
+                    total_batch_size:int=REF_BATCH, total_tokens:int|None=None, # a step; in all
                     ns_dtype:torch.dtype|None=None, # None: float64 stays, bfloat16 on a GPU
                     clip:float=0., compile:bool|None=None, reduce_dtype=None, shard_numel:int=2**15,
                     lrs:dict={}, # delta_lr, conv_lr, norm_lr, small_lr of `adamw_settings`

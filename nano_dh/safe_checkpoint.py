@@ -53,7 +53,8 @@ class _Slice(torch.Tensor):
                           tensor_data=TensorWriteData(chunk, about, self.size()))]
     def __get_tensor_shard__(self, _): return self.shard.tensor
 
-def _sliced(state): return {k: _Slice.of(v) if isinstance(v, LocalShard) else v for k, v in state.items()}
+def _sliced(state):
+    return {k: _Slice.of(v) if isinstance(v, LocalShard) else v for k, v in state.items()}
 
 # %% ../nbs/12b_safe_checkpoint.ipynb #plain
 _META = {'torch.distributed.checkpoint.metadata': 'Metadata MetadataIndex '

@@ -24,8 +24,9 @@ class NanoDHConfig(PretrainedConfig):
         self.hybrid = hybrid or {}
         fields = SimpleNamespace(**self.hybrid)
         if hybrid:
-            kw |= dict(vocab_size=fields.vocab_size, hidden_size=fields.d_model, num_hidden_layers=fields.n_layer,
-                       num_attention_heads=fields.n_head, num_key_value_heads=fields.n_kv_head,
+            kw |= dict(vocab_size=fields.vocab_size, hidden_size=fields.d_model,
+                       num_hidden_layers=fields.n_layer, num_attention_heads=fields.n_head,
+                       num_key_value_heads=fields.n_kv_head,
                        max_position_embeddings=fields.sequence_len)
         super().__init__(**kw)
 
@@ -47,7 +48,8 @@ def rotation(pos:Tensor, # (B, T) positions
             ) -> tuple:  # cos, sin (B, T, 1, n/2)
     "Angles in float64, where the device has it"
     exact = torch.float32 if pos.device.type == 'mps' else torch.float64
-    angle = pos[..., None, None].to(exact) * base**(-torch.arange(0, channels, 2, device=pos.device, dtype=exact)/channels)
+    at = torch.arange(0, channels, 2, device=pos.device, dtype=exact)
+    angle = pos[..., None, None].to(exact) * base**(-at/channels)
     return angle.cos(), angle.sin()
 
 def rotate(x, cos, sin): # x (B, T, H, D)
@@ -66,7 +68,8 @@ def delta_rule(q:Tensor, k:Tensor,    # (B, T, H, K), of length one
     T, share = v.shape[1], v.shape[2]//q.shape[2]
     q, k = (x.repeat_interleave(share, 2) for x in (q*q.shape[-1]**-.5, k))
     whole = [x.transpose(1, 2).to(S.dtype) for x in (q, k, v, g, beta)]     # (B, HV, T, ...)
-    out, low, dtype = [], torch.ones(chunk, chunk, dtype=torch.bool, device=v.device).tril(), v.dtype
+    out, dtype = [], v.dtype
+    low = torch.ones(chunk, chunk, dtype=torch.bool, device=v.device).tril()
     for at in range(0, T, chunk):
         q, k, v, g, beta = (x[:, :, at:at+chunk] for x in whole)
         size = g.shape[-1]; see = low[:size, :size]
@@ -113,7 +116,8 @@ class Piece:
     plain: bool          # nothing is padded
     def mask(self, window): # (B, 1, T, seen) bool: what each token may look at; None is all of it
         memory, T = self.memory, self.idx.shape[1]
-        if self.plain and (window is None or memory.seen <= window + 1) and T in (1, memory.seen): return None
+        near = window is None or memory.seen <= window + 1
+        if self.plain and near and T in (1, memory.seen): return None
         at = torch.arange(memory.seen, device=self.idx.device)
         ok = (at <= at[-T:, None]) & memory.valid[:, None]
         if window is not None: ok = ok & (self.pos[..., None] - memory.key_pos[:, None] <= window)
@@ -127,14 +131,16 @@ class Attention(nn.Module):
         width, H, HK, size = cfg.d_model, cfg.n_head, cfg.n_kv_head, cfg.head_dim
         self.n_head, self.n_kv_head, self.head_dim, self.value_dim = H, HK, size, HK*size
         self.window, self.scale, self.index = window, cfg.qk_scale**2 * size**-.5, i
-        self.c_q, self.c_k, self.c_v = Linear(width, H*size), Linear(width, HK*size), Linear(width, HK*size)
+        self.c_q, self.c_k = Linear(width, H*size), Linear(width, HK*size)
+        self.c_v = Linear(width, HK*size)
         self.c_proj = Linear(H*size, width)
         gates = dict(none=0, headwise=H, elementwise=H*size)[cfg.attn_gate]
         if gates: self.gate = Linear(width, gates)
         if has_ve(cfg, i): self.ve_gate = Linear(cfg.ve_gate_channels, HK)
 
     def forward(self, x, piece, ve=None): # (B, T, d), Piece, value embedding
-        q, k, v = (matrix(x).unflatten(-1, (-1, self.head_dim)) for matrix in (self.c_q, self.c_k, self.c_v))
+        q, k, v = (matrix(x).unflatten(-1, (-1, self.head_dim))
+                   for matrix in (self.c_q, self.c_k, self.c_v))
         if ve is not None: v = v + opened(self.ve_gate, x)*ve.view(v.shape)
         q, k = norm(q), norm(k)
         if piece.rope is not None: q, k = rotate(q, *piece.rope), rotate(k, *piece.rope)
@@ -254,7 +260,8 @@ def stream(model:NanoDHForCausalLM, idx:Tensor, piece:Piece) -> Tensor: # (B, T,
         x = x + model.smear_lambda.to(x.dtype)*model.smear_gate(x[..., :24]).sigmoid()*before
     x0 = x
     for i, block in enumerate(model.blocks):
-        if cfg.resid_scalars: x = model.resid_lambdas[i].to(x.dtype)*x + model.x0_lambdas[i].to(x.dtype)*x0
+        if cfg.resid_scalars:
+            x = model.resid_lambdas[i].to(x.dtype)*x + model.x0_lambdas[i].to(x.dtype)*x0
         ve = model.value_embeds[str(i)](idx).to(x.dtype) if has_ve(cfg, i) else None
         x = block(x, piece, ve)
         if i == cfg.n_layer//2: mid = x
@@ -280,7 +287,8 @@ def forward(self, input_ids=None, attention_mask=None, labels=None, cache=None,
     if memory.seen and not bool(valid[:, -1].all()):
         raise ValueError("padding at the right of a text that goes on: padding_side='left'")
     pos = memory.begin(valid)
-    channels = dict(none=0, full=cfg.head_dim, partial=max(int(cfg.head_dim*cfg.partial_rotary)//2*2, 2))[cfg.pos]
+    partial = max(int(cfg.head_dim*cfg.partial_rotary)//2*2, 2)
+    channels = dict(none=0, full=cfg.head_dim, partial=partial)[cfg.pos]
     rope = rotation(pos, channels, cfg.rope_base) if channels else None
     x = stream(self, input_ids, Piece(input_ids, valid, memory, rope, pos, plain))
     logits = scores(self, x[:, -logits_to_keep:] if logits_to_keep else x)
