@@ -15,6 +15,7 @@ REPLACING = ( # modules that put a version of theirs in the place of one of volu
     'data_files',
     'data_folders',
     'prefetch',
+    'ranks',
 )
 
 # %% ../nbs/14d_volume2.ipynb #added
@@ -24,6 +25,7 @@ ADDED = { # (module of volume 1, module of volume 2) -> the names of the second 
     ('dataset', 'data_files'): 'read_file repackage DAY MARK KINDS PACKED',
     ('dataset', 'downloads'): 'Again fetch download_hub download_hf SLOWEST CURABLE HUBS _stream',
     ('dataset', 'data_folders'): 'WORDS TITLE ABOUT _say',
+    ('dataloader', 'ranks'): 'merge_states',
 }
 
 # %% ../nbs/14d_volume2.ipynb #install
