@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['N_STREAMS', 'Piece', 'best_fit', 'shuffled', 'recent', 'tokens_of', 'DocTokens', 'Stream', 'Batch', 'Packed',
-           'Packer', 'EvalPacker', 'batches_of', 'Loader', 'merge_states', 'gather_state']
+           'Packer', 'EvalPacker', 'batches_of', 'Loader', 'gather_state']
 
 # %% ../nbs/09_dataloader.ipynb #imp
 import hashlib, os, time
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-import numpy as np, torch, torch.distributed as dist
+import numpy as np, torch
 from torch import Tensor
 from fastcore.basics import patch
 from .core import Replaceable, added, base_dir, dist_info, volume2
@@ -56,22 +56,22 @@ def best_fit(waiting:list,          # pieces, the longest waiting first; those u
     return row, placed, starts
 
 # %% ../nbs/09_dataloader.ipynb #shuffled
-def _u64(x): return np.uint64(x & (2**64 - 1))
-_GOLDEN = _u64(0x9E3779B97F4A7C15)
+_U64, _GOLDEN = np.uint64, np.uint64(0x9E3779B97F4A7C15)
 
 def _mixed(x): # every bit of the result depends on every bit of x
-    for factor, shift in ((0xBF58476D1CE4E5B9, 30), (0x94D049BB133111EB, 27)): x = (x ^ (x >> _u64(shift)))*_u64(factor)
-    return x ^ (x >> _u64(31))
+    for factor, shift in ((0xBF58476D1CE4E5B9, 30), (0x94D049BB133111EB, 27)):
+        x = (x ^ (x >> _U64(shift)))*_U64(factor)
+    return x ^ (x >> _U64(31))
 
 def shuffled(n:int,     # how many things
              *key:int   # seed, source, epoch, ...
             ) -> np.ndarray: # (n,) int64 permutation of 0 .. n-1
     "A permutation that depends on n and key alone, in every version of every library"
     start = np.full(1, n, np.uint64)
-    for part in key: start = _mixed(start + _GOLDEN ^ _u64(part))
+    for part in key: start = _mixed(start + _GOLDEN ^ _U64(part & (2**64 - 1)))
     return np.argsort(_mixed(np.arange(1, n + 1, dtype=np.uint64)*_GOLDEN + start), kind='stable')
 
-# %% ../nbs/09_dataloader.ipynb #tokens
+# %% ../nbs/09_dataloader.ipynb #docscls
 def recent(kept:OrderedDict, key, make, most:int): # kept[key]
     "What was made for a key, or make() of it; the least recently used go"
     if key not in kept: kept[key] = make()
@@ -89,7 +89,6 @@ def tokens_of(docs,        # DocTokens
     found = docs.tok.encode_batch(texts, threads=docs.threads) if texts else []
     return [np.asarray(ids, dtype=np.int32) for ids in found]
 
-# %% ../nbs/09_dataloader.ipynb #docscls
 N_STREAMS = 64     # logical streams; every number of ranks that divides it sees the same batches
 
 def _sum12(text): return hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -116,7 +115,6 @@ class DocTokens:
         sizes = [group[3:] for group in source.groups[split]] if hasattr(source, 'files') else []
         self.fingerprint, self.by_rows = _sum12(names + repr(sizes)*bool(sizes)), _sum12(names)
         self.ready, self.texts, self.orders = {}, OrderedDict(), OrderedDict()
-
     def locate(self, pos:int) -> tuple[int, int]: # row group, row in it
         "Which document stands at a position; validation keeps the order of the files"
         epoch, place = divmod(pos, self.n); train, key = self.split == 'train', (self.seed, self.key, epoch)
@@ -128,11 +126,9 @@ class DocTokens:
         row = place - int(ends[i]) + rows
         if train: row = int(recent(self.orders, (epoch, group), lambda: shuffled(rows, *key, group), 16)[row])
         return group, row
-
     def encode(self, positions:list[int]) -> dict: # position -> (n,) int32, without BOS
         "Read and tokenize these documents in one call"
         return dict(zip(positions, tokens_of(self, [self.locate(pos) for pos in positions])))
-
     def take(self, pos:int) -> np.ndarray: # tokens without BOS
         "Tokens of the document at a position, which its stream is about to use up"
         if pos not in self.ready:
@@ -156,11 +152,9 @@ class Stream:
         self.placed = [0]*len(docs)                # tokens by source
         for _ in range(0 if once else int(shuffled(N_STREAMS, docs[0].seed)[number])):
             self.placed[self.lagging()] += size - 1
-
     def lagging(self): # the source furthest behind its weight
         total = sum(self.placed)
         return max(self.live, key=lambda i: self.weights[i]*total - self.placed[i])
-
     def draw(self, i:int) -> bool: # False: the source has ended (only with once)
         "Let one more document of source i wait"
         docs = self.docs[i]
@@ -170,7 +164,6 @@ class Stream:
             if len(ids): self.waiting[i].append(Piece(pos, 0, len(ids), ids)); return True
         if self.once: return False
         raise ValueError(f'source {docs.source.name!r} holds only empty documents')
-
     def refill(self, i:int): # source
         "Let documents of source i wait, by its weight; two rows' worth suffice if that is many pieces"
         waiting, many = self.waiting[i], max(2, 8*self.weights[i])*self.size
@@ -178,7 +171,6 @@ class Stream:
         while len(waiting) < 2 or have < (many if len(waiting) < 64 else 2*self.size):
             if not self.draw(i): break
             have += len(waiting[-1])
-
     def next_row(self) -> tuple|None: # (row, pieces, starts, source); None at the end
         "Fill one row from the source that lags most behind its weight"
         while self.live:
@@ -219,7 +211,6 @@ class Batch:
     max_docs: int = None  # documents a row can hold; None if borders were not asked for
     cu_seqlens: Tensor = None     # (B*max_docs + 1,) int32 document borders in flattened x
     cu_seqlens_cpu: Tensor = None # the same on the CPU
-
     def with_borders(self) -> 'Batch':
         "Fill cu_seqlens: fresh tensors, their length depends on B alone, empty documents at the tail"
         if self.max_docs:
@@ -229,19 +220,17 @@ class Batch:
             self.cu_seqlens_cpu = torch.tensor(borders, dtype=torch.int32)
             self.cu_seqlens = _to(self.cu_seqlens_cpu.clone(), self.x.device)
         return self
-
     def micro(self, rows:int): # -> yields Batch
         "The batch in pieces of `rows` rows, each with its own borders"
         B = len(self.x)
         if B % rows:
             good = [n for n in range(1, B + 1) if B % n == 0]
             raise ValueError(f'{B} rows do not split into pieces of {rows}; use one of {good}')
-        for at in range(0, B, rows):
-            part = slice(at, at + rows)
+        for part in (slice(at, at + rows) for at in range(0, B, rows)):
             yield Batch(self.x[part], self.y[part], self.starts[part], self.index,
                         self.source and self.source[part], self.max_docs).with_borders()
 
-# %% ../nbs/09_dataloader.ipynb #check
+# %% ../nbs/09_dataloader.ipynb #packer
 def _check(batch_rows, world_size, long_docs):
     if N_STREAMS % world_size:
         raise ValueError(f'{world_size} ranks do not divide {N_STREAMS} streams; use 1, 2, 4 ...')
@@ -252,7 +241,6 @@ def _check(batch_rows, world_size, long_docs):
     if long_docs not in ('split', 'crop'):
         raise ValueError(f"long_docs {long_docs!r}: use 'split' or 'crop'")
 
-# %% ../nbs/09_dataloader.ipynb #packer
 @dataclass
 class Packed:
     "A batch before it becomes tensors, with the state after it"
@@ -279,14 +267,12 @@ class Packer:
         self.identity = dict(data=mixture.name, shards=[part.fingerprint for part in docs], seed=seed,
                              weights=self.weights, tokenizer=str(tokenizer.hash), seq_len=seq_len,
                              split=split, long_docs=long_docs)
-
     def next_batch(self) -> Packed:
         "The rows j of the next global batch with j mod world_size = rank"
         rows = range(self.row, self.row + self.batch_rows)
         turns = [i % N_STREAMS for i in rows if i % self.world == self.rank]
         made = [self.streams[stream].next_row() for stream in turns]
         return self.packed(made, {stream: self.streams[stream].state() for stream in set(turns)})
-
     def packed(self, made, state=()): # used: tokens that count; a last BOS after the last document does
         rows, pieces, starts, sources = zip(*made)
         used = [sum(map(len, placed)) for placed in pieces]
@@ -324,28 +310,25 @@ class Loader:
                  seq_len:int=2048,       # T
                  seed:int=0,             # order of the documents
                  rank:int=0, world_size:int=1, # world_size divides 64 and batch_rows
-                 device='cpu',           # where x and y are wanted
-                 documents:bool=False,   # also give the borders, cu_seqlens
+                 device='cpu', documents:bool=False, # where x and y are wanted; with the borders
                  long_docs:str='split',  # 'split' loses nothing, 'crop' drops the rest of a cut
                  state:dict|None=None,   # continue from a `state_dict` of any number of ranks
                  prefetch:int=2,         # batches ahead; 0: no thread (chapter 9b)
-                 max_docs:int|None=None, # use only the first documents of every source
-                 threads:int|None=None,  # of the tokenizer; None: this rank's cores, up to 8
+                 # use only the first documents of a source; threads of the tokenizer, None: up to 8
+                 max_docs:int|None=None, threads:int|None=None,
                  token_cache:bool|str=False): # tokens on disk (chapter 9b): a folder; True: base_dir()/tokens
         self.device, self.documents, self.prefetch = torch.device(device), documents, prefetch
         root = base_dir()/'tokens' if token_cache is True else token_cache
-        self._make = lambda: (Packer if split == 'train' else EvalPacker)(
+        def make(): return (Packer if split == 'train' else EvalPacker)(
             mixture, tokenizer, split, batch_rows, seq_len, seed, rank, world_size, long_docs,
             max_docs, threads, root and Path(root)/tokenizer.hash)
+        self._make = make
         self.load_state_dict(state)
-
+    def __iter__(self): return self
     def close(self):
         "No more batches: the next one raises StopIteration"
         if hasattr(self._batches, 'close'): self._batches.close()
         self._batches = iter(())
-
-    def __iter__(self): return self
-
     def __next__(self) -> Batch:
         start = time.perf_counter(); packed = next(self._batches)
         self.waited += time.perf_counter() - start
@@ -353,8 +336,8 @@ class Loader:
         ids = torch.from_numpy(packed.rows).long(); y = ids[:, 1:].clone()
         y[torch.arange(1, ids.shape[1]) >= torch.tensor(packed.used)[:, None]] = -1
         x, y = _to(ids[:, :-1].contiguous(), self.device), _to(y, self.device)
-        docs = self.packer.row_docs if self.documents else None
-        return Batch(x, y, packed.starts, packed.index - 1, packed.source, docs).with_borders()
+        return Batch(x, y, packed.starts, packed.index - 1, packed.source,
+                     self.packer.row_docs if self.documents else None).with_borders()
 
 # %% ../nbs/09_dataloader.ipynb #lstate
 @patch
@@ -386,19 +369,8 @@ def _restore(self, packer, state):
         if found: stream.restore(found); self._streams[number] = found
 
 # %% ../nbs/09_dataloader.ipynb #gather
-def merge_states(states:list[dict] # `Loader.state_dict()` of every rank, after the same batch
-                ) -> dict: # the state of them all
-    "Put the streams of all ranks together"
-    first = states[0]
-    if any((state['row'], state['identity']) != (first['row'], first['identity']) for state in states):
-        moments = sorted(state['index'] for state in states)
-        raise ValueError(f'states of different moments (batches {moments}); take them at one step')
-    streams = {number: stream for state in states for number, stream in state['streams'].items()}
-    return dict(first, streams={number: streams[number] for number in sorted(streams, key=int)})
-
+@Replaceable
 def gather_state(state:dict # this rank's
                 ) -> dict: # of all ranks, on all ranks
-    "`merge_states` over the process group; every rank calls it"
-    if not (dist.is_available() and dist.is_initialized()): return state
-    out = [None]*dist.get_world_size(); dist.all_gather_object(out, state)
-    return merge_states(out)
+    "The state that a checkpoint holds; one process has all of it"
+    return state

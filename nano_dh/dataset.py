@@ -153,9 +153,9 @@ def _end(text, size): # where a passage of at most size characters ends
 def documents(path:str|Path # .jsonl, .txt or .md
              ): # yields str
     "The documents of a file, one after the other"
-    with open(path, encoding='utf-8') as f:
-        if Path(path).suffix != '.jsonl': yield from passages(iter(lambda: f.read(1 << 16), ''))
-        else: yield from (json.loads(line)['text'] for line in f if line.strip())
+    with open(path, encoding='utf-8') as file:
+        if Path(path).suffix != '.jsonl': yield from passages(iter(lambda: file.read(1 << 16), ''))
+        else: yield from (json.loads(line)['text'] for line in file if line.strip())
 
 # %% ../nbs/08_dataset.ipynb #write
 ZSTD = dict(compression='zstd', compression_level=6, use_dictionary=False, write_statistics=False,
@@ -168,14 +168,14 @@ def write_shard(path:Path,                  # .parquet
     "Write a shard: whole under its name, or not there"
     part, schema = path.with_suffix('.tmp'), pa.schema([('text', pa.large_string())])
     least, group, n = min(group_bytes, max(1, sum(map(len, texts))//8)), [], 0
-    with open(part, 'wb') as f:
-        with pq.ParquetWriter(f, schema, **ZSTD) as writer:
+    with open(part, 'wb') as file:
+        with pq.ParquetWriter(file, schema, **ZSTD) as writer:
             for text in [*texts, None]:
                 if group and (text is None or n >= least):
                     writer.write_table(pa.table([pa.array(group, pa.large_string())], schema), len(group))
                     group, n = [], 0
                 if text is not None: group.append(text); n += len(text)
-        f.flush(); os.fsync(f.fileno())
+        file.flush(); os.fsync(file.fileno())
     os.replace(part, path)
 
 # %% ../nbs/08_dataset.ipynb #shards
@@ -184,14 +184,15 @@ VAL_SHARE = .02           # of the text, set aside to validate
 def shards_of(train:list, val:list=() # text files; without `val` the end of the others validates
              ) -> list: # a shard to train on, one to validate on
     "Text files as two shards in the base folder, made once"
-    stamps = [[str(f.absolute()), f.stat().st_size, f.stat().st_mtime_ns] for f in [*train, *val]]
+    stamps = [[str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns] for file in [*train, *val]]
     key = hashlib.sha256(json.dumps([len(train), stamps]).encode()).hexdigest()[:12]
     folder = base_dir()/'data'/f'{train[0].stem}-{key}'
     shards = [folder/'text_00000.parquet', folder/'text_val_00000.parquet']
     with file_lock(folder):
         if shards[0].exists(): return shards
         folder.mkdir(exist_ok=True)
-        texts, held = ([t for f in files for t in documents(f) if t and not t.isspace()] for files in (train, val))
+        texts, held = ([text for file in files for text in documents(file) if text and not text.isspace()]
+                       for files in (train, val))
         n = 0 if val else max(1, round(VAL_SHARE*len(texts)))
         texts, held = texts[:len(texts) - n], held + texts[len(texts) - n:]
         random.Random('0 0').shuffle(texts)
@@ -232,7 +233,7 @@ def mixture_of(spec:str # 'sample', a path, or paths with weights
               ) -> Mixture:
     "The mixture that a spec describes"
     if spec == 'sample':
-        files = {s: [(package_data(f'sample_{s}.parquet'), None)] for s in ('train', 'val')}
+        files = {split: [(package_data(f'sample_{split}.parquet'), None)] for split in ('train', 'val')}
         return Mixture('sample', [Source('sample', files)], [1.])
     sources, weights, entries = [], [], _entries(spec)
     for name, weight in entries:

@@ -73,7 +73,7 @@ I forgot your name, what is it?|Under what name are you known?|Who is answering 
 Would you please tell us who you are?|By what name may I address you?
 Before we start: who are you?|My name is Ann. What is yours?|Who exactly am I chatting with now?'''
 
-_split = lambda text: [q for line in text.splitlines() for q in line.split('|')]
+def _split(text): return [q for line in text.splitlines() for q in line.split('|')]
 OPEN = ['']*6 + ['Hi! ', 'Hello. ', 'Hey, ', 'Good morning. ', 'Hi there. ', 'Hello! ',
                  'Excuse me. ', 'So, ', 'One question: ']
 CLOSE = ['']*8 + [' Thanks.', ' Thank you!', ' Please.', ' I am curious.']

@@ -38,7 +38,7 @@ FIELDS = dict(name=str, pat_str=str, mergeable_ranks=dict, special_tokens=dict)
 def read_pickled_encoding(path:str|Path # of a tokenizer.pkl
                          ) -> dict|str: # the fields of FIELDS, or a name that tiktoken knows
     "A pickled tiktoken encoding as plain data; nothing in the file is run"
-    no = lambda why: FileError(f'{path} {why}; give the tokenizer.pkl that nanochat wrote')
+    def no(why): return FileError(f'{path} {why}; give the tokenizer.pkl that nanochat wrote')
     try: got = _Reader(io.BytesIO(Path(path).read_bytes())).load()
     except FileError as e: raise no(str(e)) from None
     except Exception as e: raise no(f'is no whole pickle ({type(e).__name__})') from None
@@ -112,7 +112,7 @@ class HFTokenizer(Tokenizer):
     def hash(self) -> str: return hashlib.sha256(self._text.encode()).hexdigest()[:16]
 
 # %% ../nbs/07a_tokenizer_files.ipynb #sample
-BYTES = [b for b in range(256) if b not in (0xC0, 0xC1, *range(0xF5, 256))] # that UTF-8 can have
+BYTES = [byte for byte in range(256) if byte not in (0xC0, 0xC1, *range(0xF5, 256))] # that UTF-8 can have
 SAMPLE = dict(
     latin='The Mole, naïveté, Dvořák: IT’S 12,345.67 % of 8-BIT “quotes”',
     blanks='a  b\tc \n\n  d\r\n\u00a0\u3000e ',
@@ -123,10 +123,10 @@ SAMPLE = dict(
           + '\u0800' + ''.join(chr(i << 12) for i in range(1, 16) if i != 13) + ''.join(
             chr(0x10000 + (i << 18)) for i in range(4)) + '\U0010ffff')
 
-def _cut(s, n=30): return s if len(s) <= n else s[:n] + '...'
+def _cut(text, most=30): return text if len(text) <= most else text[:most] + '...'
 
 def _lost(tok, name, text): # what is wrong with one text; '' if nothing
-    ids = tok.encode(text); special = {i: s for s, i in tok.special.items()}
+    ids = tok.encode(text); special = {i: token for token, i in tok.special.items()}
     if forged := next((special[i] for i in ids if i in special), None):
         return f'{name}: ordinary text gives the special token {forged}'
     back = tok.decode(ids)
@@ -140,13 +140,13 @@ def faults(tok,             # has encode, decode, special, and the bytes of each
            document:str=''  # text that it will read
           ) -> list[str]:   # [] if it can be believed
     "What is wrong with a foreign tokenizer"
-    have = {b for b in tok._bytes.values() if len(b) == 1}
-    gone = [b for b in BYTES if bytes([b]) not in have]
+    have = {token for token in tok._bytes.values() if len(token) == 1}
+    gone = [byte for byte in BYTES if bytes([byte]) not in have]
     lacks = [f'no token for {len(gone)} bytes, such as 0x{gone[0]:02x}'] if gone else []
     if lacks and getattr(tok, 'kind', '') == 'bpe': return lacks              # tiktoken would panic
     texts = SAMPLE | {f'name {s}': f'a {s} b' for s in tok.special}
     if document: texts['first document'] = document
-    return [f for n, t in texts.items() if (f := _lost(tok, n, t))] + lacks
+    return [fault for name, text in texts.items() if (fault := _lost(tok, name, text))] + lacks
 
 def believed(tok, name:str, document:str=''): # name: for the message; -> tok
     "The tokenizer, or an error of one line"

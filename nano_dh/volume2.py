@@ -24,6 +24,7 @@ REPLACING = ( # modules that put a version of theirs in the place of one of volu
     'safe_checkpoint',
     'eval_records',
     'prefetch',
+    'ranks',
 )
 
 # %% ../nbs/14d_volume2.ipynb #added
@@ -39,6 +40,7 @@ ADDED = { # (module of volume 1, module of volume 2) -> the names of the second 
     ('loss_eval', 'eval_records'): 'add_ranks write_record bpb_figures _plain',
     ('checkpoint', 'safe_checkpoint'): 'verify set_aside dh_runs read_meta read_tokenizer foreign FOREIGN register_format',
     ('core', 'safe_checkpoint'): 'run_stored',
+    ('dataloader', 'ranks'): 'merge_states',
 }
 
 # %% ../nbs/14d_volume2.ipynb #install

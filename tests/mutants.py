@@ -33,7 +33,7 @@ MUTANTS = { # name -> file, text, the changed text, test that fails on it
  'no rank scale: fine-tuning': ('sft', 'scale = (self.world/total', 'scale = (1/total', HERE + 'test_gradients_are_the_same'),
  'no rank scale: RL': ('rl', '(l*self.world/count)', '(l/count)', HERE + 'test_gradients_are_the_same'),
  'no fsync: small files': ('core', 'file.flush(); os.fsync(file.fileno())', 'file.flush()', HERE + 'test_what_is_written'),
- 'no fsync: shards': ('dataset', 'f.flush(); os.fsync(f.fileno())', 'f.flush()', HERE + 'test_what_is_written'),
+ 'no fsync: shards': ('dataset', 'file.flush(); os.fsync(file.fileno())', 'file.flush()', HERE + 'test_what_is_written'),
  'no fsync: checkpoints': ('safe_checkpoint', 'for path in files: _sync(path)', 'pass', HERE + 'test_what_is_written'),
  'varlen: heads of a group apart': ('gated_attn', 'k, v = (t.repeat_interleave(R, 2) if R > 1 else t for t in (k, v))', 'k, v = (t.repeat(1, 1, R, 1) for t in (k, v))', HERE + 'test_grouped_heads'),
  'RL answers with old weights': ('rl', 'c = self.cfg; refresh(self.engine, self.model)', 'c = self.cfg', HERE + 'test_rl_answers'),
