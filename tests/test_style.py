@@ -7,7 +7,7 @@ SHORT = {*'qkvgBTHKVSxi_'}       # letters of the field, an input, an index, not
 MOST = .10                       # of the names that a module assigns may be another letter
 LATER = set('''bench beside cache chat_eval chat_files checkpoint chunked compiled core core_eval cross_entropy dataloader dataset decode delta_rule deltanet
     engine exchange execution figures gated_attn gradient_check hybrid_model identity kernels launch lm_harness long_context loss_eval mechanisms nanochat optim
-    pack report rl serve sft short_conv site speculate speed speedrun standalone tasks terminal tokenizer tokenizer_files train'''.split()) # not yet rewritten
+    pack report rl serve sft short_conv site speculate speed speedrun standalone tasks terminal tokenizer tokenizer_files'''.split()) # not yet rewritten
 MODULES = sorted(p for p in (ROOT/'nano_dh').glob('*.py') if p.stem[0] != '_')
 
 def assigned(tree):
