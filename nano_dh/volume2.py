@@ -13,7 +13,8 @@ REPLACING = () # modules that put a version of theirs in the place of one of vol
 
 # %% ../nbs/14d_volume2.ipynb #added
 ADDED = { # (module of volume 1, module of volume 2) -> the names of the second that the first has too
-    ('train', 'plan'): 'PretrainConfig Plan plan estimate machine most_ranks show_batch FROZEN LOCAL MFU GPU_BYTES',
+    ('train', 'plan'): 'PretrainConfig Plan plan estimate machine most_ranks show_batch PARAMETERS ONE_OF FROZEN '
+                       'LOCAL MFU GPU_BYTES',
     ('train', 'pretrain'): 'RankTrainer Late pretrain begin owned settle_backend begin_kernels timing OutOfMemory '
                            'memory_advice start_wandb LOCK_WAIT WAITS',
     ('train', 'progress'): 'health once Report said main KNOWN',
