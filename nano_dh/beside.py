@@ -26,7 +26,8 @@ from .optim import (REF_BATCH, REF_TOKENS, build_optimizer, lr_multiplier, muon_
                            weight_decay_at)
 from .speed import job, middle, timed
 from .tokenizer import Tokenizer
-from .train import _peak_memory, build_model, settle_backend
+from .pretrain import _peak_memory, settle_backend
+from .train import build_model
 
 # %% ../nbs/14c_beside.ipynb #own
 def own_code(folder:str|Path # of a clone

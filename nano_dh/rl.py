@@ -21,13 +21,15 @@ from .dataloader import shuffled
 from .decode import inference_copy
 from .engine import Engine, Request
 from .hybrid_model import HybridConfig, HybridModel
-from .launch import LiveCurve, n_gpus
+from .launch import LiveCurve
 from .sft import (SETTLED, STAGES, ChatTrainer, FinetuneConfig, finetune, fingerprint,
                          newest)
 from .tasks import (TASKS, Task, chat, last_number, open_task, render_for_completion,
                            say, tool)
 from .tokenizer import Tokenizer
-from .train import Report, most_ranks, pretrain
+from .plan import most_ranks
+from .pretrain import pretrain
+from .progress import Report
 
 # %% ../nbs/23_rl.ipynb #adv
 def advantages(rewards:Tensor # (prompts, samples)
@@ -46,9 +48,12 @@ class Rollouts:
     logp: Tensor       # (N, T) log-probability that the engine gave the token, 0 where y is -1
     rewards: Tensor    # (prompts, samples), of all answers, also those left out of x
 
-    def micro(self, rows): # -> pieces of so many rows
-        for a in range(0, len(self.x), rows):
-            yield self.x[a:a+rows], self.y[a:a+rows], self.adv[a:a+rows], self.logp[a:a+rows]
+    def each(self, f): # f: of a tensor; rewards stay as they are
+        return Rollouts(f(self.x), f(self.y), f(self.adv), f(self.logp), self.rewards)
+
+    def micro(self, rows): # -> pieces of so many rows, but for those that only fill up
+        pieces = (self.each(lambda t: t[a:a+rows]) for a in range(0, len(self.x), rows))
+        return (piece for piece in pieces if (piece.y >= 0).any())
 
     def padded(self, rows, length): # few shapes, for kernels that are compiled for each
         n, t = -len(self.x) % rows, -self.x.shape[1] % length
@@ -248,16 +253,15 @@ def _sensible(c): # refuse a run that could learn nothing, or say nothing of wha
 def resolved(self:RLConfig) -> RLConfig:
     "Derive every field that was left at -1 or ''; a resumed run brings its own"
     c = self.continued() if self.resume else replace(self); tiny = c.task == 'tiny'
-    c.check(); gpu = c.device in ('', 'cuda') and n_gpus() > 0
+    c.check(); gpu = c.on_gpu()
     if not c.saved: c.base = str(find_checkpoint(c.base)) if c.base else newest('sft', 'mid')
     m = c.model_config(); c.depth, c.pattern, c.vocab_size = m.n_layer, m.pattern, m.vocab_size
-    for k, v in dict(max_seq_len=m.sequence_len, max_tokens=24 if tiny else 256,
+    c.default(max_seq_len=m.sequence_len, max_tokens=24 if tiny else 256,
                      nproc=most_ranks() if gpu else 1,
                      eval_questions=1000 if tiny else 200, lr_frac=.15 if tiny else .05,
                      num_iterations=ENDLESS if c.minutes else 200 if tiny else 400,
                      eval_every=20, save_every=100, max_hours=168.,
-                     device_batch_size=32, epochs=1.).items():
-        if getattr(c, k) == -1: setattr(c, k, v)
+device_batch_size=32, epochs=1.)
     _sensible(c)
     c.total_batch_size = c.questions*c.samples  # what the records count is answers, not tokens
     c.device = c.device or get_device().type; c.compile = 'off'; c._rates()
@@ -289,7 +293,7 @@ class Questions:
 @patch
 def state_dict(self:Questions) -> dict:
     return dict(identity=self.identity, row=self.at, index=self.index, streams={},
-                seconds=time.perf_counter() - self.t.began)
+                seconds=time.perf_counter() - self.t.since)
 
 @patch
 def load_state_dict(self:Questions, s):
@@ -297,7 +301,7 @@ def load_state_dict(self:Questions, s):
     if was != now: raise ValueError(f'the questions of this run were {was}, here they are {now}; '
                                     'resume it with its own data')
     self.at, self.index = s['row'], s['index']
-    self.t.began = time.perf_counter() - s['seconds']
+    self.t.since = time.perf_counter() - s['seconds']
 
 # %% ../nbs/23_rl.ipynb #trainer
 class RLTrainer(ChatTrainer):
@@ -305,7 +309,7 @@ class RLTrainer(ChatTrainer):
     def open(self):
         c = self.cfg
         self.model, self.tok, _ = load_model(c.source, device=self.device); self.model.train()
-        self.began = time.perf_counter()
+        self.since = time.perf_counter()
         self.questions, self.held = (open_task(c.task, s, c.data) for s in ('train', 'test'))
         rows = min(1024, max(64, c.questions*c.samples//self.world))
         self.engine = Engine(self.model, self.tok, max_rows=rows, prefix_bytes=0)
@@ -317,7 +321,24 @@ class RLTrainer(ChatTrainer):
         self.peak = None              # FLOPs a token say nothing here
         super().restore()
 
-    def loop(self, marks): self.watch(); super().loop(marks)
+    def loop(self): self.watch(); super().loop()
+
+    def loss(self, piece): # of Rollouts
+        "Minus the log-probability of what was drawn, times the advantage of its answer"
+        on = piece.y >= 0; nll = token_losses(self.fwd, piece.x, piece.y)
+        self.seen.append((-nll.detach(), piece.logp[on]))
+        return (nll*piece.adv[:, None].expand(piece.y.shape)[on]).sum()
+
+    def update(self): # no step where no group has anything to say
+        if self.targets: super().update()
+
+    def train_step(self, batch): # Rollouts
+        "One optimizer step, and what it tells"
+        began, self.seen = time.perf_counter(), []
+        total = super().train_step(batch.each(lambda t: t.to(self.device)))
+        far = drift(*map(torch.cat, zip(*self.seen))) if self.seen else {}
+        self.record(batch, far, time.perf_counter() - began)
+        return total
 
 # %% ../nbs/23_rl.ipynb #answer
 @patch
@@ -334,28 +355,6 @@ def sums(self:RLTrainer, *xs): # over ranks
     if self.world > 1: dist.all_reduce(t)
     return t.tolist()
 
-# %% ../nbs/23_rl.ipynb #step
-@patch
-# (2,) summed loss and drawn tokens of all ranks
-def train_step(self:RLTrainer, b:Rollouts) -> Tensor:
-    "One optimizer step; no step where no group has anything to say"
-    c, began = self.cfg, time.perf_counter(); new, old, loss = [], [], 0.
-    count = self.sums((b.y >= 0).sum().item())[0]
-    for x, y, adv, logp in b.micro(c.device_batch_size):
-        if not (on := y >= 0).any(): continue                    # rows that only fill up
-        nll = token_losses(self.fwd, x.to(self.device), y.to(self.device))
-        l = (nll*adv[:, None].expand(y.shape)[on].to(self.device)).sum()
-        (l*self.world/count).backward()
-        loss += l.item(); new.append(-nll.detach().cpu()); old.append(logp[on])
-    self.step += 1
-    if count:
-        self.opt.schedule(self.step - 1, c.num_iterations, c.warmup_steps, c.warmdown_ratio,
-                          c.final_lr_frac, c.schedule)
-        self.opt.step(); self.opt.zero_grad()
-    self.record(b, drift(torch.cat(new), torch.cat(old)) if new else {},
-                time.perf_counter() - began)
-    return torch.tensor(self.sums(loss) + [max(count, 1.)], dtype=torch.float64)
-
 # %% ../nbs/23_rl.ipynb #record
 @patch
 def record(self:RLTrainer, b, far, seconds):
@@ -370,7 +369,7 @@ def record(self:RLTrainer, b, far, seconds):
 @patch
 def watch(self:RLTrainer): # the same decision on all ranks
     "End the run where its time is used up, that of earlier starts included"
-    c = self.cfg; spent = time.perf_counter() - self.began
+    c = self.cfg; spent = time.perf_counter() - self.since
     if self.sums(float(0 < 60*c.minutes <= spent))[0]: c.num_iterations = self.step
 
 # %% ../nbs/23_rl.ipynb #eval

@@ -11,7 +11,7 @@ __all__ = ['MASK', 'STAGES', 'HELD_OUT', 'INHERITED', 'SETTLED', 'whole_fit', 'f
 import hashlib, json, math, time
 from dataclasses import dataclass, replace
 from pathlib import Path
-import numpy as np, torch, torch.distributed as dist
+import numpy as np, torch
 from fastcore.basics import patch
 from .checkpoint import (find_checkpoint, latest_step, list_runs, load_model, read_meta,
     read_tokenizer, runs_dir)
@@ -21,11 +21,12 @@ from .dataloader import (N_STREAMS, DocTokens, EvalPacker, Loader, Packer, Piece
 from .engine import Engine
 from .hybrid_model import HybridConfig
 from .identity import Identity    # adds its task to the known ones
-from .launch import n_gpus
 from .tasks import TaskMixture, open_tasks, render_batch, render_for_completion
 from .tokenizer import Tokenizer
-from .train import (MFU, Plan, PlanError, PretrainConfig, Report, Trainer, _meta, _too_much,
-                           machine, most_ranks, pretrain, timing)
+from .plan import (MFU, Plan, PlanError, PretrainConfig, _meta, _too_much, machine,
+                          most_ranks)
+from .pretrain import RankTrainer, pretrain, timing
+from .progress import Report
 
 # %% ../nbs/22_sft.ipynb #wholefit
 MASK = 1 << 24      # added to the id of a supervised token on its way through the packer
@@ -141,44 +142,29 @@ class ChatLoader(Loader):
         return b
 
 # %% ../nbs/22_sft.ipynb #chatstep
-class ChatTrainer(Trainer):
+class ChatTrainer(RankTrainer):
     "One rank's part of mid-training or fine-tuning"
     def open(self):
-        c = self.cfg
-        self.model, self.tok, _ = load_model(c.source, device=self.device)
-        if (dt := compute_dtype(self.device)) == torch.float64: self.model.double()
+        cfg = self.cfg
+        self.model, self.tok, _ = load_model(cfg.source, device=self.device)
+        if compute_dtype(self.device) == torch.float64: self.model.double()
         self.model.train()
-        self.mixture, self.valtask = c.mixture('train'), c.mixture('test')
+        self.mixture, self.valtask = cfg.mixture('train'), cfg.mixture('test')
 
     def make_loader(self, split, rows):
-        c, task = self.cfg, self.mixture if split == 'train' else self.valtask
-        return ChatLoader(task, self.tok, split, rows, c.max_seq_len, c.seed, self.rank,
-                          self.world, self.device, c.doc_mask, c.long_chats)
+        cfg, task = self.cfg, self.mixture if split == 'train' else self.valtask
+        return ChatLoader(task, self.tok, split, rows, cfg.max_seq_len, cfg.seed, self.rank,
+                          self.world, self.device, cfg.doc_mask, cfg.long_chats)
+
+    def divisor(self, batch): # of the summed loss; the optimizer averages over ranks
+        "What counts in the batches of all ranks, a rank"
+        self.targets = self.over_ranks((batch.y >= 0).sum())
+        return self.targets.clamp_min(1)/self.world
 
     def restore(self): # a run that begins is judged before its first step
         super().restore()
         if self.step: return
         with timing(self.spent, 'evaluation'): self.evaluate()
-
-# %% ../nbs/22_sft.ipynb #chatstep2
-@patch
-def train_step(self:ChatTrainer, batch
-              ) -> torch.Tensor: # (2,) summed loss and targets of all ranks
-    "One optimizer step; the loss is a mean over the supervised tokens of all ranks"
-    c = self.cfg; dt = torch.float32 if self.device.type == 'mps' else torch.float64
-    total = torch.stack([torch.zeros((), device=self.device, dtype=dt),
-                         (batch.y >= 0).sum().to(dt)])
-    if self.world > 1: dist.all_reduce(total)                   # now the count of all
-    scale = (self.world/total[1].clamp_min(1)).float()  # the optimizer averages over ranks
-    for mb in batch.micro(c.device_batch_size):
-        cu = dict(cu_seqlens=mb.cu_seqlens, cu_seqlens_cpu=mb.cu_seqlens_cpu)
-        loss = self.fwd(mb.x, targets=mb.y, reduction='sum', **(cu if c.doc_mask else {}))
-        (loss*scale).backward(); total[0] += loss.detach()
-    if self.world > 1: dist.all_reduce(total[:1])
-    self.opt.schedule(self.step, c.num_iterations, c.warmup_steps, c.warmdown_ratio,
-                      c.final_lr_frac, c.schedule)
-    self.opt.step(); self.opt.zero_grad(); self.step += 1
-    return total
 
 # %% ../nbs/22_sft.ipynb #presets
 # full: from the hub or local files; own: needs neither; epochs; learning rates x lr_frac
@@ -281,7 +267,7 @@ def resolved(self:FinetuneConfig) -> FinetuneConfig:
     if c.stage not in STAGES: raise ValueError(f'stage {c.stage!r}: use {" or ".join(STAGES)}')
     before = ('mid', 'base')[c.stage == 'mid':]
     if not c.saved: c.base = str(find_checkpoint(c.base)) if c.base else newest(*before)
-    old, gpu, s = _meta_at(c.source), c.device in ('', 'cuda') and n_gpus() > 0, STAGES[c.stage]
+    old, gpu, s = _meta_at(c.source), c.on_gpu(), STAGES[c.stage]
     was = old.get('train', {}); m = c.model_config()
     own = dict(depth=m.n_layer, pattern=m.pattern, vocab_size=m.vocab_size)
     for k in INHERITED: # not to be given, but a resolved configuration has them
@@ -292,8 +278,7 @@ def resolved(self:FinetuneConfig) -> FinetuneConfig:
     if c.max_seq_len == -1: c.max_seq_len = m.sequence_len
     c.tasks = c.tasks or s['full' if gpu else 'own']
     c.val_tasks = c.val_tasks or ('smoltalk/test' if 'smoltalk' in c.tasks else HELD_OUT)
-    for k in ('epochs', 'lr_frac'):
-        if getattr(c, k) == -1: setattr(c, k, s[k])
+    c.default(epochs=s['epochs'], lr_frac=s['lr_frac'])
     c._rates(); c._steps(was, gpu)
     c.sampler = c.sampler or 'nano_dh.sft:write_answers'
     c.run = c.run or f"{c.stage}-d{c.depth}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -314,22 +299,18 @@ def mean_tokens(task, tok, T, n=256): # of a conversation, cut at a row
 # %% ../nbs/22_sft.ipynb #steps
 @patch
 def _steps(self:FinetuneConfig, was, gpu): # batch and number of steps
-    for k, big, small in (('eval_tokens', 2**20, 2**15), ('max_hours', 168., 3.),
-                          ('nproc', most_ranks(), 1)):
-        if getattr(self, k) == -1: setattr(self, k, big if gpu else small)
-    self.device = self.device or get_device().type
-    if self.compile == 'auto': self.compile = 'on' if gpu else 'off'
+    self.default(eval_tokens=2**20 if gpu else 2**15)
+    self.take_machine(gpu); self.device = self.device or get_device().type
     task, tok = self.mixture('train'), read_tokenizer(self.source)
     tokens = self.epochs*len(task)*mean_tokens(task, tok, self.max_seq_len)
     tokens /= .97                                              # rows are about so full
-    unit = self.max_seq_len*max(1, self.nproc)
+    unit = self.max_seq_len*self.ranks
     if self.total_batch_size == -1:
         most = min(was.get('total_batch_size', 2**19), tokens/60)  # 60 steps or more
         self.total_batch_size = unit*2**max(0, int(math.log2(max(1, most/unit))))
-    self._divide(32 if gpu else 8)
-    if self.num_iterations == -1: self.num_iterations = max(1, round(tokens/self.total_batch_size))
-    for k, parts in (('eval_every', 4), ('save_every', 2)):
-        if getattr(self, k) == -1: setattr(self, k, -(-self.num_iterations//parts))
+    self.divide(32 if gpu else 8)
+    self.default(num_iterations=max(1, round(tokens/self.total_batch_size)))
+    self.default(eval_every=-(-self.num_iterations//4), save_every=-(-self.num_iterations//2))
 
 # %% ../nbs/22_sft.ipynb #plan
 class ChatPlan(Plan):

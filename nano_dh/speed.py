@@ -21,7 +21,9 @@ from .kernels import (available_backends, choose_backend, current_backend, gated
                              gpu_ms, time_backend)
 from .launch import run_ranks
 from .short_conv import conv_split_norm
-from .train import PretrainConfig, _peak_memory, build_model, pretrain, settle_backend
+from .plan import PretrainConfig
+from .pretrain import _peak_memory, pretrain, settle_backend
+from .train import build_model
 
 # %% ../nbs/14b_speed.ipynb #timed
 def timed(f,             # what to time, without arguments

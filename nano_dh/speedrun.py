@@ -21,7 +21,8 @@ from .launch import _in_notebook, n_gpus
 from .report import (Card, _json, _table, git_state, machine_name, read_status,
                             report_card, scores, status_file, system)
 from .tokenizer import Tokenizer
-from .train import MFU, PretrainConfig, _meta, auto_batch, read_metrics
+from .plan import MFU, PretrainConfig
+from .train import _meta, auto_batch, read_metrics
 
 # %% ../nbs/27b_speedrun.ipynb #stage
 @dataclass

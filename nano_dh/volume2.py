@@ -41,6 +41,11 @@ ADDED = { # (module of volume 1, module of volume 2) -> the names of the second 
     ('checkpoint', 'safe_checkpoint'): 'verify set_aside dh_runs read_meta read_tokenizer foreign FOREIGN register_format',
     ('core', 'safe_checkpoint'): 'run_stored',
     ('dataloader', 'ranks'): 'merge_states',
+    ('train', 'plan'): 'PretrainConfig Plan plan estimate machine most_ranks show_batch PARAMETERS ONE_OF FROZEN '
+                       'LOCAL MFU GPU_BYTES',
+    ('train', 'pretrain'): 'RankTrainer Late pretrain begin owned settle_backend begin_kernels timing OutOfMemory '
+                           'memory_advice start_wandb LOCK_WAIT WAITS',
+    ('train', 'progress'): 'health once Report said main KNOWN',
 }
 
 # %% ../nbs/14d_volume2.ipynb #install

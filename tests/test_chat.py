@@ -171,9 +171,9 @@ def test_at_most_so_many_and_spread_over_the_set(tmp_path, monkeypatch):
     assert '1,060 conversations (mmlu 1,000, sums 60)' in str(p)
 
 def test_all_gpus_that_can_share_the_data(tmp_path, monkeypatch):
-    import nano_dh.rl as R, nano_dh.sft as S, nano_dh.train as T
+    import nano_dh.plan as T, nano_dh.rl as R
     monkeypatch.setenv('NANO_DH_BASE_DIR', str(tmp_path)); b = base(tmp_path)
-    for m in (R, S, T): monkeypatch.setattr(m, 'n_gpus', lambda: 6)
+    monkeypatch.setattr(T, 'n_gpus', lambda: 6)
     monkeypatch.setattr(T, 'machine', lambda d: dict(name='six', memory=80e9, flops=1e15))
     assert FinetuneConfig(**KW | dict(base=b, device='cuda', nproc=-1, total_batch_size=-1)).resolved().nproc == 4
     assert R.RLConfig(base=b, task='sums', device='cuda').resolved().nproc == 4
@@ -182,7 +182,7 @@ def test_all_gpus_that_can_share_the_data(tmp_path, monkeypatch):
     (dict(eval_every=-3), 'eval_every -3: take 0 or more'), (dict(run='a/b'), 'leave out the /'), (dict(device='cuda'), 'device cuda, but this machine shows none')])
 def test_values_that_cannot_be_are_refused_by_the_plan(tmp_path, monkeypatch, kw, says):
     "As in pretraining, before anything is trained; those of RL too"
-    import nano_dh.rl as R, nano_dh.train as T
+    import nano_dh.plan as T, nano_dh.rl as R
     from nano_dh.sft import chat_plan
     monkeypatch.setenv('NANO_DH_BASE_DIR', str(tmp_path)); b = base(tmp_path); monkeypatch.setattr(T, 'n_gpus', lambda: 0)
     for refuse in (lambda: chat_plan(FinetuneConfig(base=b, **kw)), lambda: R.RLConfig(base=b, task='sums', **kw).resolved()):

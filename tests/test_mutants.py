@@ -134,13 +134,17 @@ def test_the_first_step_has_the_rate_of_step_0(taken, stage):
     assert [t[stage][0] for t in taken] == [[0, 1], [0, 1]]
 
 def test_the_rate_of_a_pretraining_step_is_that_of_its_number():
+    from nano_dh.optim import lr_multiplier
     from nano_dh.train import Trainer
-    seen, m = [], model(2, pattern='GL'); batch = N(x=torch.arange(20)[None], y=torch.arange(1, 21)[None], cu_seqlens=None, cu_seqlens_cpu=None)
+    seen, rates, m = [], [], model(2, pattern='GL'); batch = N(x=torch.arange(20)[None], y=torch.arange(1, 21)[None], cu_seqlens=None, cu_seqlens_cpu=None)
     batch.micro = lambda rows: [batch]
-    t = N(cfg=N(total_batch_size=20, device_batch_size=1, doc_mask=False, num_iterations=9, warmup_steps=2, warmdown_ratio=.5, final_lr_frac=0., schedule='linear'),
-          world=1, device=torch.device('cpu'), fwd=m, step=0, borders=lambda mb: {}, opt=N(schedule=lambda step, *a: seen.append((step, *a)), step=lambda: 0, zero_grad=lambda: 0))
-    for _ in range(3): Trainer.train_step(t, batch)
-    assert seen == [(i, 9, 2, .5, 0., 'linear') for i in range(3)] and t.step == 3
+    t = Trainer.__new__(Trainer); group = dict(kind='muon', initial_lr=3., lr=0., momentum=.9)
+    t.cfg = N(total_batch_size=20, device_batch_size=1, doc_mask=False, num_iterations=9, warmup_steps=2, warmdown_ratio=.5, final_lr_frac=0., schedule='linear')
+    t.world, t.device, t.fwd, t.step = 1, torch.device('cpu'), m, 0
+    t.opt = N(param_groups=[group], schedule=lambda step, *a: seen.append((step, *a)), step=lambda: rates.append(group['lr']), zero_grad=lambda: 0)
+    for _ in range(3): t.train_step(batch)
+    assert seen == [(i, 9, 2, .5) for i in range(3)] and t.step == 3
+    assert rates == [3*lr_multiplier(i, 9, 2, .5, 0., 'linear') for i in range(3)]
 
 # ------------------------------------------------------------------------------------------------- data and files
 def pieces(*sizes): # of so many tokens, the BOS among them

@@ -105,3 +105,51 @@ def test_the_chapters_mixer_works_from_a_file(tmp_path):
             "print(m(torch.zeros(1, 4, dtype=torch.long)).shape, len(m.generate([1, 2], 3)))")
     p = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=tmp_path, env=os.environ | dict(PYTHONPATH=str(HERE)))
     assert p.returncode == 0 and p.stdout.strip() == 'torch.Size([1, 4, 64]) 3', p.stderr[-1000:]
+
+STAIRS = '''
+"A rate that is halved at every quarter of the run"
+from nano_dh.train import SCHEDULES
+
+def stairs(step, cfg): return .5**(4*step//cfg.num_iterations)
+SCHEDULES['stairs'] = stairs
+'''
+
+def test_a_schedule_of_ones_own_in_every_stage(work):
+    "On two ranks, resumed, and refused without its file; then fine-tuning and reinforcement learning by the same name"
+    from dataclasses import replace
+    from nano_dh import core
+    from nano_dh.launch import run_ranks
+    from nano_dh.rl import RLConfig, rl
+    from nano_dh.sft import FinetuneConfig, finetune
+    from nano_dh.train import SCHEDULES, PretrainConfig, pretrain, read_metrics
+    from nano_dh.checkpoint import runs_dir
+    (work/'my_stairs.py').write_text(STAIRS); was, threads = os.environ.get('NANO_DH_BASE_DIR'), torch.get_num_threads()
+    os.environ['NANO_DH_BASE_DIR'] = str(work/'stairs'); own = dict(schedule='stairs', imports=str(work/'my_stairs.py')); torch.set_num_threads(1)
+    rates = lambda run: {r['step']: r['lrm'] for r in read_metrics(runs_dir()/run) if 'loss' in r}
+    stairs = lambda n: {s: .5**(4*(s - 1)//n) for s in range(1, n + 1)}
+    try:
+        with pytest.raises(ValueError, match="schedule 'stairs': use 'linear' or 'cosine'; one of your own comes with its file in imports"):
+            PretrainConfig(schedule='stairs', device='cpu').resolved()
+        core.load_imports(own['imports']); tiny = {k: v for k, v in TINY.items() if k not in ('model', 'pattern')} | dict(pattern='GL', num_iterations=8)
+        go = PretrainConfig(**tiny, **own, run='base', nproc=2)
+        for cfg in (go, replace(go, run='cut', num_iterations=8)):
+            kept = []
+            for rec in run_ranks(pretrain, cfg, 2, 'cpu'):
+                kept.append(rec)
+        assert rates('base') == stairs(8) and rates('cut') == rates('base')
+        lr = {r['step']: r['lr'] for r in read_metrics(runs_dir()/'base') if 'loss' in r}
+        assert lr[8] == lr[1]/8
+        SCHEDULES.pop('stairs')
+        with pytest.raises(ValueError, match="schedule 'stairs'"): PretrainConfig(run='base', resume=True, device='cpu').resolved()
+        core.OWN.pop('my_stairs', None); sys.modules.pop('my_stairs', None); core.load_imports(own['imports'])
+        list(run_ranks(pretrain, PretrainConfig(run='base', resume=True, num_iterations=12, imports=own['imports'], nproc=2, device='cpu'), 2, 'cpu'))
+        after = rates('base'); assert list(after) == list(range(1, 13)) and all(after[s] == stairs(12)[s] for s in range(9, 13))
+        finetune(FinetuneConfig(**own, base='base', run='chat', tasks='sums@20', val_tasks='sums/test@5', num_iterations=4, total_batch_size=256,
+                                device_batch_size=4, eval_every=0, nproc=0, prompts='', device='cpu', max_seq_len=64), str)
+        assert rates('chat') == stairs(4)
+        rl(RLConfig(**own, base='base', run='rl', task='sums', questions=1, samples=2, eval_questions=1, num_iterations=4, eval_every=0, max_tokens=4,
+                    nproc=0, device='cpu'), str)
+        assert rates('rl') == stairs(4)
+    finally:
+        SCHEDULES.pop('stairs', None); core.OWN.pop('my_stairs', None); sys.modules.pop('my_stairs', None); torch.set_num_threads(threads)
+        os.environ.pop('NANO_DH_BASE_DIR') if was is None else os.environ.update(NANO_DH_BASE_DIR=was)

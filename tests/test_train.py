@@ -157,7 +157,7 @@ def test_values_that_cannot_be_are_one_line(base, data, kw, says):
     assert not (base/'runs'/'wrong').exists()
 
 def test_a_gpu_that_is_not_there(base, data, monkeypatch):
-    from nano_dh import train as T
+    from nano_dh import plan as T
     monkeypatch.setattr(T, 'n_gpus', lambda: 0)
     with pytest.raises(T.PlanError, match='device cuda, but this machine shows none'): T.plan(T.PretrainConfig(**TINY | dict(data=data, device='cuda')))
     with pytest.raises(T.PlanError, match='device cuda, but this machine shows none'): T.plan(T.PretrainConfig(data=data, device='cuda'))     # every size open
@@ -192,7 +192,7 @@ def test_a_failed_start_leaves_the_name_free(base, data):
 
 def test_one_process_trains_a_run(base, data, monkeypatch):
     "The second is refused while the first lives, and goes on at once when that was killed"
-    from nano_dh import train as T
+    from nano_dh import pretrain as T
     monkeypatch.setattr(T, 'LOCK_WAIT', .2)
     cmd = [PY, '-m', 'nano_dh.train', *options(**TINY | dict(data=data, run='mine', num_iterations=4000, save_every=5, eval_every=0))]
     p, end = subprocess.Popen(cmd, env=environ(base), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), time.time() + 60
@@ -312,10 +312,10 @@ def test_getting_ready_changes_nothing(base, data, monkeypatch):
     import functools
     from nano_dh import compiled
     from nano_dh.kernels import Ahead
-    from nano_dh.train import PretrainConfig, Trainer, pretrain
+    from nano_dh.train import PretrainConfig, RankTrainer, pretrain
     monkeypatch.setattr(torch, 'compile', functools.partial(torch.compile, backend='eager'))
     go = dict(TINY, data=data, nproc=0, num_iterations=3, eval_every=0)
-    t = Trainer(PretrainConfig(**go, compile='on', run='ready').resolved(), print)
+    t = RankTrainer(PretrainConfig(**go, compile='on', run='ready').resolved(), print)
     before = {n: p.clone() for n, p in t.model.named_parameters()}; at = t.loader.state_dict()
     t.get_ready(Ahead(''))
     assert all(torch.equal(p, before[n]) for n, p in t.model.named_parameters())
