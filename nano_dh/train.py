@@ -16,7 +16,8 @@ import torch
 from fastcore.basics import patch
 from .core import (OWN, _word, added, atomic_write, check_bounds, compute_dtype, dist_info,
                           get_device, options, set_seed, volume2)
-from .hybrid_model import HybridConfig, HybridModel, PRESETS, generate
+from .hybrid_model import HybridConfig, HybridModel, PRESETS
+from .generate import generate
 from .tokenizer import Tokenizer, get_tokenizer
 from .dataset import open_data
 from .dataloader import Loader

@@ -27,6 +27,14 @@ def test_imports_go_one_way():
         late = {u for u in used if order.index(u) >= order.index(name)}
         assert not late, f'{nb.name} imports from later chapters: {late}'
 
+def test_volume_1_is_short_and_alone():
+    "At most 3,500 exported lines (without blanks and the marks of cells), and no import of volume 2"
+    names = 'core delta_rule chunked deltanet gated_attn hybrid_model tokenizer dataset dataloader optim loss_eval checkpoint generate train'.split()
+    text = {n: (ROOT/'nano_dh'/f'{n}.py').read_text() for n in names}
+    assert sum(bool(l.strip()) and not l.startswith(('# %%', '# AUTO')) for t in text.values() for l in t.splitlines()) <= 3500
+    used = {n: {*re.findall(r'(?:from \.|nano_dh\.)(\w+)(?= import)', t)} - {*names} for n, t in text.items()}
+    assert not any(used.values()), {n: u for n, u in used.items() if u}
+
 @pytest.mark.parametrize('nb', CHAPTERS + RUNS, ids=lambda p: p.name)
 def test_notebook_is_clean(nb):
     d = json.loads(nb.read_text())
