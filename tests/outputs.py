@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOM, NOISE = .05, 1e-5             # numbers may differ by this share; below the second they are what rounding left
-UNTITLED = set('''00_core 01_delta_rule 02_chunked 03_kernels 03b_short_conv 04_deltanet 05_gated_attn 05b_cross_entropy 06_hybrid_model 07_tokenizer
+UNTITLED = set('''00_core 01_delta_rule 02_chunked 12b_kernels 12c_short_conv 04_deltanet 05_gated_attn 12d_cross_entropy 06_hybrid_model 07_tokenizer
     08_dataset 09_dataloader 10_optim 11_loss_eval 12_checkpoint 13_launch 14_train 14b_speed 14c_beside 15_cache 15b_decode 16_execution 17_engine
     17b_speculate 17c_bench 21_tasks 21b_identity 22_sft 23_rl 24_chat_eval 25_serve 27b_speedrun'''.split()) # their figures do not say yet what they show
 

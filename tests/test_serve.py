@@ -566,7 +566,7 @@ def test_damaged_weights(base, monkeypatch):
         for path, body in (('/v1/chat/completions', dict(messages=ask('x'))), ('/v1/chat/completions', dict(messages=ask('x'), logprobs=True, stream=True)), ('/v1/completions', dict(prompt='x', echo=True, logprobs=1))):
             status, _, body = call(url, path, body); assert 'weights that are not finite: blocks.1.mlp.c_fc.weight' in refused(status, body, 503)['message']
         assert json.loads(call(url, '/health')[2])['status'] == 'down'
-    monkeypatch.setattr('nano_dh.checkpoint._finite', lambda *a: None)       # which refuses to save it
+    monkeypatch.setattr('nano_dh.safe_checkpoint._finite', lambda *a: None)       # which refuses to save it
     monkeypatch.setenv('NANO_DH_BASE_DIR', str(base)); save_checkpoint(base/'runs'/'ill', 0, damaged_model(), tokenizer=TOK, meta=dict(train=dict(stage='sft')))
     with pytest.raises(SystemExit, match='1 weights are not finite, blocks.1.mlp.c_fc.weight'): S.dh_serve(['--model', 'ill', '--port', '0'])
     shutil.rmtree(base/'runs'/'ill')
