@@ -5,7 +5,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent/"tests"))      # outputs.py
 
 # these assert how long something takes, or look at all processes of the machine: no other test runs meanwhile
-ALONE = tuple("nbs/" + c for c in "12b_kernels 12c_short_conv 15_cache 16_execution 17b_speculate 24c_chat 24d_serve_engine 24e_serve_limits 24f_serve_load 25_serve".split()) + tuple("tests/test_" + t for t in """
+ALONE = tuple("nbs/" + c for c in "21_kernels 22_short_conv 47_cache 49_execution 52_speculate 63_chat 64_serve_engine 65_serve_limits 66_serve_load 67_serve".split()) + tuple("tests/test_" + t for t in """
     engine.py::test_hostile engine.py::test_calculator engine.py::test_long_streams sandbox.py::test_hostile sandbox.py::test_all_hostile
     serve.py::test_heavy_bodies serve.py::test_silent_connections serve.py::test_forged serve.py::test_leaving serve.py::test_key_queue
     serve.py::test_two_hundred serve.py::test_kill_and_start_again web.py""".split())

@@ -1,6 +1,6 @@
 """Are the outputs that a chapter stores those that its cells give now, and do its figures say what they show? conftest.py asks when it runs the chapters.
 
-    python tests/outputs.py nbs/08_dataset.ipynb     # runs chapters and stores their outputs anew; cells for a GPU and long ones keep theirs
+    python tests/outputs.py nbs/07_dataset.ipynb     # runs chapters and stores their outputs anew; cells for a GPU and long ones keep theirs
 
 Numbers may differ by 5%, whole ones not at all; what a clock, a machine or an installation says is passed over. A cell headed `#| varies 20%` gives its numbers
 more room, what one headed `#| varies` says is not looked at."""
@@ -9,9 +9,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOM, NOISE = .05, 1e-5             # numbers may differ by this share; below the second they are what rounding left
-UNTITLED = set('''00_core 01_delta_rule 02_chunked 12b_kernels 12c_short_conv 04_deltanet 05_gated_attn 12d_cross_entropy 06_hybrid_model 07_tokenizer
-    08_dataset 09_dataloader 10_optim 11_loss_eval 12_checkpoint 13_launch 14_train 14b_speed 14c_beside 15_cache 15b_decode 16_execution 17_engine
-    17b_speculate 17c_bench 21_tasks 21b_identity 22_sft 23_rl 24_chat_eval 25_serve 27b_speedrun'''.split()) # their figures do not say yet what they show
+UNTITLED = set('''00_core 01_delta_rule 02_chunked 21_kernels 22_short_conv 03_deltanet 04_gated_attn 23_cross_entropy 05_hybrid_model 06_tokenizer
+    07_dataset 08_dataloader 09_optim 10_loss_eval 11_checkpoint 41_launch 13_train 45_speed 46_beside 47_cache 48_decode 49_execution 51_engine
+    52_speculate 53_bench 57_tasks 58_identity 59_sft 60_rl 61_chat_eval 67_serve 69_speedrun'''.split()) # their figures do not say yet what they show
 
 NUMBER = r'(?:(?<![\w)\]])[-+])?(?:\d+(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)(?:e[-+]?\d+)?'
 UNIT = r'(?:[x×]|\s?[x×](?!\s*[\w(])|\s?(?:[mµun]?s|min|h|sec(?:onds?)?|minutes?|hours?|days?|times|[KMGTP]?\s?[\w.-]+/s|[KMGTP]?\s?[\w.-]+ (?:a|per) second))(?![\w/])'

@@ -132,7 +132,7 @@ def test_stranger(tmp_path, case):
 # ---------------------------------------------------------------------------------------------- lm-evaluation-harness
 FIVE = 'hellaswag arc_easy piqa winograd lambada_openai'.split()
 
-def questions(rows, task, tok, n): # chapter 18's items, and the same as the harness's documents
+def questions(rows, task, tok, n): # chapter 54's items, and the same as the harness's documents
     from nano_dh.core_eval import make_item, prompts
     items, docs = [], []
     for i in range(min(n, len(rows))):
@@ -142,7 +142,7 @@ def questions(rows, task, tok, n): # chapter 18's items, and the same as the har
         items.append(it); docs.append(dict(contexts=[a.decode(errors='replace') for a, _ in cut], ends=[b.decode(errors='replace') for _, b in cut]))
     return items, docs
 
-def cut_alike(items, docs, lm): # where the harness cuts a question elsewhere (blanks go to the answer), chapter 18 is asked with that cut
+def cut_alike(items, docs, lm): # where the harness cuts a question elsewhere (blanks go to the answer), chapter 54 is asked with that cut
     moved = 0
     for it, d in zip(items, docs):
         pairs = [lm._encode_pair(a, b) if a else ([lm.tok.bos_id], lm.tok.encode(b)) for a, b in zip(d['contexts'], d['ends'])]
@@ -186,7 +186,7 @@ def compare_harness(run, n, bundle, names=FIVE, shots=2, say=print): # -> task -
     return out
 
 def test_harness(tmp_path, monkeypatch):
-    "Through the harness's own evaluator: chapter 18's answers, question by question"
+    "Through the harness's own evaluator: chapter 54's answers, question by question"
     pytest.importorskip('lm_eval')
     from nano_dh.checkpoint import runs_dir, save_checkpoint
     monkeypatch.setenv('NANO_DH_BASE_DIR', str(tmp_path))

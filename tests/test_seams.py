@@ -98,7 +98,7 @@ def test_a_mixer_says_whether_it_knows_the_order():
 
 def test_the_chapters_mixer_works_from_a_file(tmp_path):
     "The cell of the chapter, below the imports that it names, as my_mixer.py"
-    cells = {c['id']: ''.join(c['source']) for c in json.loads((HERE/'nbs'/'06_hybrid_model.ipynb').read_text())['cells']}
+    cells = {c['id']: ''.join(c['source']) for c in json.loads((HERE/'nbs'/'05_hybrid_model.ipynb').read_text())['cells']}
     (tmp_path/'my_mixer.py').write_text(cells['ema-file'] + '\n' + cells['ema'])
     code = ("from nano_dh.core import load_imports; load_imports('my_mixer.py')\nimport torch\nfrom nano_dh.hybrid_model import HybridConfig, HybridModel\n"
             "m = HybridModel(HybridConfig.from_depth(2, 'EL', vocab_size=64, sequence_len=32, d_model=64, head_dim=32))\n"
