@@ -376,4 +376,4 @@ class LiveCurve(LiveFigure):
         axes = fig.subplots(1, len(self.pts), squeeze=False)[0]
         for ax, (p, (xs, ys)) in zip(axes, self.pts.items()):
             ax.plot(xs, ys, marker='o' if len(xs) < 20 else None, ms=3)
-            ax.set_xlabel(self.x); ax.set_title(p, fontsize=10)
+            ax.set_xlabel(self.x); ax.set_title(f'{p} by {self.x}', fontsize=10)

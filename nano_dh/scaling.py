@@ -99,8 +99,8 @@ def row_of(cfg:PretrainConfig, records:list, # nothing left open; what the run s
            text_tokens:float=math.inf        # in the data
           ) -> dict:
     "A finished run as a row of a study"
-    def last(key): return next((r[key] for r in reversed(records) if r.get(key) is not None), None)
-    def every(key): return [r[key] for r in records if r.get(key) is not None]
+    def last(key): return next((row[key] for row in reversed(records) if row.get(key) is not None), None)
+    def every(key): return [row[key] for row in records if row.get(key) is not None]
     tokens = cfg.num_iterations*cfg.total_batch_size
     rate = float(np.median(every('tok_s')[len(every('tok_s'))//4:]))
     return dict(run=cfg.run, pattern=kind_of(cfg), model=cfg.model,
@@ -212,19 +212,19 @@ COUNTS = 'flops', 'flops_causal', 'seconds'
 def cost_curve(rows:list, count:str # one of COUNTS
               ):                    # function of parameters -> cost of a token
     "What a token costs at a size, as a power law through the runs"
-    sizes = np.log([r['params'] for r in rows])
-    each = np.log([r['seconds']/r['tokens'] if count == 'seconds' else r[count] for r in rows])
+    sizes = np.log([row['params'] for row in rows])
+    each = np.log([row['seconds']/row['tokens'] if count == 'seconds' else row[count] for row in rows])
     slope, level = np.polyfit(sizes, each, 1)
     return lambda params: np.exp(level + slope*np.log(params))
 
 def law_from(rows:list) -> Law: # rows of one kind of model
-    return fit_law(*([r[k] for r in rows] for k in ('params', 'tokens', 'val_bpb')))
+    return fit_law(*([row[k] for row in rows] for k in ('params', 'tokens', 'val_bpb')))
 
 def worth(rows:list, ours:str, other:str, # patterns
           count:str, budget:float         # one of COUNTS; of the same unit
          ) -> float:
     "The multiplier of a study"
-    mine, theirs = ([r for r in rows if r['pattern'] == kind] for kind in (ours, other))
+    mine, theirs = ([row for row in rows if row['pattern'] == kind] for kind in (ours, other))
     return multiplier(law_from(mine), law_from(theirs), budget, cost_curve(mine, count), cost_curve(theirs, count))
 
 # %% ../nbs/71_scaling.ipynb #published
@@ -234,22 +234,22 @@ PUBLISHED = dict(budget=[1e18, 2e18, 5e18, 1e19], params=[110.7e6, 167.8e6, 250.
 def optima(rows:list) -> list[dict]: # runs of one kind; one row a budget
     "Best size, its tokens and loss for each budget of a study"
     out = []
-    for budget in sorted({r['budget'] for r in rows}):
-        same = sorted((r for r in rows if r['budget'] == budget), key=lambda r: r['params'])
-        if len({r['params'] for r in same}) < 3: continue
-        size = best_size([r['params'] for r in same], [r['val_bpb'] for r in same])
-        tokens = float(np.exp(np.interp(np.log(size['params']), np.log([r['params'] for r in same]),
-                                        np.log([r['tokens'] for r in same])))) if size['inside'] else math.nan
+    for budget in sorted({row['budget'] for row in rows}):
+        same = sorted((row for row in rows if row['budget'] == budget), key=lambda row: row['params'])
+        if len({row['params'] for row in same}) < 3: continue
+        size = best_size([row['params'] for row in same], [row['val_bpb'] for row in same])
+        tokens = float(np.exp(np.interp(np.log(size['params']), np.log([row['params'] for row in same]),
+                                        np.log([row['tokens'] for row in same])))) if size['inside'] else math.nan
         out.append(dict(budget=budget, tokens=tokens, runs=len(same), **size))
     return out
 
 # %% ../nbs/71_scaling.ipynb #draw
 def draw_bowls(rows:list, axes): # one axis for each kind of model
     "Loss against size, a curve for each budget, with its bottom"
-    for ax, kind in zip(axes, dict.fromkeys(r['pattern'] for r in rows)):
-        mine = [r for r in rows if r['pattern'] == kind]
+    for ax, kind in zip(axes, dict.fromkeys(row['pattern'] for row in rows)):
+        mine = [row for row in rows if row['pattern'] == kind]
         for best in optima(mine):
-            same = sorted((r['params'], r['val_bpb']) for r in mine if r['budget'] == best['budget'])
+            same = sorted((row['params'], row['val_bpb']) for row in mine if row['budget'] == best['budget'])
             line, = ax.plot(*zip(*same), 'o', label=f"{best['budget']:.0e}")
             sizes = np.geomspace(same[0][0], same[-1][0], 50)
             curve = best['loss'] + best['curvature']*(np.log(sizes) - np.log(best['params']))**2
@@ -261,14 +261,14 @@ def draw_bowls(rows:list, axes): # one axis for each kind of model
 def study_table(rows:list) -> str: # Markdown
     "Best size of each budget, and the exponents"
     lines = ['| model | budget | best size | its tokens | bits per byte | runs |', '|---|---|---|---|---|---|']
-    for kind in dict.fromkeys(r['pattern'] for r in rows):
-        best = optima([r for r in rows if r['pattern'] == kind])
-        for p in best:
-            found = f"{human(p['params'])} | {human(p['tokens'])} | {p['loss']:.4f}"
-            lines.append(f"| {kind} | {p['budget']:.0e} | {found if p['inside'] else 'outside of the sizes | | '} | {p['runs']} |")
-        inside = [p for p in best if p['inside']]
+    for kind in dict.fromkeys(row['pattern'] for row in rows):
+        best = optima([row for row in rows if row['pattern'] == kind])
+        for point in best:
+            found = f"{human(point['params'])} | {human(point['tokens'])} | {point['loss']:.4f}"
+            lines.append(f"| {kind} | {point['budget']:.0e} | {found if point['inside'] else 'outside of the sizes | | '} | {point['runs']} |")
+        inside = [point for point in best if point['inside']]
         if len(inside) > 1:
-            slopes = (log_slope([p['budget'] for p in inside], [p[k] for p in inside]) for k in ('params', 'tokens'))
+            slopes = (log_slope([point['budget'] for point in inside], [point[k] for point in inside]) for k in ('params', 'tokens'))
             lines.append('| {} | exponents | {:.2f} | {:.2f} | | |'.format(kind, *slopes))
     return '\n'.join(lines)
 
@@ -306,7 +306,7 @@ def do_on_all_cards(runs:list, folder:str|Path, text_tokens:float=math.inf # as 
     command = [sys.executable, '-m', 'nano_dh.scaling', str(folder), str(text_tokens)]
     started = [subprocess.Popen(command, env=os.environ | dict(CUDA_VISIBLE_DEVICES=str(i)))
                for i in range(n_gpus())] or [subprocess.Popen(command)]
-    codes = [p.wait() for p in started]
+    codes = [process.wait() for process in started]
     if any(codes): raise RuntimeError(f'processes ended with {codes}; what they said is above')
     return results(folder)
 

@@ -72,7 +72,7 @@ class Page:
     module: str = ''         # that the chapter exports
 
     @property
-    def number(self) -> str: # '01', '14c' or ''
+    def number(self) -> str: # '01', '46' or ''
         return re.match(r'(\d+[a-z]*_)?', posixpath.basename(self.origin))[0].rstrip('_')
 
 def address(origin:str # of a notebook or Markdown file

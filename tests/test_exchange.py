@@ -122,7 +122,7 @@ def trained(**kw): # a small model after a few steps, and its tokenizer
         m(x[:, :-1], targets=x[:, 1:]).backward(); opt.step(); opt.zero_grad()
     return m.eval(), tok
 
-@pytest.mark.parametrize('case', ['default', 'nanochat', 'qwen'])
+@pytest.mark.parametrize('case', ['default', pytest.param('nanochat', marks=pytest.mark.slow), 'qwen'])
 def test_stranger(tmp_path, case):
     "Trained here, opened by transformers without this package: logits, 20 uneven prompts in one batch, conversation"
     import nano_dh.exchange

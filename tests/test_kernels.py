@@ -198,6 +198,7 @@ def test_decoding_step_interpreted_odd():
 @needs_triton
 def test_sampling_interpreted(): interpreted(SAMPLE)
 
+@pytest.mark.slow # test_decoding_step_interpreted and test_sampling_interpreted have its kernels
 @needs_triton
 def test_engine_on_kernels_interpreted():
     "The engine as on a GPU, results a step late: the same texts as with the plain forward"

@@ -129,7 +129,7 @@ def hang(tmp_path, job, cfg, slow=0, **kw):
 
 slow = lambda *a: pytest.param(*a, marks=pytest.mark.slow)
 
-@pytest.mark.parametrize('job,who', [('lock', 0), ('loop', 1), ('stopped', 1), ('held', 1), slow('lock', 1), slow('loop', 0), slow('stopped', 0), slow('held', 0),
+@pytest.mark.parametrize('job,who', [('lock', 0), ('loop', 1), slow('stopped', 1), ('held', 1), slow('lock', 1), slow('loop', 0), slow('stopped', 0), slow('held', 0),
                                      slow('pipe', 0), slow('pipe', 1), slow('early', 0), slow('early', 1)])
 def test_the_rank_that_hangs_is_named(tmp_path, job, who):
     "Not the one that waits for it; with the stacks of both, within seconds of the limit"
@@ -159,7 +159,7 @@ if __name__ == '__main__':
     p = subprocess.run([PY, tmp_path/'s.py'], capture_output=True, text=True, timeout=150, env=environ(tmp_path))
     assert p.stdout.startswith('RankError a rank hangs: rank ') and 'has not joined the others within 12 s' in p.stdout, p.stdout + p.stderr
 
-@pytest.mark.parametrize('job,cfg,slow', [('busy', 0, 0), slow('busy', 0, 3), ('big', 2500, 0)])
+@pytest.mark.parametrize('job,cfg,slow', [slow('busy', 0, 0), slow('busy', 0, 3), ('big', 2500, 0)])
 def test_slow_is_not_hanging(tmp_path, job, cfg, slow):
     "Work longer than the limit, one long call, and a reader who does something else for longer than the limit"
     assert hang(tmp_path, job, cfg, slow, step=2) == 'done\n'

@@ -17,6 +17,7 @@ def test_parity_with_negative_eigenvalues():
     m, p = train('G-', PROBES['parity'], **PARITY), PROBES['parity']
     assert accuracy(m, p, p.train_len) > .99 and accuracy(m, p, 4*p.train_len) > .95
 
+@pytest.mark.slow # chapter 56 shows the same
 def test_parity_without():
     m, p = train('G', PROBES['parity'], **PARITY), PROBES['parity']
     assert accuracy(m, p, 4*p.train_len) < .70

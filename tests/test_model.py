@@ -202,7 +202,7 @@ def test_learns():
             loss = m(x[:, :-1], targets=x[:, 1:]); opt.zero_grad(); loss.backward(); opt.step()
         assert loss < 2.5, (kw, loss.item())
 
-@pytest.mark.parametrize('pattern, preset', (('GGGL', None), ('SSSL', 'nanochat'), ('GGGL', 'conversation')))
+@pytest.mark.parametrize('pattern, preset', (('GGGL', None), *(pytest.param(*kind, marks=pytest.mark.slow) for kind in (('SSSL', 'nanochat'), ('GGGL', 'conversation')))))
 def test_gradient_check_in_bfloat16(pattern, preset):
     "No false alarm where rounding is large, and a gradient that is a fifth too long is found in it"
     from nano_dh.gradient_check import check_gradients

@@ -41,9 +41,8 @@ def test_a_tiny_run_and_its_report(base, data, tmp_path):
     assert any('image/png' in o.get('data', {}) for o in out['curves'])
     assert '[The ]' in text(out['samples']) and '| val bpb |' in text(out['table']) and 'load_model(' in text(out['next'])
     assert (base/'runs'/'tiny'/'000006'/'manifest.json').exists()
-    again = papermill(base, tmp_path/'o2.ipynb', *parameters(**SMALL, data=data, run='tiny'))
-    assert again.returncode == 1 and 'Run tiny exists already' in again.stderr
 
+@pytest.mark.slow # two ranks from a notebook: test_ctrl_c below
 def test_redirected_output_is_a_notebook_even_with_two_ranks(base, data, tmp_path):
     with (tmp_path/'out.ipynb').open('w') as f:
         r = subprocess.run([PAPERMILL, NB, *parameters(**SMALL, data=data, nproc=2)], env=environ(base), stdout=f, stderr=subprocess.PIPE,
@@ -52,6 +51,7 @@ def test_redirected_output_is_a_notebook_even_with_two_ranks(base, data, tmp_pat
     nb = nbformat.read(tmp_path/'out.ipynb', 4); nbformat.validate(nb)
     assert '2 ranks x' in text(outputs(nb)['plan']) and 'val bpb' in text(outputs(nb)['run'])
 
+@pytest.mark.slow # the same words: test_dh_run_refuses_in_one_line, tests/test_train.py
 def test_misspelt_and_refused(base, tmp_path):
     "Both at once: neither depends on the other"
     t = time.time()
@@ -161,7 +161,7 @@ def test_one_rate_and_no_texts(base, tmp_path):
     curve = json.loads(next((base/'records').glob('long_context*')).read_text())['figures']['curve']
     assert curve['rows'] == 2
 
-@pytest.mark.parametrize('nproc', [1, 2])
+@pytest.mark.parametrize('nproc', [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_ctrl_c_saves_and_says_how_to_go_on(base, data, tmp_path, nproc):
     "The last saved step is the last trained one, though save_every is far away; the command that is named goes on from there"
     name, kw = f'ctrl{nproc}', SMALL | dict(num_iterations=4000, save_every=0, eval_every=0, nproc=nproc)

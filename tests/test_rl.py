@@ -136,7 +136,7 @@ def test_the_toy_is_no_base_of_others(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match='holds no run'): FinetuneConfig(resume=True).resolved()
     assert load_model(name)[2]['train']['stage'] == 'toy' and RLConfig(base=name).resolved().base
 
-@pytest.mark.parametrize('cut', [2, 9]) # before and after its first checkpoint
+@pytest.mark.parametrize('cut', [2, pytest.param(9, marks=pytest.mark.slow)]) # before and after its first checkpoint
 def test_a_toy_that_was_cut_short_is_continued(tmp_path, monkeypatch, cut):
     import json
     monkeypatch.setenv('NANO_DH_BASE_DIR', str(tmp_path))

@@ -69,10 +69,13 @@ def test_continued_is_going_on(alone, straight, tmp_path):
     assert not {*first['modules']} - {*VOLUME1}
 
 def test_whole_package_makes_the_same(alone, straight, tmp_path):
-    "Weights of the same eight steps, and each reads what the other wrote"
+    "Weights of the same eight steps"
     whole = ran(ROOT, tmp_path/'whole', 0, 8, tmp_path/'c.pt')
     assert whole['kind'] == 'ShardedMuonAdamW' and 'safe_checkpoint' in whole['modules']
     for k, v in whole['model'].items(): assert (v - straight['model'][k]).abs().max() < 1e-6, k
+
+@pytest.mark.slow # what is written alone is read alone above, and the files are the same
+def test_each_reads_what_the_other_wrote(alone, straight, tmp_path):
     ran(alone, tmp_path/'run', 0, 5, tmp_path/'d.pt'); ran(ROOT, tmp_path/'other', 0, 5, tmp_path/'e.pt')
     mixed = ran(ROOT, tmp_path/'run', 5, 8, tmp_path/'f.pt'), ran(alone, tmp_path/'other', 5, 8, tmp_path/'g.pt')
     for each in mixed:
