@@ -999,7 +999,8 @@ def test_ctrl_c_while_loading_is_one_line(base):
     code = 'import nano_dh.chat as s, time; real = s.load_model\n' \
            'def slow(*a): print("loading", flush=True); time.sleep(60); return real(*a)\n' \
            's.load_model = slow; s.dh_chat([])'
-    p = subprocess.Popen([sys.executable, '-c', code], env=environ(base), text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    heard = dict(preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))     # a shell's background jobs are deaf to it
+    p = subprocess.Popen([sys.executable, '-c', code], env=environ(base), text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **heard)
     while 'loading' not in (line := p.stderr.readline()): assert line
     p.send_signal(signal.SIGINT); out, err = p.communicate(timeout=30)
     assert (out, err, p.returncode) == ('', '\ndh_chat: stopped\n', 130)
