@@ -96,7 +96,8 @@ def evaluate_bpb(model, # model(x, targets=y, reduction='none'[, cu_seqlens]) gi
     model.train(was)
     rows = torch.cat(rows).cpu() if rows else torch.zeros(0, 3, dtype=torch.float64)
     def of(source): return moments(rows[torch.tensor([name == source for name in names])])
-    return add_up({'': moments(rows)} | {name: of(name) for name in dict.fromkeys(names) if name is not None}, exact)
+    known = [name for name in dict.fromkeys(names) if name is not None]
+    return add_up({'': moments(rows)} | {name: of(name) for name in known}, exact)
 
 # %% ../nbs/10_loss_eval.ipynb #doc-rows
 def document_rows(ids:list, seq_len:int # tokens, BOS first; targets of a row, at most
