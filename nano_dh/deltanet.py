@@ -22,7 +22,8 @@ def uniform_(weight:Tensor, # filled in place, on any device
              generator:torch.Generator|None=None # on the CPU
             ):
     "Uniform numbers drawn on the CPU, so that a seed means the same on every device"
-    weight.copy_(torch.empty(weight.shape).uniform_(-1, 1, generator=generator) * (3**.5*std))
+    drawn = torch.empty(weight.shape, device='cpu').uniform_(-1, 1, generator=generator)
+    weight.copy_(drawn * (3**.5*std))
 
 class Linear(nn.Linear):
     "A matrix without bias that works in the number format of its input"
@@ -148,7 +149,7 @@ class GatedDeltaNet(nn.Module):
         for part in (self.q_proj, self.k_proj, self.v_proj, self.z_proj, self.a_proj, self.b_proj):
             part.reset_parameters(generator)
         uniform_(self.conv_weight, (3*self.conv_weight.shape[1])**-.5, generator)
-        drawn = torch.rand(2, self.n_v_head, generator=generator, dtype=torch.float64)
+        drawn = torch.rand(2, self.n_v_head, generator=generator, dtype=torch.float64, device='cpu')
         rate = (math.log(1e-3) + drawn[0]*math.log(100)).exp()
         self.dt_bias.copy_(rate.expm1().log())
         self.A_log.copy_((1 + 15*drawn[1]).log())

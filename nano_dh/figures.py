@@ -8,9 +8,9 @@ __all__ = ['HEAD', 'RECORDS', 'BLOCKS', 'BRIEF', 'PICTURES', 'ORDER', 'SIZE', 'P
            'read_record', 'block', 'items', 'pictures_of', 'link', 'source', 'render', 'values', 'by', 'title', 'show',
            'ratio', 'mean_se', 'with_se', 'speed', 'of', 'paired', 'learning', 'gradients', 'compare_cpu', 'pretrain',
            'two_gpus', 'start', 'found_by_length', 'long_context', 'chat', 'held_out', 'rl', 'inference', 'mechanisms',
-           'serve', 'learning_short', 'speed_short', 'inference_short', 'picture', 'digest', 'draw_picture',
-           'drawn_from', 'stretches', 'plain', 'draw_learning', 'draw_pretrain', 'draw_rl', 'draw_long', 'draw_needles',
-           'pages', 'places', 'drawn_for', 'fill', 'draw_all', 'loose', 'check', 'main']
+           'serve', 'learning_short', 'speed_short', 'inference_short', 'long_short', 'picture', 'digest',
+           'draw_picture', 'drawn_from', 'stretches', 'plain', 'draw_learning', 'draw_pretrain', 'draw_rl', 'draw_long',
+           'draw_needles', 'pages', 'places', 'drawn_for', 'fill', 'draw_all', 'loose', 'check', 'main']
 
 # %% ../nbs/70_figures.ipynb #imp
 import hashlib, io, json, os, re, sys, time
@@ -279,6 +279,8 @@ def gradients(rec:dict) -> str: # rows: model, kind, variant, norm_ratio, one_mi
 
 # %% ../nbs/70_figures.ipynb #compare
 @block('compare_cpu', 'compare-d4-cpu.json')
+@block('conversation_parts', 'conversation-parts-d4-cpu.json')
+@block('qwen_parts', 'qwen-parts-d4-cpu.json')
 def compare_cpu(rec:dict) -> str: # rows: mixers, seed, val_bpb
     "Mixers on the same batches, the best first"
     rows = [row | dict(model=row['mixers']) for row in rec['rows']]
@@ -339,7 +341,7 @@ def long_context(rec:dict) -> str: # figures: model -> val_bpb, curve, needles (
     first = min(v['curve']['train_len'] for _, v in models)
     lengths = sorted({k for shares in found.values() for k in shares if k >= first})
     return table('|'.join(['model', 'val bpb', *[f'{length:,}' for length in lengths]]), [
-        (k, show(v['val_bpb'], '.4f'), *[show(found[k].get(length), '.0%') for length in lengths])
+        (title(k), show(v['val_bpb'], '.4f'), *[show(found[k].get(length), '.0%') for length in lengths])
         for k, v in models])
 
 # %% ../nbs/70_figures.ipynb #chat
@@ -449,6 +451,16 @@ def speed_short(rec:dict) -> str: # rows as in `speed`
 def inference_short(rec:dict) -> str: # rows as in `inference`
     "The first of its sentences"
     return f"**Answering.** {next(_told(rec['rows']), '')}"
+
+@block('long_short', 'long-context-d8.json', brief=True)
+def long_short(rec:dict) -> str: # figures as in `long_context`
+    "The longest rows, against those of the training"
+    found = {model: found_by_length(each) for model, each in rec['figures'].items()}
+    trained = min(each['curve']['train_len'] for each in rec['figures'].values())
+    longest = max(length for shares in found.values() for length in shares)
+    each = [f'{title(model)} {shares[longest]:.0%}' for model, shares in found.items()]
+    return (f"**Long texts.** Trained in rows of {trained:,} tokens, asked for a fact hidden in rows "
+            f"of {longest:,}: found by {', '.join(each)}.")
 
 # %% ../nbs/70_figures.ipynb #pics-fn
 def picture(file:str,  # to write, in runs/records

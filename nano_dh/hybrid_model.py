@@ -366,7 +366,8 @@ def init_weights(self:HybridModel, seed:int=0): # seed: the same model on every 
     cfg, generator = self.cfg, torch.Generator().manual_seed(seed)
     def normal_(weight, std, n=cfg.vocab_size): # rows beyond the vocabulary stay zero
         weight.zero_()
-        weight[:n] = torch.empty(n, weight.shape[1]).normal_(0, std, generator=generator)
+        drawn = torch.empty(n, weight.shape[1], device='cpu')
+        weight[:n] = drawn.normal_(0, std, generator=generator)
     std = cfg.d_model**-.5
     normal_(self.wte.weight, .02 if cfg.tie_embeddings else .8)
     for block in self.blocks:
@@ -384,7 +385,8 @@ def init_weights(self:HybridModel, seed:int=0): # seed: the same model on every 
     gates = [getattr(block.mixer, 've_gate', None) for block in self.blocks]
     for gate in [*gates, getattr(self, 'smear_gate', None)]: # slightly above neutral
         if gate is None: continue
-        gate.weight.copy_(torch.empty(gate.weight.shape).uniform_(0, .02, generator=generator))
+        drawn = torch.empty(gate.weight.shape, device='cpu')
+        gate.weight.copy_(drawn.uniform_(0, .02, generator=generator))
 
 # %% ../nbs/05_hybrid_model.ipynb #context
 @patch
