@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'CheckpointError', 'runs_dir', 'named_state', 'seal', 'read_manifest', 'checkpoints', 'latest_step',
-           'publish', 'write_checkpoint', 'save_checkpoint', 'about_run', 'list_runs', 'is_checkpoint',
+           'publish', 'torch_dcp', 'write_checkpoint', 'save_checkpoint', 'about_run', 'list_runs', 'is_checkpoint',
            'find_checkpoint', 'fill', 'load_checkpoint', 'read_model', 'load_model']
 
 # %% ../nbs/11_checkpoint.ipynb #imp
 import json, os, random, shutil, socket, time, warnings, zlib
 from datetime import datetime
 from pathlib import Path
-import torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
+import torch, torch.distributed as dist
 import nano_dh
 from .core import (Replaceable, _writing, added, base_dir, compute_dtype, get_device,
     print0, volume2)
@@ -99,6 +99,11 @@ def _small(folder, about, rng, loader_state, tokenizer): # all but the tensors
     if loader_state: (folder/'loader.json').write_text(json.dumps(loader_state))
     if tokenizer is not None: tokenizer.save(folder/'tokenizer')
 
+def torch_dcp(): # imported by who reads or writes a checkpoint: it takes most of a second
+    "The module torch.distributed.checkpoint"
+    import torch.distributed.checkpoint as dcp
+    return dcp
+
 def _quietly(transfer, state, **kw): # torch.distributed.checkpoint without ranks
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'torch.distributed is disabled')
@@ -109,6 +114,7 @@ def write_checkpoint(run, step, state, about, loader_state, tokenizer, keep) -> 
     "A folder beside the others, which gets its name last"
     place = f'{socket.gethostname()}~{os.getpid()}~~{time.time_ns()}'
     folder = run/f'.unfinished~{step}~{place}'; folder.mkdir(parents=True)
+    dcp = torch_dcp()
     _quietly(dcp.save, state, storage_writer=dcp.FileSystemWriter(folder/'state'))
     _small(folder, about, [_rng()], loader_state, tokenizer)
     files = sorted(path for path in folder.rglob('*') if path.is_file())
@@ -188,7 +194,8 @@ def _stored(reader, optimizer): # name -> what is stored, of what is wanted
 @Replaceable
 def fill(path, step, model, optimizer) -> tuple: # folder, meta
     "Read a checkpoint into a model and an optimizer, in place"
-    path = find_checkpoint(path, step); reader = dcp.FileSystemReader(path/'state')
+    dcp = torch_dcp(); path = find_checkpoint(path, step)
+    reader = dcp.FileSystemReader(path/'state')
     state = named_state(model, None if optimizer is None else optimizer.checkpoint_state())
     _compare(path, state, _stored(reader, optimizer), state.keys())
     _quietly(dcp.load, state, storage_reader=reader)

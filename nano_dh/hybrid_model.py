@@ -284,11 +284,13 @@ class HybridModel(nn.Module):
         self.cfg, self.compute_dtype, self.exact = cfg, None, False
         width, V, depth = cfg.d_model, cfg.padded_vocab, cfg.n_layer
         def scalars(n): return nn.Parameter(torch.empty(n))
+        def table(width): # drawn in init_weights
+            return nn.Embedding.from_pretrained(torch.empty(V, width), freeze=False)
         with torch.device('meta'):
-            self.wte = nn.Embedding(V, width)
+            self.wte = table(width)
             self.blocks = nn.ModuleList(Block(cfg, i) for i in range(depth))
             self.value_embeds = nn.ModuleDict({
-                str(i): nn.Embedding(V, block.mixer.value_dim)
+                str(i): table(block.mixer.value_dim)
                 for i, block in enumerate(self.blocks) if cfg.has_value_embed(i)})
             if not cfg.tie_embeddings: self.lm_head = Linear(width, V)
             if cfg.resid_scalars:

@@ -38,17 +38,23 @@ def activation_bytes(self:HybridModel,
 
 # %% ../nbs/25_memory.ipynb #memory
 @patch
+def weight_bytes(self:HybridModel) -> dict: # weights, gradients, optimizer
+    "What a training step holds however many rows it has"
+    roles = self.param_roles()
+    sizes = {name: weight.nbytes for name, weight in self.named_parameters()}
+    weights = sum(sizes.values())
+    muon = sum(size for name, size in sizes.items() if roles[name] == 'matrix')
+    return dict(weights=weights, gradients=weights, optimizer=2*weights - muon)
+
+@patch
 def memory_estimate(self:HybridModel,
                     batch:int,                # rows of a micro-batch
                     seq_len:int|None=None,    # default: cfg.sequence_len
                     dtype:torch.dtype|None=None # of the stream
                    ) -> dict: # bytes: weights, gradients, optimizer, activations, total
     "Peak memory of a training step on one device; compiled code keeps less"
-    roles, kept = self.param_roles(), self.activation_bytes(batch, seq_len, dtype)
-    sizes = {name: weight.nbytes for name, weight in self.named_parameters()}
-    weights = sum(sizes.values())
-    muon = sum(size for name, size in sizes.items() if roles[name] == 'matrix')
-    parts = dict(weights=weights, gradients=weights, optimizer=2*weights - muon, activations=kept)
+    parts = self.weight_bytes()
+    parts['activations'] = self.activation_bytes(batch, seq_len, dtype)
     return dict(**parts, total=sum(parts.values()))
 
 # %% ../nbs/25_memory.ipynb #state-bytes

@@ -223,23 +223,22 @@ GPU_BYTES = 32            # kept a token, layer and channel by a compiled model
 @patch(as_prop=True)
 def memory(self:PretrainConfig) -> int: # bytes of one rank
     "Weights, gradients, this rank's part of the optimizer's state, activations of a micro-batch"
-    counted = _memory_of(_meta(self), 1, 256)
+    counted = _meta(self).weight_bytes()
     fixed = counted['weights'] + counted['gradients'] + counted['optimizer']//max(1, self.nproc)
-    if self.device != 'cuda':
-        counted = _memory_of(_meta(self), self.device_batch_size, self.max_seq_len)
     rows, shape = self.device_batch_size*self.max_seq_len, self.model_config()
     fused = rows*shape.n_layer*shape.d_model*GPU_BYTES + min(rows, 4096)*shape.vocab_size*12
     if self.device == 'cuda': return fixed + fused
     kinds = dict(L=4, S=2) if self.doc_mask else {}          # bytes a pair of tokens, see above
     masks = [kinds[k] for k in shape.layer_types if k in kinds]
     pairs = (sum(masks) + 3*bool(masks))*rows*self.max_seq_len
-    return fixed + counted['activations'] + pairs + 500_000_000         # for PyTorch itself
+    kept = _kept(_meta(self), self.device_batch_size, self.max_seq_len)
+    return fixed + kept + pairs + 500_000_000         # for PyTorch itself
 
 @patch(as_prop=True)
 def memory(self:Plan) -> int: return self.cfg.memory # bytes of one rank
 
 @lru_cache(maxsize=64)
-def _memory_of(model, *args): return model.memory_estimate(*args)
+def _kept(model, *args): return model.activation_bytes(*args)
 
 # %% ../nbs/42_plan.ipynb #mkplan
 def _too_much(found):

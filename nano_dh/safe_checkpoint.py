@@ -11,18 +11,14 @@ import errno, json, os, pickle, shutil, socket, time, warnings, zlib
 from argparse import ArgumentParser
 from functools import lru_cache
 from pathlib import Path
-import torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import (ChunkStorageMetadata, MetadataIndex, StorageMeta,
-    TensorProperties)
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+import torch, torch.distributed as dist
 from .core import OWN, _STORED, _run_text, human, print0
 from .dataloader import gather_state
 from .hybrid_model import MIXERS
 from .nanochat import (nanochat_meta, nanochat_steps, nanochat_tokenizer, read_nanochat)
 from .checkpoint import (FORMAT, CheckpointError, _compare, _rng, _small, _stored, _world,
     about_run, checkpoints, fill, find_checkpoint, is_checkpoint, list_runs, named_state, publish,
-    read_manifest, read_model, runs_dir, seal, write_checkpoint)
+    read_manifest, read_model, runs_dir, seal, torch_dcp, write_checkpoint)
 from .sharded_optim import LocalShard
 from .tokenizer import Tokenizer
 
@@ -31,7 +27,7 @@ def _dcp(transfer, state, **kw): # with or without a process group
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'torch.distributed is disabled')
         try: transfer(state, no_dist=_world()[1] == 1, **kw)
-        except CheckpointException as failed:  # a BaseException, which passes through `except Exception`
+        except torch_dcp().CheckpointException as failed:  # no Exception: others let it pass
             rank, (error, _) = min(failed.failures.items(), key=lambda failure: failure[0])
             text = (str(error).splitlines() or [''])[0]
             raise CheckpointError(f'rank {rank}: {type(error).__name__}: {text}') from None
@@ -45,8 +41,11 @@ class _Slice(torch.Tensor):
         return x
     def size(self): return torch.Size(self.shard.global_shape)
     def __create_chunk_list__(self):
+        from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
         return [ChunkStorageMetadata(torch.Size(self.shard.offset), self.shard.tensor.size())]
     def __create_write_items__(self, name, _):
+        from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
+        from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
         chunk, = self.__create_chunk_list__()
         about = TensorProperties.create_from_tensor(self.shard.tensor)
         return [WriteItem(MetadataIndex(name, chunk.offsets), WriteItemType.SHARD,
@@ -74,18 +73,24 @@ class _Plain(pickle.Unpickler):
         raise CheckpointError(f'.metadata asks for {module}.{name}, which no checkpoint needs; it '
                               'was not run; use a checkpoint whose origin you know')
 
-class _Reader(dcp.FileSystemReader):
-    "torch's own, but for how it reads the metadata"
-    def read_metadata(self, *args, **kw):
-        with open(Path(self.path)/'.metadata', 'rb') as file: found = _Plain(file).load()
-        for k, place in found.storage_data.items():
-            if Path(place.relative_path).name != place.relative_path:
-                raise CheckpointError(f'.metadata has {k.fqn} in {place.relative_path}, elsewhere')
-        for k, v in found.state_dict_metadata.items():
-            if not hasattr(v, 'size'): raise CheckpointError(f'.metadata: {k} is no tensor')
-        found.storage_meta = found.storage_meta or StorageMeta()
-        found.storage_meta.load_id = self.load_id
+def _metadata(folder): # what .metadata holds
+    with open(folder/'.metadata', 'rb') as file: found = _Plain(file).load()
+    for k, place in found.storage_data.items():
+        if Path(place.relative_path).name != place.relative_path:
+            raise CheckpointError(f'.metadata has {k.fqn} in {place.relative_path}, elsewhere')
+    for k, v in found.state_dict_metadata.items():
+        if not hasattr(v, 'size'): raise CheckpointError(f'.metadata: {k} is no tensor')
+    return found
+
+def _reader(folder:Path): # of torch, but for how it reads the metadata
+    reader, dcp = torch_dcp().FileSystemReader(folder), torch_dcp()
+    def read_metadata(*args, **kw):
+        found = _metadata(folder)
+        found.storage_meta = found.storage_meta or dcp.metadata.StorageMeta()
+        found.storage_meta.load_id = reader.load_id
         return found
+    reader.read_metadata = read_metadata
+    return reader
 
 # %% ../nbs/40_safe_checkpoint.ipynb #ranks
 def _gather(x): # everyone's x, everywhere
@@ -154,7 +159,7 @@ def _finite(run, step, state): # a state that would not continue is not saved ov
                               f'NaN or infinity: {", ".join(bad[:3])}; older ones are as they were')
 
 def _full(error, left): # was the disk full? torch's own words do not say; left: bytes after it
-    if isinstance(error, (CheckpointException, CheckpointError)): return left < 2**20
+    if isinstance(error, (torch_dcp().CheckpointException, CheckpointError)): return left < 2**20
     return getattr(error, 'errno', 0) == errno.ENOSPC
 
 def _no_room(run, state):
@@ -166,7 +171,7 @@ def _no_room(run, state):
 @write_checkpoint.replace
 def write_by_all(run, step, state, about, loader_state, tokenizer, keep):
     "Every rank calls it, on one file system"
-    state = _sliced(state); _agree(lambda: _finite(run, step, state))
+    dcp, state = torch_dcp(), _sliced(state); _agree(lambda: _finite(run, step, state))
     tmp = _agree(lambda: _unfinished(run, step), only0=True)
     try:
         _dcp(dcp.save, state, storage_writer=dcp.FileSystemWriter(tmp/'state'))
@@ -261,10 +266,10 @@ def fill_by_all(path, step, model, optimizer): # folder, meta
     mine = {} if optimizer is None else optimizer.checkpoint_state(owned=False)
     mine = {k: LocalShard(torch.empty_like(shard.tensor, device='cpu'), shard.global_shape,
                           shard.offset) for k, shard in mine.items()}
-    state, reader = _sliced(named_state(model, mine)), _Reader(path/'state')
+    state, reader = _sliced(named_state(model, mine)), _reader(path/'state')
     want = {k for names in _gather(sorted(state)) for k in names}
     _compare(path, state, _stored(reader, optimizer), want)
-    _dcp(dcp.load, state, storage_reader=reader)
+    _dcp(torch_dcp().load, state, storage_reader=reader)
     if mine: optimizer.load_checkpoint_state(mine)
     return path, meta
 
