@@ -12,8 +12,11 @@ def data(tmp_path_factory): return tiny_data(tmp_path_factory.mktemp('data')/'bo
 @pytest.fixture(scope='module')
 def base(tmp_path_factory): return tmp_path_factory.mktemp('base')
 
-def papermill(base, *args, **kw):
-    return subprocess.run([PAPERMILL, NB, *args], env=environ(base), capture_output=True, text=True, stdin=subprocess.DEVNULL, **kw)
+def papermill(base, nb, *args):
+    "The command, in this process; its kernel is one of its own. What it raises is raised"
+    from click.testing import CliRunner
+    from papermill.cli import papermill as command
+    return CliRunner(env=environ(base)).invoke(command, [str(a) for a in ('--no-progress-bar', nb, *args)], catch_exceptions=False)
 
 def outputs(nb): return {c['id']: c.get('outputs', []) for c in nb.cells if c.cell_type == 'code'}
 def text(outs): return ''.join(o.get('text') or str(o.get('data', {}).get('text/markdown', '')) for o in outs)
@@ -25,15 +28,15 @@ def test_parameters_cell_is_the_dataclass():
     rows = [re.match(r'(\w+): (\w+) = (.*?)  # (.+)', l).groups() for l in cell.source.splitlines()]
     assert [(n, t, eval(d)) for n, t, d, _ in rows] == [(f.name, f.type.__name__, f.default) for f in fields(PretrainConfig)]
 
-def test_help_lists_every_parameter():
+def test_help_lists_every_parameter(tmp_path):
     from dataclasses import fields
     from nano_dh.train import PretrainConfig
-    out = subprocess.run([PAPERMILL, '--help-notebook', NB], capture_output=True, text=True).stdout
+    out = papermill(tmp_path, '--help-notebook', NB).output
     for f in fields(PretrainConfig): assert re.search(rf'^  {f.name}: {f.type.__name__} \(default', out, re.M), f.name
 
 def test_a_tiny_run_and_its_report(base, data, tmp_path):
-    r = papermill(base, tmp_path/'o.ipynb', *parameters(**SMALL, data=data, run='tiny'))
-    assert r.returncode == 0, r.stderr
+    r = papermill(base, NB, tmp_path/'o.ipynb', *parameters(**SMALL, data=data, run='tiny'))
+    assert r.exit_code == 0, r.output
     out = outputs(nbformat.read(tmp_path/'o.ipynb', 4))
     assert 'parameters (' in text(out['plan']) and 'documents start at [0' in text(out['batch'])
     assert text(out['run']).count('val bpb') == 2 and 'step     6/6' in text(out['run'])
@@ -67,11 +70,10 @@ def test_compare_takes_a_result_only_for_its_own_parameters(base, data, tmp_path
     from nano_dh.train import read_metrics
     nb, kw = ROOT/'runs'/'compare.ipynb', dict(variants='GL', seeds=1, depth=2, tokens=1024, total_batch_size=256, max_seq_len=32, vocab_size=384,
                                                eval_tokens=1024, data=data)
-    call = lambda **new: subprocess.run([PAPERMILL, nb, tmp_path/'c.ipynb', *parameters(**kw | new)], env=environ(base), capture_output=True, text=True)
-    r = call(); assert r.returncode == 0, r.stderr
+    call = lambda **new: papermill(base, nb, tmp_path/'c.ipynb', *parameters(**kw | new))
+    r = call(); assert r.exit_code == 0, r.output
     assert read_metrics(base/'runs'/'compare-GL-s0')[-1].get('done') and 'val bpb' in text(outputs(nbformat.read(tmp_path/'c.ipynb', 4))['run'])
-    r = call(depth=1); assert r.returncode == 1
-    assert 'run compare-GL-s0 exists with depth 2, not 1; take another name, or remove' in r.stderr
+    with pytest.raises(Exception, match='run compare-GL-s0 exists with depth 2, not 1; take another name, or remove'): call(depth=1)
 
 def wait_for(f, cond, seconds=60):
     end = time.time() + seconds
@@ -87,8 +89,8 @@ def test_killed_papermill_continues(base, data, tmp_path):
     p.kill(); p.wait(); time.sleep(3)                                # the kernel notices, its rank goes with it
     n = f.read_text().count('"loss"'); time.sleep(1)
     assert n == f.read_text().count('"loss"') < 300
-    r = papermill(base, tmp_path/'b.ipynb', '-p', 'resume', 'True')   # the newest run
-    assert r.returncode == 0, r.stderr
+    r = papermill(base, NB, tmp_path/'b.ipynb', '-p', 'resume', 'True')   # the newest run
+    assert r.exit_code == 0, r.output
     assert [json.loads(l)['step'] for l in f.read_text().splitlines() if '"loss"' in l] == list(range(1, 301))
     assert 'continues from' in text(outputs(nbformat.read(tmp_path/'b.ipynb', 4))['run'])
 
@@ -155,9 +157,8 @@ def test_one_rate_and_no_texts(base, tmp_path):
     given = dict(mechanisms=dict(probes='parity', patterns='L', lrs='3e-3', seeds=1, steps=2, depth=1, d_model=32, device='cpu'),
                  long_context=dict(models=tmp_path/'run', factor=2, per_doc=1, kinds='number', learn_steps=0, lengths='160', depths=1, needles=1, device='cpu'))
     for name, kw in given.items():
-        r = subprocess.run([PAPERMILL, '--no-progress-bar', ROOT/'runs'/f'{name}.ipynb', tmp_path/f'{name}.ipynb', *parameters(**kw)],
-                           env=environ(base), cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-        assert r.returncode == 0, r.stderr[-1500:]
+        r = papermill(base, ROOT/'runs'/f'{name}.ipynb', tmp_path/f'{name}.ipynb', *parameters(**kw))
+        assert r.exit_code == 0, r.output[-1500:]
     curve = json.loads(next((base/'records').glob('long_context*')).read_text())['figures']['curve']
     assert curve['rows'] == 2
 
