@@ -376,4 +376,5 @@ class LiveCurve(LiveFigure):
         axes = fig.subplots(1, len(self.pts), squeeze=False)[0]
         for ax, (p, (xs, ys)) in zip(axes, self.pts.items()):
             ax.plot(xs, ys, marker='o' if len(xs) < 20 else None, ms=3)
-            ax.set_xlabel(self.x); ax.set_title(f'{p} by {self.x}', fontsize=10)
+            newest = f'{p} is {ys[-1]:.4g} at {self.x} {xs[-1]:,}' if xs else f'no {p} yet'
+            ax.set_xlabel(self.x); ax.set_title(newest, fontsize=10)

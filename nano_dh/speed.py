@@ -123,10 +123,14 @@ def draw_roof(ax,       # of matplotlib
               parts:list # of `measure_parts`
              ):
     "Parts as points under the roof"
-    xs = [10**(i/10) for i in range(-10, 45)]
+    xs = sorted([*(10**(i/10) for i in range(-10, 45)), roof.flops/roof.bandwidth])
     ax.loglog(xs, [roof.at(x) for x in xs], c='k', lw=1)
+    share = {}
     for p in parts:
-        ax.scatter(p['flops']/p['bytes'], p['flops']/p['seconds'], s=25, label=p['name'])
+        x, y = p['flops']/p['bytes'], p['flops']/p['seconds']
+        ax.scatter(x, y, s=25, label=p['name']); share[p['name']] = y/roof.at(x)
+    best = max(share, key=share.get)
+    ax.set_title(f'At best {share[best]:.0%} of the roof: {best}', fontsize=9)
     ax.set_xlabel('FLOP a byte'); ax.set_ylabel('FLOP/s'); ax.legend(frameon=False, fontsize=8)
 
 # %% ../nbs/45_speed.ipynb #model

@@ -9,9 +9,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOM, NOISE = .05, 1e-5             # numbers may differ by this share; below the second they are what rounding left
-UNTITLED = set('''00_core 01_delta_rule 02_chunked 21_kernels 22_short_conv 03_deltanet 04_gated_attn 23_cross_entropy 05_hybrid_model 06_tokenizer
-    07_dataset 08_dataloader 09_optim 10_loss_eval 11_checkpoint 41_launch 13_train 45_speed 46_beside 47_cache 48_decode 49_execution 51_engine
-    52_speculate 53_bench 57_tasks 58_identity 59_sft 60_rl 61_chat_eval 67_serve 69_speedrun'''.split()) # their figures do not say yet what they show
 
 NUMBER = r'(?:(?<![\w)\]])[-+])?(?:\d+(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)(?:e[-+]?\d+)?'
 UNIT = r'(?:[x×]|\s?[x×](?!\s*[\w(])|\s?(?:[mµun]?s|min|h|sec(?:onds?)?|minutes?|hours?|days?|times|[KMGTP]?\s?[\w.-]+/s|[KMGTP]?\s?[\w.-]+ (?:a|per) second))(?![\w/])'
@@ -120,7 +117,7 @@ def faults(path:Path, run):
     name, again = Path(path).name, f'python tests/outputs.py nbs/{Path(path).name}'
     stale = differences(path, run.outputs) if here() else []
     shows = [c for c in dict.fromkeys(run.untitled) if shown(run.outputs[c])[1]]
-    untold = [] if Path(path).stem in UNTITLED else [f'{name}, cell {c}: a figure without a title that says what it shows' for c in shows]
+    untold = [f'{name}, cell {c}: a figure without a title that says what it shows' for c in shows]
     return stale + untold + [f'{again}   stores its outputs anew']*bool(stale)
 
 def store(path:Path):
