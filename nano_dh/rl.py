@@ -24,7 +24,7 @@ from .hybrid_model import HybridConfig, HybridModel
 from .launch import LiveCurve
 from .sft import (SETTLED, STAGES, ChatTrainer, FinetuneConfig, finetune, fingerprint,
                          newest)
-from .tasks import (TASKS, Task, chat, last_number, open_task, render_for_completion,
+from .tasks import (TASKS, Drawn, chat, last_number, open_task, render_for_completion,
                            say, tool)
 from .tokenizer import Tokenizer
 from .plan import most_ranks
@@ -113,12 +113,10 @@ def refresh(engine, model): # after the weights of `model` have changed
         for old, weight in zip(own.parameters(), new.parameters()): old.copy_(weight)
 
 # %% ../nbs/60_rl.ipynb #tiny
-class Tiny(Task):
+class Tiny(Drawn):
     "'12 times 34': which of five signs is meant? Held-out questions have other pairs of numbers"
-    name, kind = 'tiny', 'generate'
+    name = 'tiny'
     signs = dict(plus='+', minus='-', times='*', over='//', modulo='%')
-    def __init__(self, split:str='train', size:int=1000):
-        self.split, self.index = split, range(size)
     def example(self, i):
         rng, held = random.Random(f'tiny {self.split} {i}'), self.split != 'train'
         while True:

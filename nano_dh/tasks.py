@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'LETTERS', 'TASKS', 'ConversationError', 'messages', 'segments', 'say', 'Rendered', 'render_batch', 'render',
-           'render_for_completion', 'said_letter', 'Task', 'chat', 'tool', 'plain_number', 'last_number', 'Sums',
-           'local_file', 'read_jsonl', 'hub_rows', 'Rows', 'ask_choice', 'ARC', 'MMLU', 'GSM8K', 'code_blocks',
+           'render_for_completion', 'said_letter', 'Task', 'Drawn', 'chat', 'tool', 'plain_number', 'last_number',
+           'Sums', 'local_file', 'read_jsonl', 'hub_rows', 'Rows', 'ask_choice', 'ARC', 'MMLU', 'GSM8K', 'code_blocks',
            'whole_program', 'HumanEval', 'SmolTalk', 'CustomJSON', 'bare_name', 'words', 'SimpleSpelling',
            'SpellingBee', 'TaskSequence', 'TaskMixture', 'open_task', 'open_tasks']
 
@@ -158,6 +158,13 @@ class Task:
         return said_letter(text) == conv['messages'][-1]['content']
     def __repr__(self): return f'{self.name}: {len(self):,} conversations ({self.kind})'
 
+class Drawn(Task):
+    "Examples drawn by their number: as many as one likes, the same ones every time"
+    kind = 'generate'
+    def __init__(self, split:str='train', size:int=1000):
+        self.split, self.index = split, range(size)
+    def rng(self, i): return random.Random(f'{self.name} {self.split} {i}')
+
 # %% ../nbs/57_tasks.ipynb #help
 def chat(user:str, answer:str|list, **kw) -> dict: # kw: further keys of the conversation
     "One question and its answer"
@@ -187,16 +194,16 @@ def last_number(text:str) -> str|None: # as `plain_number` writes it
     return plain_number(found[-1]) if found else None
 
 # %% ../nbs/57_tasks.ipynb #sums-task
-class Sums(Task):
-    "Two numbers and the calculator; any number of examples, the same ones every time"
-    name, kind = 'sums', 'generate'
+class Sums(Drawn):
+    "Two numbers and the calculator"
+    name = 'sums'
     asks = ('What is {} {} {}?', 'Compute {} {} {}.', 'How much is {} {} {}?', '{} {} {} = ?',
             'Please work out {} {} {}.', 'Can you tell me what {} {} {} is?')
     ops = {'+': ('+', 'plus'), '-': ('-', 'minus'), '*': ('*', 'times')}
     def __init__(self, split:str='train', size:int=1000, largest:int=99):
-        self.split, self.largest, self.index = split, largest, range(size)
+        super().__init__(split, size); self.largest = largest
     def example(self, i):
-        rng, test = random.Random(f'{self.name} {self.split} {i}'), self.split != 'train'
+        rng, test = self.rng(i), self.split != 'train'
         while True:
             x, y, op = *(rng.randint(0, self.largest) for _ in 'xy'), rng.choice('+-*')
             if _held(x, y) == test: break
@@ -414,15 +421,13 @@ def words(split:str='train') -> list[str]:
     return [word for word in known if _held(word) == (split != 'train')]
 
 # %% ../nbs/57_tasks.ipynb #spelling
-class SimpleSpelling(Task):
+class SimpleSpelling(Drawn):
     "Spell a word"
-    name, kind = 'simplespelling', 'generate'
+    name = 'simplespelling'
     asks = ('Spell the word {}.', 'How do you spell {}?', 'Spell {} letter by letter.')
     def __init__(self, split:str='train', size:int=1000):
-        self.split, self.words, self.index = split, words(split), range(size)
-    def draw(self, i): # random numbers of example i, its word
-        rng = random.Random(f'{self.name} {self.split} {i}')
-        return rng, rng.choice(self.words)
+        super().__init__(split, size); self.words = words(split)
+    def draw(self, i): rng = self.rng(i); return rng, rng.choice(self.words) # and the word
     def example(self, i):
         rng, word = self.draw(i)
         return chat(rng.choice(self.asks).format(word), ','.join(word))
