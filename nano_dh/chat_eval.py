@@ -11,7 +11,6 @@ import json, math, time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 import torch, torch.distributed as dist
-from fastcore.basics import patch
 from .checkpoint import find_checkpoint, load_model
 from .core import atomic_write, checked, dist_info, get_device
 from .engine import Engine
@@ -35,13 +34,13 @@ class Score:
     def accuracy(self): return self.right/max(1, self.n)
     @property
     def stderr(self): # one right and one wrong are added, so that 0 of 10 has one, too
-        p = (self.right + 1)/(self.n + 2)
-        return math.sqrt(p*(1 - p)/max(1, self.n))
+        share = (self.right + 1)/(self.n + 2)
+        return math.sqrt(share*(1 - share)/max(1, self.n))
     @property
     def centred(self): # 0 is guessing, 1 perfect
         return (self.accuracy - self.chance)/(1 - self.chance)
     def record(self) -> dict:
-        more = {k: round(getattr(self, k), 4) for k in ('accuracy', 'stderr', 'centred')}
+        more = {name: round(getattr(self, name), 4) for name in ('accuracy', 'stderr', 'centred')}
         return asdict(self) | more
     def __str__(self):
         return (f'{self.task:16}{self.accuracy:7.1%} +-{self.stderr:5.1%}   '
@@ -60,18 +59,19 @@ def answer_choices(model, tok, convs:list, # of a task of kind 'choice'
                    batch_tokens:int=2**14  # read at once, padding included
                   ) -> list[str]:          # letters
     "The likeliest letter for each question"
-    letters = torch.tensor([tok.encode(l)[0] for l in LETTERS])
-    ids = [render_for_completion(c, tok) for c in convs]
-    order, out = sorted(range(len(ids)), key=lambda i: -len(ids[i])), {}
-    dev = model.wte.weight.device
+    letters = torch.tensor([tok.encode(letter)[0] for letter in LETTERS])
+    ids = [torch.tensor(render_for_completion(conv, tok)) for conv in convs]
+    order, out = sorted(range(len(ids)), key=lambda i: -len(ids[i])), ['']*len(ids)
+    device = model.wte.weight.device
     while order:
-        b = order[:max(1, batch_tokens//len(ids[order[0]]))]; order = order[len(b):]
-        x = torch.zeros(len(b), -(-len(ids[b[0]])//64)*64, dtype=torch.int64)    # few shapes
-        for row, i in zip(x, b): row[:len(ids[i])] = torch.tensor(ids[i])
-        n = torch.tensor([len(ids[i]) for i in b]).to(dev)
-        z = model(x.to(dev), lengths=n, last_only=True)[:, -1].cpu()[:, letters]
-        for i, row in zip(b, z): out[i] = LETTERS[row[:convs[i]['n_choices']].argmax()]
-    return [out[i] for i in range(len(convs))]
+        longest = len(ids[order[0]]); rows = max(1, batch_tokens//longest)
+        batch, order = order[:rows], order[rows:]
+        x = torch.zeros(len(batch), -(-longest//64)*64, dtype=torch.int64)    # few shapes
+        for row, i in zip(x, batch): row[:len(ids[i])] = ids[i]
+        lengths = torch.tensor([len(ids[i]) for i in batch]).to(device)
+        logits = model(x.to(device), lengths=lengths, last_only=True)[:, -1].cpu()[:, letters]
+        for i, row in zip(batch, logits): out[i] = LETTERS[row[:convs[i]['n_choices']].argmax()]
+    return out
 
 # %% ../nbs/61_chat_eval.ipynb #gen
 def answers(engine, convs:list,
@@ -80,14 +80,14 @@ def answers(engine, convs:list,
             tools:bool=True        # compute what stands between python tokens
            ) -> list: # of lists of finished Streams; empty where a question is too long to be read
     "What the model writes"
-    ids = [render_for_completion(c, engine.tokenizer) for c in convs]
-    fit = [i for i, p in enumerate(ids) if engine.max_len is None or len(p) < engine.max_len]
+    ids = [render_for_completion(conv, engine.tokenizer) for conv in convs]
+    fit = [i for i in range(len(ids)) if engine.max_len is None or len(ids[i]) < engine.max_len]
     out, at_once = [[] for _ in ids], max(1, engine.max_rows//n)   # a full engine reads slowly
-    for a in range(0, len(fit), at_once):
-        part = fit[a:a+at_once]
-        ss = engine.generate_batch([ids[i] for i in part], n=n, max_tokens=max_tokens, seed=seed,
-                                   temperature=temperature, top_k=top_k, tools=tools)
-        for j, i in enumerate(part): out[i] = ss[j*n:(j + 1)*n]
+    for start in range(0, len(fit), at_once):
+        part = fit[start:start + at_once]
+        streams = engine.generate_batch([ids[i] for i in part], n=n, max_tokens=max_tokens, seed=seed,
+                                        temperature=temperature, top_k=top_k, tools=tools)
+        for first, i in enumerate(part): out[i] = streams[first*n:(first + 1)*n]
     return out
 
 # %% ../nbs/61_chat_eval.ipynb #eval
@@ -96,25 +96,27 @@ def evaluate_task(model, tok, task:Task, # this rank's model
                   max_tokens:int=256, keep:int=5, engine=None # keep: answers that are returned
                  ) -> tuple:             # Score over all ranks, list of (question, answer, right)
     "Judge a model on a task"
-    me, t = dist_info(), time.perf_counter()
+    me, start = dist_info(), time.perf_counter()
     if task.kind == 'chat':
         raise ValueError(f'{task.name} has no right answers; take another task')
     task = task.some(size) if size else task
     convs = [task[i] for i in range(me.rank, len(task), me.world_size)]
-    if task.kind == 'choice': raw = shown = answer_choices(model, tok, convs)
+    if task.kind == 'choice':
+        raw = shown = answer_choices(model, tok, convs)
+        guess = sum(1/c['n_choices'] for c in convs)
     else:
-        got = answers(engine or Engine(model, tok), convs, max_tokens=max_tokens)
-        raw = [g[0].text if g else None for g in got]
-        shown = [tok.decode(g[0].tokens) if g else '(too long to read)' for g in got]
-    ok = [a is not None and bool(task.evaluate(c, a)) for c, a in zip(convs, raw)]
-    guess = sum(1/c['n_choices'] for c in convs) if task.kind == 'choice' else 0.
-    counts = torch.tensor([len(ok), sum(ok), guess, raw.count(None)], dtype=torch.float64)
-    if dist.is_initialized() and me.world_size > 1:
-        dist.all_reduce(counts := counts.to(model.wte.weight.device))
-    n, right, guess, long = counts.tolist()
-    some = [(c['messages'][-2]['content'], a, o) for c, a, o in zip(convs, shown, ok)][:keep]
-    return Score(task.name, task.kind, int(n), int(right), guess/max(1, n),
-                 time.perf_counter() - t, int(long)), some
+        got, guess = answers(engine or Engine(model, tok), convs, max_tokens=max_tokens), 0.
+        raw = [streams[0].text if streams else None for streams in got]
+        shown = [tok.decode(streams[0].tokens) if streams else '(too long to read)'
+                 for streams in got]
+    right = [said is not None and bool(task.evaluate(conv, said)) for conv, said in zip(convs, raw)]
+    counts = torch.tensor([len(right), sum(right), guess, raw.count(None)], dtype=torch.float64)
+    if me.world_size > 1 and dist.is_initialized():
+        counts = counts.to(model.wte.weight.device); dist.all_reduce(counts)
+    n, good, guess, long = counts.tolist()
+    questions = [conv['messages'][-2]['content'] for conv in convs[:keep]]
+    return Score(task.name, task.kind, int(n), int(good), guess/max(1, n),
+                 time.perf_counter() - start, int(long)), [*zip(questions, shown, right)]
 
 # %% ../nbs/61_chat_eval.ipynb #cfg
 ALL = 'arc_easy arc_challenge mmlu gsm8k humaneval spellingbee'
@@ -138,18 +140,15 @@ class ChatEvalConfig:
         new = {k: v for k, v in ns.items() if k not in before and k[0] != '_'}
         return checked(cls, new).resolved()
 
-# %% ../nbs/61_chat_eval.ipynb #cfg2
-@patch
-def resolved(self:ChatEvalConfig) -> ChatEvalConfig:
-    gpu = self.device in ('', 'cuda') and n_gpus() > 0
-    self.model = str(find_checkpoint(self.model)) if self.model else newest('sft', 'mid')
-    self.tasks = self.tasks or (ALL if gpu else OWN)
-    if self.nproc == -1: self.nproc = n_gpus() if gpu else 1
-    return self
+    def resolved(self) -> 'ChatEvalConfig':
+        gpu = self.device in ('', 'cuda') and n_gpus() > 0
+        self.model = str(find_checkpoint(self.model)) if self.model else newest('sft', 'mid')
+        self.tasks = self.tasks or (ALL if gpu else OWN)
+        if self.nproc == -1: self.nproc = n_gpus() if gpu else 1
+        return self
 
-@patch
-def record(self:ChatEvalConfig) -> Path: # file that keeps the results
-    return Path(self.model).parent/f'chat_eval-{Path(self.model).name}.json'
+    def record(self) -> Path: # file that keeps the results
+        return Path(self.model).parent/f'chat_eval-{Path(self.model).name}.json'
 
 # %% ../nbs/61_chat_eval.ipynb #run
 def chat_eval(cfg:ChatEvalConfig, # resolved
@@ -159,33 +158,34 @@ def chat_eval(cfg:ChatEvalConfig, # resolved
     model, tok, meta = load_model(cfg.model, device=get_device(cfg.device))
     engine, scores, records = Engine(model, tok, max_rows=256), [], []
     for task in open_tasks(cfg.tasks, 'test', cfg.data):
-        s, some = evaluate_task(model, tok, task, max_tokens=cfg.max_tokens, keep=cfg.keep,
-                                engine=engine)
-        scores.append(s); records.append(s.record() | dict(samples=some)); emit(records[-1])
-    total = dict(chat_core=round(chat_core(scores), 4), tasks=[s.task for s in scores],
+        score, some = evaluate_task(model, tok, task, None, cfg.max_tokens, cfg.keep, engine)
+        scores.append(score); records.append(score.record() | dict(samples=some)); emit(records[-1])
+    total = dict(chat_core=round(chat_core(scores), 4), tasks=[score.task for score in scores],
                  step=meta['step'])
     if dist_info().rank == 0:
-        atomic_write(cfg.record(), json.dumps(dict(total, model=cfg.model, results=records),
-                                              indent=1))
+        report = dict(total, model=cfg.model, results=records)
+        atomic_write(cfg.record(), json.dumps(report, indent=1))
     emit(total)
 
 # %% ../nbs/61_chat_eval.ipynb #table
 def eval_table(records:list): # of `chat_eval` -> Markdown
     "The figures of a run"
     from IPython.display import Markdown
-    long = lambda r: f", {r['too_long']:,} too long"*(r.get('too_long', 0) > 0)
-    rows = [f"| {r['task']} | {r['accuracy']:.1%} ± {r['stderr']:.1%} | {r['chance']:.0%} | "
-            f"{r['right']:,} of {r['n']:,}{long(r)} | {r['seconds']:.0f} s |" for r in records
-            if 'task' in r]
-    end = [f"\nChatCORE {r['chat_core']:.3f} over {len(r['tasks'])} tasks" for r in records
-           if 'chat_core' in r]
-    return Markdown('\n'.join(['| task | accuracy | chance | right | time |',
-                               '|---|---|---|---|---|', *rows, *end]))
+    lines, end = ['| task | accuracy | chance | right | time |', '|---|---|---|---|---|'], []
+    for r in records:
+        if 'task' in r:
+            long = f", {r['too_long']:,} too long" if r.get('too_long') else ''
+            lines.append(f"| {r['task']} | {r['accuracy']:.1%} ± {r['stderr']:.1%} | "
+                         f"{r['chance']:.0%} | {r['right']:,} of {r['n']:,}{long} | "
+                         f"{r['seconds']:.0f} s |")
+        if 'chat_core' in r:
+            end.append(f"\nChatCORE {r['chat_core']:.3f} over {len(r['tasks'])} tasks")
+    return Markdown('\n'.join(lines + end))
 
 # %% ../nbs/61_chat_eval.ipynb #metrics
 def chat_metrics(model, tok, step) -> dict: # fits `core_metric` of a training run
     "Accuracies on the tasks that need no files, while a model trains"
     model.eval()
-    got = [evaluate_task(model, tok, t, max_tokens=64)[0] for t in open_tasks(OWN, 'test')]
+    scores = [evaluate_task(model, tok, task, max_tokens=64)[0] for task in open_tasks(OWN, 'test')]
     model.train()
-    return {s.task: s.accuracy for s in got} | dict(chat_core=chat_core(got))
+    return {score.task: score.accuracy for score in scores} | dict(chat_core=chat_core(scores))

@@ -7,8 +7,9 @@ __all__ = ['PACKED', 'KINDS', 'DAMAGE', 'ROLES', 'TEXTS', 'PAIRS', 'bare', 'is_c
            'turns', 'kept', 'tried', 'has_chat', 'read_chats', 'as_text']
 
 # %% ../nbs/29_chat_files.ipynb #imports
-import gzip, io, json, zlib
+import gzip, io, json, os, zlib
 from collections import Counter
+from itertools import dropwhile
 from pathlib import Path
 import pyarrow as pa, pyarrow.parquet as pq
 from .core import print0
@@ -20,8 +21,8 @@ KINDS = {'.jsonl': 'lines', '.ndjson': 'lines', '.json': 'value', '.parquet': 't
 
 def bare(path:str|Path) -> str: # name without .gz or .zst, in lower case
     "What a file is called without its compression"
-    p = str(path).lower()
-    return next((p[:-len(e)] for e in PACKED if p.endswith(e)), p)
+    stem, end = os.path.splitext(str(path).lower())
+    return stem if end in PACKED else stem + end
 
 def is_chat_file(name:str|Path) -> bool:
     "Whether a name is that of a file of rows"
@@ -29,30 +30,37 @@ def is_chat_file(name:str|Path) -> bool:
 
 def open_packed(path:str|Path): # a binary file
     "A file, unpacked as it is read"
-    p = str(path).lower()
-    if p.endswith('.zst'): return pa.input_stream(str(path), compression='zstd')
-    return gzip.open(path) if p.endswith('.gz') else open(path, 'rb')
+    end = Path(path).suffix.lower()
+    if end == '.zst': return pa.input_stream(str(path), compression='zstd')
+    return gzip.open(path) if end == '.gz' else open(path, 'rb')
 
 DAMAGE = EOFError, zlib.error, gzip.BadGzipFile, pa.ArrowInvalid
 
 # %% ../nbs/29_chat_files.ipynb #rows
-def _lines(path, f):
-    for i, line in enumerate(f, 1):
+def _lines(path, file):
+    for i, line in enumerate(file, 1):
         if not line.strip(): continue
         try: yield f'line {i}', json.loads(line)
         except ValueError as e:
             raise FileError(f'{path}, line {i}: no JSON ({e}); a line must be one value') from None
 
-def _value(path, text): # rows of a list, of the one list in a dictionary, or of lines after all
-    try: x = json.loads(text)
+def _numbered(rows): return ((f'row {i}', row) for i, row in enumerate(rows, 1))
+
+def _value(path, text): # rows of a JSON value, or of lines after all
+    try: value = json.loads(text)
     except ValueError:
-        if text.lstrip()[:1] in '{[' and '\n' in text.strip(): yield from _lines(path, text.splitlines()); return
+        if text.lstrip()[:1] in '{[' and '\n' in text.strip(): return _lines(path, text.splitlines())
         raise FileError(f'{path} is no JSON; fetch or write it again') from None
-    lists = [v for v in x.values() if isinstance(v, list) and v and isinstance(v[0], (dict, list))] if isinstance(x, dict) else []
-    known = isinstance(x, dict) and any(k in x for k in ('messages', 'conversations', 'instruction', 'prompt'))
-    rows = x if isinstance(x, list) else [x] if known or len(lists) != 1 else lists[0]
-    if rows and isinstance(rows[0], dict) and rows is x and {'role', 'content'} <= rows[0].keys(): rows = [x]
-    yield from ((f'row {i}', r) for i, r in enumerate(rows, 1))
+    return _numbered(_inside(value))
+
+def _inside(value): # rows of a list, or of the one list in a dictionary
+    if isinstance(value, list):
+        chat = value and isinstance(value[0], dict) and {'role', 'content'} <= value[0].keys()
+        return [value] if chat else value
+    if isinstance(value, dict) and not {'messages', 'conversations', 'instruction', 'prompt'} & {*value}:
+        lists = [x for x in value.values() if isinstance(x, list) and x and isinstance(x[0], (dict, list))]
+        if len(lists) == 1: return lists[0]
+    return [value]
 
 def rows_of(path:str|Path # of one of KINDS
            ): # yields (which row, for people; its value)
@@ -62,16 +70,13 @@ def rows_of(path:str|Path # of one of KINDS
     if not path.is_file(): raise FileError(f'{path} does not exist')
     try:
         if kind == 'table':
-            at = 0
-            for b in pq.ParquetFile(path).iter_batches(256):
-                for r in b.to_pylist(): at += 1; yield f'row {at}', r
-            return
-        with io.TextIOWrapper(open_packed(path), encoding='utf-8-sig') as f:
-            yield from _lines(path, f) if kind == 'lines' else _value(path, f.read())
+            batches = pq.ParquetFile(path).iter_batches(256)
+            yield from _numbered(row for batch in batches for row in batch.to_pylist()); return
+        with io.TextIOWrapper(open_packed(path), encoding='utf-8-sig') as file:
+            yield from _lines(path, file) if kind == 'lines' else _value(path, file.read())
     except UnicodeDecodeError as e: raise FileError(f'{path} is not UTF-8 (byte {e.start:,})') from None
-    except DAMAGE as e: raise FileError(f'{path} is damaged ({str(e).splitlines()[0]}); fetch it again') from None
-    except OSError as e:
-        if not str(path).lower().endswith('.zst'): raise
+    except (*DAMAGE, OSError) as e:
+        if not isinstance(e, DAMAGE) and path.suffix.lower() != '.zst': raise
         raise FileError(f'{path} is damaged ({str(e).splitlines()[0]}); fetch it again') from None
 
 # %% ../nbs/29_chat_files.ipynb #content
@@ -81,43 +86,45 @@ TEXTS = ('text', 'input_text', 'output_text') # types of parts that are text
 
 class Unusable(ValueError): "A row that gives no conversation; the message says why"
 
-def _content(i, c, role): # text, or the assistant's parts
-    if isinstance(c, str): return c
-    if not isinstance(c, list): raise Unusable(f'message {i}: content is {type(c).__name__}, not text')
-    parts = [dict(type='text', text=p) if isinstance(p, str) else p for p in c]
-    own = TEXTS + (('python', 'output') if role == 'assistant' else ())
-    for p in parts:
-        kind = p.get('type') if isinstance(p, dict) else type(p).__name__
+def _content(i, content, role): # text, or the assistant's parts
+    if isinstance(content, str): return content
+    if not isinstance(content, list): raise Unusable(f'message {i}: content is {type(content).__name__}, not text')
+    own, parts = TEXTS + (('python', 'output') if role == 'assistant' else ()), []
+    for part in content:
+        if isinstance(part, str): part = dict(type='text', text=part)
+        kind = part.get('type') if isinstance(part, dict) else type(part).__name__
         if kind not in own: raise Unusable(f'message {i}: a part of type {kind!r}, this model reads text')
-        if not isinstance(p.get('text'), str): raise Unusable(f'message {i}: a part without text')
-    if all(p['type'] in TEXTS for p in parts): return ''.join(p['text'] for p in parts)
-    return [dict(type='text' if p['type'] in TEXTS else p['type'], text=p['text']) for p in parts]
+        if not isinstance(part.get('text'), str): raise Unusable(f'message {i}: a part without text')
+        parts.append(dict(type='text' if kind in TEXTS else kind, text=part['text']))
+    if any(part['type'] != 'text' for part in parts): return parts
+    return ''.join(part['text'] for part in parts)
 
-def _message(i, m): # as chapter 57 has it
-    if not isinstance(m, dict): raise Unusable(f'message {i}: {type(m).__name__}, a dictionary expected')
-    said = m.get('role', m.get('from')); role = ROLES.get(str(said).lower())
+def _message(i, message): # as chapter 57 has it
+    if not isinstance(message, dict): raise Unusable(f'message {i}: {type(message).__name__}, a dictionary expected')
+    get = message.get; said, weight = get('role', get('from')), get('weight'); role = ROLES.get(str(said).lower())
     if role is None: raise Unusable(f'message {i}: role {said!r}; known: {", ".join(ROLES)}')
-    if m.get('tool_calls') or m.get('function_call'): raise Unusable(f'message {i}: calls a tool that this model does not have')
-    out = dict(role=role, content=_content(i, m.get('content', m.get('value')), role))
-    w = m.get('weight')
-    if w not in (None, 0, 1): raise Unusable(f'message {i}: weight {w!r}, 0 or 1 expected')
-    return out | dict(weight=0) if w == 0 and role == 'assistant' else out
+    if get('tool_calls') or get('function_call'): raise Unusable(f'message {i}: calls a tool that this model does not have')
+    out = dict(role=role, content=_content(i, get('content', get('value')), role))
+    if weight not in (None, 0, 1): raise Unusable(f'message {i}: weight {weight!r}, 0 or 1 expected')
+    return out | dict(weight=0) if weight == 0 and role == 'assistant' else out
 
 # %% ../nbs/29_chat_files.ipynb #turns
 PAIRS = ('instruction', 'output'), ('prompt', 'completion'), ('prompt', 'response'), ('question', 'answer')
 
-def _listed(r): # the messages of a row, in whatever words; None if it has none
-    if isinstance(r, list): return r
-    if not isinstance(r, dict): return None
-    for k in ('messages', 'conversations', 'conversation'):
-        if isinstance(r.get(k), list): return r[k]
-    a, b = next(((a, b) for a, b in PAIRS if r.get(a) is not None and r.get(b) is not None), (None, None))
-    if a is None: return None
-    if isinstance(r[a], list) and isinstance(r[b], list): return r[a] + r[b]
-    more = r.get('input') if a == 'instruction' else ''
-    first = [dict(role='system', content=r['system'])] if r.get('system') else []
-    for q in r.get('history') or []: first += [dict(role='user', content=q[0]), dict(role='assistant', content=q[1])]
-    return [*first, dict(role='user', content=f'{r[a]}\n\n{more}' if more else r[a]), dict(role='assistant', content=r[b])]
+def _listed(row): # the messages of a row, in whatever words; None if it has none
+    if isinstance(row, list): return row
+    if not isinstance(row, dict): return None
+    for name in ('messages', 'conversations', 'conversation'):
+        if isinstance(row.get(name), list): return row[name]
+    for name, other in PAIRS:
+        ask, answer = row.get(name), row.get(other)
+        if ask is None or answer is None: continue
+        if isinstance(ask, list) and isinstance(answer, list): return ask + answer
+        if name == 'instruction' and row.get('input'): ask = f'{ask}\n\n{row["input"]}'
+        said = [('system', row['system'])] if row.get('system') else []
+        for old in row.get('history') or []: said += [('user', old[0]), ('assistant', old[1])]
+        said += [('user', ask), ('assistant', answer)]
+        return [dict(role=role, content=content) for role, content in said]
 
 def turns(row # a row of a file
          ) -> list[dict]: # messages as chapter 57 has them; Unusable if there are none
@@ -126,29 +133,30 @@ def turns(row # a row of a file
     if found is None:
         what = ', '.join(map(str, row)) if isinstance(row, dict) else type(row).__name__
         raise Unusable(f'no conversation in {what[:80]}')
-    ms = [_message(i, m) for i, m in enumerate(found)]
-    n = next((i for i, m in enumerate(ms) if m['role'] != 'system'), len(ms))
-    lead = '\n\n'.join(m['content'] for m in ms[:n])
-    for i, m in enumerate(ms[n:], n):
-        want = 'assistant' if (i - n) % 2 else 'user'
-        if m['role'] != want: raise Unusable(f"message {i}: role {m['role']!r}, {want!r} expected here")
-        if not m['content']: raise Unusable(f'message {i}: no text')
-    if not any(m['role'] == 'assistant' for m in ms): raise Unusable('nobody answers')
-    return [dict(role='system', content=lead)]*bool(lead) + ms[n:]
+    messages = [_message(i, message) for i, message in enumerate(found)]
+    rest = [*dropwhile(lambda message: message['role'] == 'system', messages)]
+    first = len(messages) - len(rest)
+    for i, message in enumerate(rest, first):
+        role, want = message['role'], 'assistant' if (i - first) % 2 else 'user'
+        if role != want: raise Unusable(f'message {i}: role {role!r}, {want!r} expected here')
+        if not message['content']: raise Unusable(f'message {i}: no text')
+    if len(rest) < 2: raise Unusable('nobody answers')
+    lead = '\n\n'.join(message['content'] for message in messages[:first])
+    return [dict(role='system', content=lead)]*bool(lead) + rest
 
 # %% ../nbs/29_chat_files.ipynb #read
 def kept(path, pairs): # pairs: (which row, messages or Unusable) -> yields messages; says what was left out
-    left, first, n = Counter(), {}, 0
+    left, first, used = Counter(), {}, 0
     for where, got in pairs:
-        if not isinstance(got, Unusable): n += 1; yield got; continue
+        if not isinstance(got, Unusable): used += 1; yield got; continue
         why = str(got).partition(': ')[2] or str(got)                         # without the message's number
         left[why] += 1; first.setdefault(why, f'{where}: {got}')
     lost = left.total()
-    if not n: raise FileError(f'{path}, {next(iter(first.values()))}' if lost else f'{path} has no rows')
+    if not used: raise FileError(f'{path}, {next(iter(first.values()))}' if lost else f'{path} has no rows')
     if not lost: return
-    some = '; '.join(f'{k:,} {why} ({first[why].partition(":")[0]})' for why, k in left.most_common(3))
+    some = '; '.join(f'{n:,} {why} ({first[why].partition(":")[0]})' for why, n in left.most_common(3))
     more = f'; {len(left) - 3} more reasons' if len(left) > 3 else ''
-    print0(f'{Path(path).name}: {n:,} of {n + lost:,} conversations are used; left out: {some}{more}')
+    print0(f'{Path(path).name}: {used:,} of {used + lost:,} conversations are used; left out: {some}{more}')
 
 def tried(row): # messages, or the reason
     try: return turns(row)
@@ -161,11 +169,11 @@ def has_chat(row) -> bool: # a row of a file
 def read_chats(path:str|Path # a file of one of KINDS
               ) -> list[list]: # messages of each conversation
     "The conversations of a file; says how many rows were of no use, and why"
-    return [*kept(path, ((where, tried(r)) for where, r in rows_of(path)))]
+    return [*kept(path, ((where, tried(row)) for where, row in rows_of(path)))]
 
 # %% ../nbs/29_chat_files.ipynb #text
 def as_text(conv:list # messages
            ) -> str:
     "A conversation as a script"
-    whole = lambda c: c if isinstance(c, str) else ''.join(p['text'] for p in c)
-    return '\n\n'.join(f"{m['role'].title()}: {whole(m['content'])}" for m in conv)
+    def whole(content): return content if isinstance(content, str) else ''.join(part['text'] for part in content)
+    return '\n\n'.join(f"{message['role'].title()}: {whole(message['content'])}" for message in conv)

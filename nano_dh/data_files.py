@@ -7,7 +7,7 @@ __all__ = ['MARK', 'KINDS', 'PACKED', 'DAY', 'read_file', 'repackage']
 
 # %% ../nbs/31_data_files.ipynb #imp
 import bz2, csv, gzip, io, json, lzma, os, random, zlib
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 import pyarrow as pa, pyarrow.parquet as pq
 from .chat_files import _value, as_text, has_chat, kept, rows_of, tried
@@ -16,36 +16,36 @@ from .damage import REPAIR, Sums, footer, not_utf8, reading
 from .dataset import Damaged, documents, passages, write_shard
 
 # %% ../nbs/31_data_files.ipynb #read-jsonl
-def _values(path, f): # of the lines of a file: (which, value)
-    for i, line in enumerate(f, 1):
+def _values(path, file): # of its lines: (which, value)
+    for i, line in enumerate(file, 1):
         if not line.strip(): continue
         try: yield f'line {i}', json.loads(line)
         except json.JSONDecodeError as e:
             raise ValueError(f'{path}, line {i}: {e.msg}; a line must be a JSON record') from None
 
-def _text(r, column, place): # the text of a record; a bare string is its own
-    if not isinstance(r, dict): r = {column: r}
-    texts = [k for k, v in r.items() if isinstance(v, str)]
+def _text(row, column, place): # the text of a record; a bare string is its own
+    if not isinstance(row, dict): row = {column: row}
+    texts = [name for name, value in row.items() if isinstance(value, str)]
     way = (f'name one that holds text: repackage([...], folder, column={texts[0]!r})' if texts
            else 'none of them holds text')
-    if column not in r: raise ValueError(f'{place} has no {column!r}, but {", ".join(r)}; {way}')
-    if r[column] is not None and column not in texts:
-        raise ValueError(f'{place}: {column!r} is {type(r[column]).__name__}, not text; {way}')
-    return r[column]
+    if column not in row:
+        raise ValueError(f'{place} has no {column!r}, but {", ".join(row)}; {way}')
+    if row[column] is not None and column not in texts:
+        raise ValueError(f'{place}: {column!r} is {type(row[column]).__name__}, not text; {way}')
+    return row[column] or ''
 
 def _records(path, rows, column): # rows: (which, value) -> yields text
-    first = next(rows, None); rows = chain([first]*(first is not None), rows)
-    if first and has_chat(first[1]) and not (isinstance(first[1], dict) and column in first[1]):
-        yield from map(as_text, kept(path, ((w, tried(r)) for w, r in rows))); return
-    for i, r in rows:
-        if t := _text(r, column, f'{path}, {i}'): yield t
+    first = [*islice(rows, 1)]; rows = chain(first, rows)
+    for _, row in first:
+        if has_chat(row) and not (isinstance(row, dict) and column in row):
+            return map(as_text, kept(path, ((at, tried(row)) for at, row in rows)))
+    return (_text(row, column, f'{path}, {at}') for at, row in rows)
 
-def _csv(path, f, column, delimiter):
+def _csv(path, file, column, delimiter):
     csv.field_size_limit(2**31 - 1)
-    rows = csv.DictReader(f, delimiter=delimiter)
+    rows = csv.DictReader(file, delimiter=delimiter)
     try:
-        for r in rows:
-            if t := _text(r, column, f'{path}, line {rows.line_num}'): yield t
+        for row in rows: yield _text(row, column, f'{path}, line {rows.line_num}')
     except csv.Error as e: raise ValueError(f'{path}, line {rows.line_num}: {e}') from None
 
 def _parquet(path, column, errors):
@@ -53,12 +53,12 @@ def _parquet(path, column, errors):
     except pa.ArrowInvalid: names = []
     if column not in names and {'messages', 'conversations'} & {*names}:
         yield from _records(path, rows_of(path), column); return
-    for g in range(len(footer(path, column))): # which refuses a broken file, a missing column
-        with reading(f'{path}, row group {g}'):
-            f = pq.ParquetFile(path, page_checksum_verification=True)
-            for b in f.iter_batches(256, [g], [column]):
-                for t in b[0].cast(pa.large_binary()).to_pylist():
-                    if t: yield t.decode('utf-8', errors)
+    for group in range(len(footer(path, column))): # which refuses a broken file, a missing column
+        with reading(f'{path}, row group {group}'):
+            file = pq.ParquetFile(path, page_checksum_verification=True)
+            for batch in file.iter_batches(256, [group], [column]):
+                for text in batch[0].cast(pa.large_binary()).to_pylist():
+                    yield (text or b'').decode('utf-8', errors)
 
 # %% ../nbs/31_data_files.ipynb #zstd
 MARK = b'\0 end of nano_dh stream \0'
@@ -67,41 +67,39 @@ class _Zstd(io.RawIOBase):
     "A .zst file. pyarrow takes one that was cut for whole: a frame behind it has to come out"
     def __init__(self, path):
         self.path, self.file, self.held = path, open(path, 'rb'), b''
-        self.tail = pa.compress(MARK, 'zstd', asbytes=True)
+        self.tail = io.BytesIO(pa.compress(MARK, 'zstd', asbytes=True))
         self.out = pa.CompressedInputStream(pa.PythonFile(self.Both(self)), 'zstd')
     class Both: # the file, then the frame
         closed, mode = False, 'rb'
-        def __init__(self, z): self.z = z
-        def read(self, n):
-            z = self.z; data = z.file.read(n)
-            if not data: data, z.tail = z.tail[:n], z.tail[n:]
-            return data
-        def close(self): self.z.file.close()
+        def __init__(self, whole): self.whole = whole
+        def read(self, n): return self.whole.file.read(n) or self.whole.tail.read(n)
+        def close(self): self.whole.file.close()
     def readable(self): return True
-    def readinto(self, b):
+    def readinto(self, buffer):
         more = True
-        while more and len(self.held) < len(MARK) + len(b):
+        while more and len(self.held) < len(MARK) + len(buffer):
             more = self.out.read(1 << 16); self.held += more
         if not more and not self.held.endswith(MARK):
             raise Damaged(f'{self.path} is damaged (cut short); fetch it again')
-        n = min(len(b), len(self.held) - len(MARK)); b[:n], self.held = self.held[:n], self.held[n:]
+        n = min(len(buffer), len(self.held) - len(MARK))
+        buffer[:n], self.held = self.held[:n], self.held[n:]
         return n
 
 # %% ../nbs/31_data_files.ipynb #read-texts
 KINDS = {'.txt': 'text', '.text': 'text', '.md': 'text', '.jsonl': 'jsonl', '.ndjson': 'jsonl',
          '.json': 'json', '.csv': 'csv', '.tsv': 'tsv', '.parquet': 'parquet'}
 PACKED = {'.gz': gzip.open, '.bz2': bz2.open, '.xz': lzma.open,
-          '.zst': lambda p: io.BufferedReader(_Zstd(p))}
+          '.zst': lambda path: io.BufferedReader(_Zstd(path))}
 
 def _kind(path): # 'text' | 'jsonl' | 'json' | 'csv' | 'tsv' | 'parquet' | None
-    p = Path(path)
-    return KINDS.get((Path(p.stem) if p.suffix.lower() in PACKED else p).suffix.lower())
+    stem, end = os.path.splitext(str(path).lower())
+    return KINDS.get(os.path.splitext(stem)[1] if end in PACKED else end)
 
 def _unpacked(path): # bytes
-    return PACKED.get(path.suffix.lower(), lambda p: open(p, 'rb'))(path)
+    return PACKED.get(path.suffix.lower(), lambda path: open(path, 'rb'))(path)
 
 def _utf16(path): # is it in another Unicode than UTF-8? Half of its bytes would be zeros
-    with _unpacked(path) as f: head = f.read(2000)
+    with _unpacked(path) as file: head = file.read(2000)
     even, odd = head[::2].count(0), head[1::2].count(0)
     if head[:2] in (b'\xff\xfe', b'\xfe\xff'): return 'utf-16'
     if max(even, odd) > len(head)//5: return 'utf-16-be' if even > odd else 'utf-16-le'
@@ -118,21 +116,22 @@ def read_file(path:str|Path,       # one of KINDS; all but parquet also as .gz, 
     if kind is None: raise ValueError(f'{path}: unknown kind; give one of {", ".join(KINDS)}')
     try:
         with reading(path):
-            if kind == 'parquet': yield from _parquet(path, column, errors); return
+            if kind == 'parquet': yield from filter(None, _parquet(path, column, errors)); return
             if not encoding and (wide := _utf16(path)): raise ValueError(f'{path} is not UTF-8, it '
                 f'looks like {wide}; say so: repackage([...], folder, encoding={wide!r})')
             end = '' if kind in ('csv', 'tsv') else None       # a cell may hold line ends
-            with io.TextIOWrapper(_unpacked(path), encoding or 'utf-8-sig', errors, end) as f:
-                yield from _documents(path, f, kind, column, size)
+            with io.TextIOWrapper(_unpacked(path), encoding or 'utf-8-sig', errors, end) as file:
+                yield from _documents(path, file, kind, column, size)
     except UnicodeDecodeError as e: raise ValueError(f'{path}: {not_utf8(e)}; {REPAIR}') from None
     except (EOFError, zlib.error, lzma.LZMAError) as e:
         raise Damaged(f'{path} is damaged ({e}); fetch it again') from None
 
-def _documents(path, f, kind, column, size): # of an open text file
-    if kind == 'jsonl': return _records(path, _values(path, f), column)
-    if kind == 'json': return _records(path, _value(path, f.read()), column)
-    if kind in ('csv', 'tsv'): return _csv(path, f, column, ',' if kind == 'csv' else '\t')
-    return passages(iter(lambda: f.read(1 << 16), ''), size)
+def _documents(path, file, kind, column, size): # of an open text file
+    if kind == 'text': return passages(iter(lambda: file.read(1 << 16), ''), size)
+    if kind in ('csv', 'tsv'): texts = _csv(path, file, column, ',' if kind == 'csv' else '\t')
+    elif kind == 'jsonl': texts = _records(path, _values(path, file), column)
+    else: texts = _records(path, _value(path, file.read()), column)
+    return filter(None, texts)
 
 # %% ../nbs/31_data_files.ipynb #repack-write
 DAY = 24*3600                               # seconds to wait for another rank's work
@@ -140,46 +139,46 @@ DAY = 24*3600                               # seconds to wait for another rank's
 def _write(path, texts, group_bytes): # whose old sums hold no longer
     Sums.file(path).unlink(missing_ok=True); write_shard(path, texts, group_bytes)
 
-def _utf8(t, errors): # (bytes, text without lone surrogates)
-    try: return len(t.encode()), t
+def _utf8(text, errors): # the text without lone surrogates, its bytes
+    try: return text, len(text.encode())
     except UnicodeEncodeError:
         if errors == 'strict':
-            raise ValueError(f'half a surrogate pair in {t[:30]!r}; {REPAIR}') from None
-        t = t.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
-        return len(t.encode()), t
+            raise ValueError(f'half a surrogate pair in {text[:30]!r}; {REPAIR}') from None
+        return _utf8(text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace'), errors)
 
 # %% ../nbs/31_data_files.ipynb #repack-loop
-def _batches(texts, skip, size, errors): # yields (documents taken so far, the texts of a shard)
-    buf, n, i = [], 0, 0
-    for i, t in enumerate(texts, 1):
-        if i <= skip or not t or t.isspace(): continue
-        k, t = _utf8(t, errors); buf.append(t); n += k
-        if n >= size: yield i, buf; buf, n = [], 0
-    if buf: yield i, buf
+def _batches(texts, skip, most, errors): # yields (documents taken so far, the texts of a shard)
+    batch, n, i = [], 0, 0
+    for i, text in enumerate(texts, 1):
+        if i <= skip or not text or text.isspace(): continue
+        text, size = _utf8(text, errors); batch.append(text); n += size
+        if n >= most: yield i, batch; batch, n = [], 0
+    if batch: yield i, batch
 
 def _shards(texts, out, name, state): # writes shards; yields the record after each
-    m = state['made']
-    for docs, buf in _batches(texts, state['docs'], m['shard_bytes'], m['errors']):
-        i, k = state['shards'], 0
-        if i == m['max_shards']: break
-        if m['val_share'] and len(buf) > 1: k = max(1, round(m['val_share']*len(buf)))
-        train, val = buf[:len(buf) - k], buf[len(buf) - k:]
-        if m['seed'] is not None: random.Random(f"{m['seed']} {i}").shuffle(train)
-        if val: _write(out/f'{name}_val_{i:05d}.parquet', val, m['group_bytes'])
-        _write(out/f'{name}_{i:05d}.parquet', train, m['group_bytes'])
-        state = state | dict(docs=docs, shards=i + 1, val=state['val'] + k)
-        yield state | dict(done=i + 1 == m['max_shards'])
+    made = state['made']
+    for docs, batch in _batches(texts, state['docs'], made['shard_bytes'], made['errors']):
+        i, share = state['shards'], made['val_share']
+        if i == made['max_shards']: break
+        n = max(1, round(share*len(batch))) if share and len(batch) > 1 else 0
+        train, val = batch[:len(batch) - n], batch[len(batch) - n:]
+        if made['seed'] is not None: random.Random(f"{made['seed']} {i}").shuffle(train)
+        if val: _write(out/f'{name}_val_{i:05d}.parquet', val, made['group_bytes'])
+        _write(out/f'{name}_{i:05d}.parquet', train, made['group_bytes'])
+        state = state | dict(docs=docs, shards=i + 1, val=state['val'] + n)
+        yield state | dict(done=i + 1 == made['max_shards'])
     if not state['shards']: raise ValueError(f'no text for {out}: every document is empty')
-    if m['val_share'] and not state['val']:
+    if made['val_share'] and not state['val']:
         raise ValueError(f'one document for {out}; give two, one to train on, one to validate on')
     yield state | dict(done=True)
 
 # %% ../nbs/31_data_files.ipynb #repack-job
 def _stamps(files): # what a list of files is known by
-    for f in files:
-        if not Path(f).is_file():
-            raise FileNotFoundError(f'{f} does not exist; give files, or an iterator of texts')
-    return [[str(Path(f).absolute()), os.stat(f).st_size, os.stat(f).st_mtime_ns] for f in files]
+    paths = [Path(file).absolute() for file in files]
+    for file, path in zip(files, paths):
+        if not path.is_file():
+            raise FileNotFoundError(f'{file} does not exist; give files, or an iterator of texts')
+    return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
 
 def _repackage(texts, out, name, made): # under the lock: begins, continues or does nothing
     log = out/f'shards-{name}.json'
@@ -215,5 +214,6 @@ def repackage(inputs,                      # a file, a list of files, or an iter
     if isinstance(inputs, (str, Path)): inputs = [inputs]
     if isinstance(inputs, (list, tuple)):
         files, made['files'] = inputs, _stamps(inputs)
-        inputs = (t for f in files for t in read_file(f, column, errors, passage, encoding))
+        inputs = (text for file in files
+                  for text in read_file(file, column, errors, passage, encoding))
     return _repackage(inputs, Path(out_dir), name, made)

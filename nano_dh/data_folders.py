@@ -9,41 +9,41 @@ __all__ = ['WORDS', 'TITLE', 'ABOUT', 'find_any', 'sound_mixture']
 import hashlib, json, os, re
 from functools import lru_cache
 from pathlib import Path
-import pyarrow as pa, pyarrow.parquet as pq
 from .core import base_dir, closest, print0
-from .damage import footer, note_sums, reading
+from .damage import footer, note_sums
 from .data_files import KINDS, PACKED, _kind, _stamps, repackage
 from .dataset import VAL_SHARE, Mixture, Source, find_sources, mixture_of
 from .downloads import HUBS, download_hf, download_hub
 
 # %% ../nbs/33_data_folders.ipynb #names
-WORDS = {w: s for s, ws in dict(train='train training', test='test testing',
-         val='val valid validation dev devel eval evaluation heldout').items() for w in ws.split()}
+WORDS = {word: split for split, words in dict(
+            train='train training', test='test testing',
+            val='val valid validation dev devel eval evaluation heldout').items()
+         for word in words.split()}
 TITLE = {'train', 'training', 'test', 'testing', 'dev', 'devel'}     # a title may hold them
 ABOUT = re.compile(r'(readme|licen[cs]e|notice|copying|authors|changelog|citation|attribution|'
                    r'contributing|security|todo)\b', re.I)
 
 def _stem(path): # name without endings and without what numbers a shard
-    name = re.sub(rf'(?i)(\.({"|".join(k[1:] for k in [*KINDS, *PACKED])}))+$', '', Path(path).name)
+    ends = '|'.join(end[1:] for end in (*KINDS, *PACKED))
+    name = re.sub(rf'(?i)(\.({ends}))+$', '', Path(path).name)
     return re.sub(r'(?i)(held|hold)[-_. ]?out', 'heldout', re.sub(r'-of-\d+.*$', '', name))
 
 def _tells(path): # the split that the name of a file or a folder tells; '' if it tells none
-    parts = [w.lower() for w in re.split(r'[\W_\d]+', _stem(path)) if w]
-    caps = re.findall(r'[A-Z]?[a-z]+', _stem(path))          # wikiValid
-    ends = _kind(path) in ('text', None)
-    found = {w for w in parts if w in WORDS and not (ends and w in TITLE and w not in (
-             parts[0], parts[-1]))} | {w for c in caps if (w := c.lower()) in WORDS.keys() - TITLE}
-    splits = {WORDS[w] for w in found}
+    stem = _stem(path); words = re.findall(r'[^\W\d_]+', stem.lower())
+    inner = TITLE - {*words[:1], *words[-1:]} if _kind(path) in ('text', None) else set()
+    camel = {word.lower() for word in re.findall(r'[A-Z]?[a-z]+', stem)} - TITLE       # wikiValid
+    found = WORDS.keys() & ({*words} - inner | camel)
+    splits = {WORDS[word] for word in found}
     if 'train' in splits and len(splits) > 1:
         raise ValueError(f'{path}: its name says {" and ".join(sorted(found))}; does it train, or '
                          'is it held out? Rename it, or name the files one by one')
     return 'test' if 'test' in splits else next(iter(splits), '')
 
 def _name(path): # (prefix, split) of a shard
-    words = [w for w in re.split(r'[-_. ]+', _stem(path)) if w]
-    bare = [w.rstrip('0123456789').lower() for w in words]
-    keep = [w for w, b in zip(words, bare) if b and b not in WORDS]
-    return '_'.join(keep), _tells(path) or 'train'
+    words = [word for word in re.split(r'[-_. ]+', _stem(path))
+             if word.rstrip('0123456789').lower() not in {'', *WORDS}]
+    return '_'.join(words), _tells(path) or 'train'
 
 # %% ../nbs/33_data_folders.ipynb #cached
 _say = lru_cache(print0)                        # a note, once
@@ -51,44 +51,45 @@ def _shown(names, most=5): # a few of them
     return ', '.join(names[:most]) + f' and {len(names) - most} more'*(len(names) > most) or 'none'
 
 def _inside(folder): # data files of a folder and of those in it
-    hidden = lambda f: any(p[0] == '.' for p in f.relative_to(folder).parts)
-    return sorted(f for f in folder.rglob('*') if f.is_file() and _kind(f) and not hidden(f))
+    return sorted(file for file in folder.rglob('*') if file.is_file() and _kind(file)
+                  and not any(part[0] == '.' for part in file.relative_to(folder).parts))
 
 def _look(path): # -> [(file, split by its folder)], names left out, folders that tell nothing
     files, left, dirs = [], [], []
-    for f in sorted(f for f in path.iterdir() if f.name[0] != '.'):
-        if f.is_dir() and (told := _tells(f)): files += [(g, told) for g in _inside(f)]
-        elif f.is_dir(): dirs.append(f)
-        elif f.is_file() and _kind(f) and not f.name.endswith('.json') and not (
-                ABOUT.match(f.name) and _kind(f) == 'text'):
-            files.append((f, ''))
-        elif _kind(f) and not f.name.startswith('shards-'): left.append(f.name)
+    for file in sorted(file for file in path.iterdir() if file.name[0] != '.'):
+        kind, name = _kind(file), file.name
+        if file.is_dir() and (told := _tells(file)): files += [(f, told) for f in _inside(file)]
+        elif file.is_dir(): dirs.append(file)
+        elif kind and file.is_file() and not (name.endswith('.json') or kind == 'text'
+                                              and ABOUT.match(name)): files.append((file, ''))
+        elif kind and not name.startswith('shards-'): left.append(name)
     return files, left, dirs
 
 def _agreed(files): # [(file, split its folder tells)] -> [(file, split)]
-    for f, told in files:
-        if told and _tells(f) not in ('', told):
-            raise ValueError(f'{f}: its name says {_tells(f)}, its folder {told}; rename one of '
-                             'them, or name the files one by one')
-    return [(f, told or _tells(f) or 'train') for f, told in files]
+    for file, told in files:
+        if told and _tells(file) not in ('', told):
+            raise ValueError(f'{file}: its name says {_tells(file)}, its folder {told}; rename one '
+                             'of them, or name the files one by one')
+    return [(file, told or _tells(file) or 'train') for file, told in files]
 
 # %% ../nbs/33_data_folders.ipynb #cached2
-def _became(where, train, val, left, rest=''): # says what each file is to the run
-    names = lambda fs: _shown([f.name for f in fs])
-    _say(f'{where}: {names(train)} to train on; {rest or names(val)} to validate'
+def _became(where, train, rest, left=()): # says what each file is to the run
+    _say(f'{where}: {_names(train)} to train on; {rest} to validate'
          + f'; left out: {_shown(left)}'*bool(left))
+
+def _names(files): return _shown([file.name for file in files])
 
 def _none(path, files):
     return ValueError(f'{path}: by their names none of its files is to train on '
-                      f'({_shown([f.name for f, _ in files])}); rename one, or name a file')
+                      f'({_names([file for file, _ in files])}); rename one, or name a file')
 
 def _cached(path, files, left=()) -> Path: # [(file, split)], repackaged into the base folder
-    train, val, test = ([f for f, s in files if s == k] for k in ('train', 'val', 'test'))
+    train, val, test = ([file for file, split in files if split == one]
+                        for one in ('train', 'val', 'test'))
     if not train: raise _none(path, files)
-    _became(path.name, train, val, [*(f.name for f in test), *left],
-            '' if val else f'the last {VAL_SHARE:.0%} of them')
-    key = json.dumps([_stamps(train), _stamps(val)])
-    key = hashlib.sha256(key.encode()).hexdigest()[:12]
+    _became(path.name, train, _names(val) if val else f'the last {VAL_SHARE:.0%} of them',
+            [*(file.name for file in test), *left])
+    key = hashlib.sha256(json.dumps([_stamps(train), _stamps(val)]).encode()).hexdigest()[:12]
     out = base_dir()/'data'/f'{train[0].name.split(".")[0]}-{key}'
     repackage(train, out, 'text', val_share=0 if val else VAL_SHARE)
     if val: repackage(val, out, 'text_val', val_share=0)
@@ -96,36 +97,35 @@ def _cached(path, files, left=()) -> Path: # [(file, split)], repackaged into th
 
 # %% ../nbs/33_data_folders.ipynb #aside
 def _aside(name, train): # shards without one that is named for validation -> Source
-    size = {f: [g[1] for g in footer(f)] for f in train}
-    last = size[train[-1]]; total = sum(map(sum, size.values())); k = 1
-    while k < len(last) and sum(last[-k:]) < VAL_SHARE*total: k += 1
-    if len(train) > 1 and sum(last) <= .1*total: k = len(last)
-    rest = len(last) - k
-    if sum(last[-k:]) > .25*total or not rest and len(train) == 1: return None
-    _became(name, train, [], [], f'the last {k} of {len(last)} row groups of {train[-1].name}')
-    val = [(train[-1], range(rest, len(last)) if rest else None)]
-    most = [(f, None) for f in train[:-1]] + [(train[-1], range(rest))]*(rest > 0)
-    return Source(name, dict(train=most, val=val))
+    sizes = [[group[1] for group in footer(file)] for file in train]
+    last, total, one = sizes[-1], sum(map(sum, sizes)), len(train) == 1
+    n = len(last); rest = n - 1                  # row groups of the last shard, and those that train
+    while rest and sum(last[rest:]) < VAL_SHARE*total: rest -= 1
+    if not one and sum(last) <= .1*total: rest = 0
+    if sum(last[rest:]) > .25*total or one and not rest: return None
+    _became(name, train, f'the last {n - rest} of {n} row groups of {train[-1].name}')
+    most = [(file, None) for file in train[:-1]] + [(train[-1], range(rest))]*(rest > 0)
+    return Source(name, dict(train=most, val=[(train[-1], range(rest, n) if rest else None)]))
 
-def _file(path, name=''): # one file -> Source
-    name = name or _name(path)[0] or path.stem
+def _parted(name, train): # files of one kind without any to validate -> Source
+    found = _aside(name, train) if _kind(train[0]) == 'parquet' else None
+    return found or _folder(_cached(train[0], [(file, 'train') for file in train]), name)[0]
+
+def _file(path): # one file -> Source
     if split := _tells(path).replace('train', ''):
         _say(f'{path.name} is named for {split}, but was asked for by itself: it trains')
-    s = _aside(name, [path]) if _kind(path) == 'parquet' else None
-    return s or _folder(_cached(path, [(path, 'train')]), name)[0]
+    return _parted(_name(path)[0] or path.stem, [path])
 
 # %% ../nbs/33_data_folders.ipynb #folder
 def _shards_of(name, files): # files of one prefix (split -> list) -> Source
-    train, val = files['train'], files.get('val', [])
-    if not val:
-        all_ = [(f, 'train') for f in train]
-        return _aside(name, train) or _folder(_cached(train[0], all_), name)[0]
-    if train[0].parent.parent != base_dir()/'data': _became(name, train, val, [])
-    return Source(name, dict(train=[(f, None) for f in train], val=[(f, None) for f in val]))
+    train, val = files['train'], files.get('val')
+    if not val: return _parted(name, train)
+    if train[0].parent.parent != base_dir()/'data': _became(name, train, _names(val))
+    return Source(name, {split: [(file, None) for file in files[split]] for split in ('train', 'val')})
 
 def _owner(path, by): # one file to validate, one source without: valid.parquet and wiki.parquet
-    val = [p for p in by if 'val' in by[p] and 'train' not in by[p]]
-    of = [p for p in by if 'train' in by[p] and 'val' not in by[p]]
+    val = [prefix for prefix, sides in by.items() if 'val' in sides and 'train' not in sides]
+    of = [prefix for prefix, sides in by.items() if 'train' in sides and 'val' not in sides]
     if val == [''] and len(of) > 1:
         name = by['']['val'][0].name
         raise ValueError(f'{path/name} could validate {_shown(of)}; put the name of one before it, '
@@ -134,33 +134,32 @@ def _owner(path, by): # one file to validate, one source without: valid.parquet 
 
 def _pick(path, files, name=''): # shards [(file, split)] -> list of Source
     by = {}
-    for f, split in files: by.setdefault(_name(f)[0], {}).setdefault(split, []).append(f)
-    _owner(path, by); some = any('val' in g for g in by.values())
-    out = [p for p, f in by.items() if 'train' not in f or some and 'val' not in f]
-    gone = [f.name for p, fs in by.items() for s, g in fs.items() for f in g
-            if p in out or s == 'test']
-    if gone: _say(f'{path.name}: left out {_shown(gone)}: not to train on, or without validation')
-    if by and len(out) == len(by): raise _none(path, files)
-    by = {p: f for p, f in by.items() if p not in out}
-    lone = (name or path.name) if len(by) == 1 else ''
-    return [_shards_of(lone or p or path.name, f) for p, f in by.items()]
+    for file, split in files: by.setdefault(_name(file)[0], {}).setdefault(split, []).append(file)
+    _owner(path, by); needed = {'train'} | {'val' for sides in by.values() if 'val' in sides}
+    good = {prefix: sides for prefix, sides in by.items() if needed <= sides.keys()}
+    gone = [file for prefix, sides in by.items() for split in sides for file in sides[split]
+            if prefix not in good or split == 'test']
+    if gone: _say(f'{path.name}: left out {_names(gone)}: not to train on, or without validation')
+    if by and not good: raise _none(path, files)
+    lone = (name or path.name) if len(good) == 1 else ''
+    return [_shards_of(lone or prefix or path.name, sides) for prefix, sides in good.items()]
 
 def _folder(path, name='', want=''): # name: of a lone source; want: only this prefix
     path = Path(path)
-    if any(not json.loads(p.read_text())['done'] for p in path.glob('shards-*.json')):
+    if any(not json.loads(log.read_text())['done'] for log in path.glob('shards-*.json')):
         raise ValueError(f'{path} is unfinished; run its repackage again')
-    shards = [(f, told) for f, told in _look(path)[0] if _kind(f) == 'parquet'
-              and (not want or _name(f)[0] == want)]
+    shards = [(file, told) for file, told in _look(path)[0] if _kind(file) == 'parquet'
+              and (not want or _name(file)[0] == want)]
     return _pick(path, _agreed(shards), name or want)
 
 # %% ../nbs/33_data_folders.ipynb #find
 def _dir(path): # any folder -> list of Source
     files, left, dirs = _look(path)
-    texts = [(f, told) for f, told in files if _kind(f) != 'parquet']
-    if not files: return [s for d in dirs for s in _dir(d)]
-    if len(texts) < len(files): found, left = _folder(path), left + [f.name for f, _ in texts]
+    texts = [(file, told) for file, told in files if _kind(file) != 'parquet']
+    if not files: return [source for folder in dirs for source in _dir(folder)]
+    if len(texts) < len(files): found, left = _folder(path), left + [file.name for file, _ in texts]
     else: found, left = _folder(_cached(path, _agreed(texts), left), path.name), []
-    left += [f'{d.name}/' for d in dirs if _inside(d)]
+    left += [f'{folder.name}/' for folder in dirs if _inside(folder)]
     if left: _say(f'{path.name}: left out {_shown(left)}; give their own path')
     return found
 
@@ -168,42 +167,35 @@ def _dir(path): # any folder -> list of Source
 def find_any(name:str # a name of the hub, one in the folder of packs, or a path
             ) -> list[Source]:
     "What a name stands for"
-    folder = Path(os.environ.get('NANO_DH_DATA', '') or base_dir()/'data'/'pack').expanduser()
-    root = folder if folder.is_dir() else None
+    packs = Path(os.environ.get('NANO_DH_DATA', '') or base_dir()/'data'/'pack').expanduser()
+    packs = [packs] if packs.is_dir() else []
     base, _, n = name.partition('@')
     if base in HUBS: return [download_hub(base, int(n or 8))]
     if name.startswith('hf:'):
         repo, config, column = (base[3:].split(':') + ['', ''])[:3]
         out = download_hf(repo, config, column or 'text', int(n or 8))
         return _folder(out, repo.rstrip('/').split('/')[-1])
-    for p in ([root/name] if root else []) + [Path(name).expanduser()]:
-        if p.is_file(): return [_file(p)]
-        if p.is_dir() and (found := _dir(p)): return found
-        if p.parent.is_dir() and (found := _folder(p.parent, want=p.name)): return found
-    known = [*HUBS, 'sample', *([s.name for s in _dir(root)] if root else [])]
+    for path in [folder/name for folder in packs] + [Path(name).expanduser()]:
+        if path.is_file(): return [_file(path)]
+        if path.is_dir() and (found := _dir(path)): return found
+        if path.parent.is_dir() and (found := _folder(path.parent, want=path.name)): return found
+    known = [*HUBS, 'sample', *(source.name for folder in packs for source in _dir(folder))]
     near = closest(name, known)
     raise FileNotFoundError(f'no data {name!r}' + f', did you mean {near!r}?'*bool(near)
                             + f'; give a file, a folder or {", ".join(known)}'
-                            + '; dh_pack fetches public wiki, books and chat'*(root is None))
+                            + '; dh_pack fetches public wiki, books and chat'*(not packs))
 
 # %% ../nbs/33_data_folders.ipynb #open
-def _any_text(s, split): # is there text in it? The first batch says so, as a rule
-    for f, keep in s.files[split]:
-        groups = range(len(footer(f, s.column))) if keep is None else keep
-        for g in groups:
-            with reading(f'{f}, row group {g}'):
-                p = pq.ParquetFile(f, page_checksum_verification=True)
-                for b in p.iter_batches(64, [g], [s.column]):
-                    texts = b[0].cast(pa.large_binary()).to_pylist()
-                    if any(t and t.decode(errors='replace').strip() for t in texts): return True
-    return False
 @mixture_of.replace
 def sound_mixture(spec:str) -> Mixture: # as in chapter 07
     "The mixture that a spec describes, looked into before it is read"
     mixture = mixture_of.plain(spec)
     if spec == 'sample': return mixture
-    for s in mixture.sources:
+    for source in mixture.sources:
         for split, verb in dict(train='train', val='validate').items():
-            if not _any_text(s, split): raise ValueError(f'{s.name}: all its documents to {verb} on are blank; give some text')
-    note_sums([(f, s.column) for s in mixture.sources for fs in s.files.values() for f, _ in fs])
+            groups = range(len(source.groups[split]))       # the first one says so, as a rule
+            if not any(any(source.read_group(split, i)) for i in groups): raise ValueError(
+                f'{source.name}: all its documents to {verb} on are blank; give some text')
+    note_sums([(file, source.column) for source in mixture.sources
+               for files in source.files.values() for file, _ in files])
     return mixture

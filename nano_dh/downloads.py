@@ -6,10 +6,10 @@
 __all__ = ['SLOWEST', 'CURABLE', 'HUBS', 'Again', 'fetch', 'download_hub', 'download_hf']
 
 # %% ../nbs/32_downloads.ipynb #imp
-import hashlib, json, math, os, queue, re, threading, time
-from concurrent.futures import ThreadPoolExecutor, as_completed
+import hashlib, json, math, os, re, threading, time
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
-import pyarrow.parquet as pq, requests, urllib3
+import requests, urllib3
 from .core import atomic_write, base_dir, file_lock, human, print0
 from .damage import Sums, footer, note_sums, short
 from .data_files import DAY, repackage
@@ -18,69 +18,68 @@ from .dataset import Damaged, Source
 # %% ../nbs/32_downloads.ipynb #fetch-said
 class Again(OSError): "A failure that another try may cure"
 
-def _said(r): # [length of the whole file or -1, ETag], from the answer or a redirect before it
-    heads = [x.headers for x in (*r.history, r)]
-    tag = next((t for h in heads if (t := h.get('X-Linked-ETag'))), r.headers.get('ETag', ''))
-    span, length = (r.headers.get(f'Content-{k}', '') for k in ('Range', 'Length'))
-    size = span.rpartition('/')[2] or length
+def _said(answer): # [length of the whole file or -1, ETag], from it or a redirect before it
+    heads = answer.headers
+    linked = (r.headers.get('X-Linked-ETag') for r in (*answer.history, answer))
+    tag = next(filter(None, linked), heads.get('ETag', ''))
+    size = heads.get('Content-Range', '').rpartition('/')[2] or heads.get('Content-Length', '')
     return [int(size) if size.isdigit() else -1, tag.removeprefix('W/').strip('"')]
 
 # %% ../nbs/32_downloads.ipynb #fetch-ask
 SLOWEST = 1000                    # bytes a second that a server must send over any `timeout`
 
 def _ask(url, head, timeout): # the answer, once its head has come; that may take 3*timeout in all
-    box = queue.SimpleQueue()
+    answer = Future()
     def go():
-        try: box.put(requests.get(url, headers=head, stream=True, timeout=timeout))
-        except BaseException as e: box.put(e)
+        try: answer.set_result(requests.get(url, headers=head, stream=True, timeout=timeout))
+        except BaseException as e: answer.set_exception(e)
     threading.Thread(target=go, daemon=True).start()
-    try: r = box.get(timeout=3*timeout)
-    except queue.Empty: raise requests.Timeout('no answer in time') from None
-    if isinstance(r, BaseException): raise r
-    return r
-
-def _block(raw): # what has come, without waiting for more
-    try: return raw.read1(1 << 16)
-    except urllib3.exceptions.HTTPError as e: raise Again(short(e)) from None
+    try: return answer.result(3*timeout)
+    except TimeoutError: raise requests.Timeout('no answer in time') from None
 
 def _blocks(raw, timeout): # of a body, as they come
-    start, n = time.monotonic(), 0
-    while block := _block(raw):
-        yield block
-        n += len(block); took = time.monotonic() - start
-        if took > timeout:
-            if n < SLOWEST*took: raise Again(f'{n/took:.0f} bytes a second came')
-            start, n = time.monotonic(), 0
+    start, size = time.monotonic(), 0
+    try:
+        while block := raw.read1(1 << 16):          # what has come, without waiting for more
+            yield block
+            size += len(block); took = time.monotonic() - start
+            if took <= timeout: continue
+            if size < SLOWEST*took: raise Again(f'{size/took:.0f} bytes a second came')
+            start, size = time.monotonic(), 0
+    except urllib3.exceptions.HTTPError as e: raise Again(short(e)) from None
 
 # %% ../nbs/32_downloads.ipynb #fetch-try
+def _size(part): return part.stat().st_size if part.exists() else 0
+
 def _try(url, part, timeout): # one request; what comes is added to `part`
     note = Path(f'{part}.json')
-    have = part.stat().st_size if part.exists() and note.exists() else 0
+    have = _size(part) if note.exists() else 0
     old = json.loads(note.read_text()) if have else None
     if have and have == old[0]: return old
     head = {'Accept-Encoding': 'identity'} | ({'Range': f'bytes={have}-'} if have else {})
-    with _ask(url, head, timeout) as r:
-        said, code, span = _said(r), r.status_code, r.headers.get('Content-Range', '')
+    with _ask(url, head, timeout) as answer:
+        said, code = _said(answer), answer.status_code
+        span = answer.headers.get('Content-Range', '')
         joins = code == 206 and said == old and span.startswith(f'bytes {have}-')
         if code == 416 or code == 206 and not joins:
             part.unlink(missing_ok=True); raise Again('the file changed on the server')
         if code in (408, 429) or code >= 500: raise Again(f'status {code}')
-        r.raise_for_status(); atomic_write(note, json.dumps(said))
-        with open(part, 'ab' if joins else 'wb') as f:
-            for block in _blocks(r.raw, timeout): f.write(block)
+        answer.raise_for_status(); atomic_write(note, json.dumps(said))
+        with open(part, 'ab' if joins else 'wb') as file:
+            for block in _blocks(answer.raw, timeout): file.write(block)
     return said
 
 # %% ../nbs/32_downloads.ipynb #verify
 def _sha256(path):
-    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
+    with open(path, 'rb') as file: return hashlib.file_digest(file, 'sha256').hexdigest()
 
 def _verify(part, said, check): # raises Again if what came is not the file
     (size, tag), got = said, part.stat().st_size
     if got < size: raise Again(f'{got} of {size} bytes came')
-    sums = re.fullmatch('[0-9a-f]{64}', tag)
     try:
         if 0 <= size < got: raise Damaged(f'{got} bytes came where {size} were announced')
-        if sums and _sha256(part) != tag: raise Damaged('its SHA-256 is not the announced one')
+        if re.fullmatch('[0-9a-f]{64}', tag) and tag != _sha256(part):
+            raise Damaged('its SHA-256 is not the announced one')
         if check: check(part)
     except Damaged as e: part.unlink(); raise Again(str(e)) from None
 
@@ -88,7 +87,7 @@ def _short(e): # the cause, in a few words
     if isinstance(e, requests.HTTPError): return f'status {e.response.status_code}'
     if 'NameResolution' in str(e): return 'no network, or no such host'
     if isinstance(e, requests.Timeout) or 'timed out' in str(e): return 'no answer in time'
-    return str(e).splitlines()[0][:120]
+    return short(e)[:120]
 
 # %% ../nbs/32_downloads.ipynb #fetch
 CURABLE = (Again, requests.ConnectionError, requests.Timeout,
@@ -102,37 +101,36 @@ def fetch(url:str, path:str|Path, # from where, to where
          ) -> Path:
     "Download a file: continued, verified, and under its name only when it is whole"
     path, part, failed = Path(path), Path(f'{path}.part'), 0
-    size = lambda: part.stat().st_size if part.exists() else 0
     with file_lock(path, DAY):
         while not path.exists():
-            before = size()
+            before = _size(part)
             try:
                 _verify(part, _try(url, part, timeout), check)
                 Sums.file(path).unlink(missing_ok=True); os.replace(part, path)
-                Path(f'{part}.json').unlink(); break
-            except (Again, requests.RequestException) as e: why = e
-            failed = 1 if size() - before >= 1 << 20 else failed + 1
-            if failed >= tries or not isinstance(why, CURABLE):
-                raise ConnectionError(f'{url}: {_short(why)} (try {failed}); run again to go on')
-            time.sleep(min(60, pause*2**(failed - 1)))
+                Path(f'{part}.json').unlink()
+            except (Again, requests.RequestException) as e:
+                failed = 1 if _size(part) - before >= 1 << 20 else failed + 1
+                if failed >= tries or not isinstance(e, CURABLE): raise ConnectionError(
+                    f'{url}: {_short(e)} (try {failed}); run again to go on') from None
+                time.sleep(min(60, pause*2**(failed - 1)))
     return path
 
 # %% ../nbs/32_downloads.ipynb #hub
 HUBS = {'climbmix': ('karpathy/climbmix-400b-shuffle', 6542),    # repository, its last shard
         'fineweb-edu': ('karpathy/fineweb-edu-100b-shuffle', 1822)}
 
-def _shard(url, path, **kw): # fetched, and its sums noted while it is new
-    p = fetch(url, path, check=footer, **kw); note_sums([(p, 'text')], math.inf)
-    return p
+def _shard(url, path, **kw): # fetched, and its sums noted while it is new -> bytes
+    fetch(url, path, check=footer, **kw); note_sums([(path, 'text')], math.inf)
+    return path.stat().st_size
 
 def _fetch_all(name, jobs, threads, **kw): # jobs: [(url, path)]
     print0(f'{name}: fetching {len(jobs)} shards to {jobs[0][1].parent}'); start = time.time()
     with ThreadPoolExecutor(threads) as pool:
-        left = [pool.submit(_shard, u, p, **kw) for u, p in jobs]
+        left = [pool.submit(_shard, url, path, **kw) for url, path in jobs]
         try:
-            for k, j in enumerate(as_completed(left), 1):
-                n = j.result().stat().st_size
-                print0(f'{name}: {k} of {len(jobs)}, {human(n, unit="B")}, {time.time()-start:.0f} s')
+            for i, done in enumerate(as_completed(left), 1):
+                print0(f'{name}: {i} of {len(jobs)}, {human(done.result(), unit="B")}, '
+                       f'{time.time() - start:.0f} s')
         except BaseException: pool.shutdown(cancel_futures=True); raise
 
 # %% ../nbs/32_downloads.ipynb #hub-get
@@ -145,25 +143,24 @@ def download_hub(name:str,            # one of HUBS
     "Shards of a public set, fetched where they are missing"
     repo, last = HUBS[name]
     if not 1 <= n_shards <= last: raise ValueError(f'{name}@{n_shards}: give 1 to {last} shards')
-    end = os.environ.get('HF_ENDPOINT', '').rstrip('/') or 'https://huggingface.co'
+    hub = os.environ.get('HF_ENDPOINT', '').rstrip('/') or 'https://huggingface.co'
     out = Path(out_dir or base_dir()/'data'/name); out.mkdir(parents=True, exist_ok=True)
     paths = [out/f'shard_{i:05d}.parquet' for i in (*range(n_shards), last)]
-    jobs = [(f'{end}/datasets/{repo}/resolve/main/{p.name}', p) for p in paths if not p.exists()]
+    jobs = [(f'{hub}/datasets/{repo}/resolve/main/{p.name}', p) for p in paths if not p.exists()]
     if jobs: _fetch_all(name, jobs, threads, **kw)
-    return Source(name, dict(train=[(p, None) for p in paths[:-1]], val=[(paths[-1], None)]))
+    return Source(name, dict(train=[(path, None) for path in paths[:-1]], val=[(paths[-1], None)]))
 
 # %% ../nbs/32_downloads.ipynb #hf
 def _stream(name, config, column): # yields str
     import datasets
     try: data = datasets.load_dataset(name, config or None, split='train', streaming=True)
-    except Exception as e:
-        why = (str(e).splitlines() or [type(e).__name__])[0][:160]
-        raise ConnectionError(f'hf:{name} did not open ({why}); check name and network') from None
-    for r in data:
-        if column not in r:
-            raise ValueError(f'hf:{name} has no column {column!r}, but {", ".join(r)}; '
+    except Exception as e: raise ConnectionError(
+        f'hf:{name} did not open ({short(e)}); check name and network') from None
+    for row in data:
+        if column not in row:
+            raise ValueError(f'hf:{name} has no column {column!r}, but {", ".join(row)}; '
                              f'write hf:{name}:{config}:COLUMN')
-        yield r[column] or ''
+        yield row[column] or ''
 
 def download_hf(name:str,         # repository on the hub, or a folder that `datasets` can read
                 config:str='',    # its configuration

@@ -6,12 +6,12 @@
 __all__ = ['FEEDS', 'Feed', 'texts', 'in_turn', 'sources', 'build_pack', 'PackConfig', 'dh_pack']
 
 # %% ../nbs/34_pack.ipynb #imp
-import math, os, sys
-from dataclasses import dataclass, replace
+import math, sys
+from dataclasses import dataclass
 from pathlib import Path
-from .core import atomic_write, base_dir, options, package_data
+from .core import atomic_write, base_dir, options
 from .data_files import repackage
-from .dataset import open_data, passages
+from .dataset import Mixture, passages
 from .downloads import _stream
 
 # %% ../nbs/34_pack.ipynb #feeds
@@ -25,6 +25,8 @@ class Feed:
     config: str = ''    # of the set
     column: str = 'text' # that holds the text
     cut: bool = False   # into passages of 8,000 characters at most
+    groups = dict(train=[0])                    # one group, as a `Source` has them
+    def read_group(self, split, i): return texts(self)
 
 FEEDS = (
     Feed('wiki', 'wikimedia/wikipedia', 182, 'CC BY-SA 3.0 and GFDL', '20231101.en'),
@@ -34,28 +36,22 @@ FEEDS = (
 
 def texts(feed:Feed): # yields str
     "The documents of a feed, as a stream"
-    for t in _stream(feed.repo, feed.config, feed.column):
-        if feed.cut: yield from passages([t])
-        elif t: yield t
+    for text in _stream(feed.repo, feed.config, feed.column):
+        if feed.cut: yield from passages([text])
+        elif text: yield text
 
 # %% ../nbs/34_pack.ipynb #turns
 def in_turn(feeds:list # of `Feed`
            ): # yields str
     "Documents of several feeds, mixed by their megabytes"
-    runs, seen = [texts(f) for f in feeds], [0]*len(feeds)
-    live = set(range(len(feeds)))
-    while live:
-        i = min(live, key=lambda i: (seen[i]/feeds[i].megabytes, i)); t = next(runs[i], None)
-        if t is None: live.discard(i)
-        else: seen[i] += len(t.encode()); yield t
+    return Mixture('', feeds, [feed.megabytes for feed in feeds]).texts()
 
 # %% ../nbs/34_pack.ipynb #build
 def sources(feeds, scale:float=1.) -> str: # Markdown
     "Where the text of a pack is from"
     rows = [f'| {f.part} | [{f.repo}](https://huggingface.co/datasets/{f.repo}) | {f.config} | '
-            f'{f.megabytes*scale:g} MB | {f.licence} |' for f in feeds]
-    return '\n'.join(['| part | set | configuration | text | licence |', '|---|---|---|---|---|',
-                      *rows]) + '\n'
+            f'{f.megabytes*scale:g} MB | {f.licence} |\n' for f in feeds]
+    return '| part | set | configuration | text | licence |\n|---|---|---|---|---|\n' + ''.join(rows)
 
 def build_pack(folder:str|Path='', # '': data/pack in the base folder, where runs look by themselves
                scale:float=1.,     # of all sizes
@@ -64,11 +60,12 @@ def build_pack(folder:str|Path='', # '': data/pack in the base folder, where run
     "Fetch a pack; what is there is kept, and what was stopped goes on"
     if not scale > 0: raise ValueError(f'scale {scale}: give a positive number, such as 0.1')
     folder = Path(folder or base_dir()/'data'/'pack').expanduser()
-    for part in dict.fromkeys(f.part for f in feeds):
-        mine = [f for f in feeds if f.part == part]
-        size = scale*1e6*sum(f.megabytes for f in mine); n = math.ceil(size/60e6)
+    for part in dict.fromkeys(feed.part for feed in feeds):
+        mine = [feed for feed in feeds if feed.part == part]
+        size = scale*1e6*sum(feed.megabytes for feed in mine); n = math.ceil(size/60e6)
         print(f'{part}: {size/1e6:,.3g} MB from {", ".join(f.repo for f in mine)}', flush=True)
-        repackage(in_turn(mine), folder, part, shard_bytes=int(size/n), max_shards=n, key=repr(mine))
+        repackage(in_turn(mine), folder, part, shard_bytes=int(size/n), max_shards=n,
+                  key=repr(mine))
     atomic_write(folder/'SOURCES.md', '# Sources of this pack\n\n' + sources(feeds, scale))
     return folder
 

@@ -11,7 +11,7 @@ __all__ = ['TASKS', 'STAGES', 'ENDLESS', 'SETTLED', 'advantages', 'Rollouts', 'p
 import json, math, random, time
 from dataclasses import dataclass, replace
 from pathlib import Path
-import torch, torch.distributed as dist
+import torch, torch.nn.functional as F
 from torch import Tensor
 from fastcore.basics import patch
 from .checkpoint import find_checkpoint, latest_step, load_model, runs_dir, save_checkpoint
@@ -24,7 +24,7 @@ from .hybrid_model import HybridConfig, HybridModel
 from .launch import LiveCurve
 from .sft import (SETTLED, STAGES, ChatTrainer, FinetuneConfig, finetune, fingerprint,
                          newest)
-from .tasks import (TASKS, Task, chat, last_number, open_task, render_for_completion,
+from .tasks import (TASKS, Drawn, chat, last_number, open_task, render_for_completion,
                            say, tool)
 from .tokenizer import Tokenizer
 from .plan import most_ranks
@@ -35,8 +35,9 @@ from .progress import Report
 def advantages(rewards:Tensor # (prompts, samples)
               ) -> Tensor:    # the same shape; rows without variance are zero
     "How much better than the other tries at the same question, in standard deviations"
-    d = rewards - rewards.mean(1, keepdim=True); s = rewards.std(1, correction=0, keepdim=True)
-    return torch.where(s > 1e-6, d/s.clamp_min(1e-6), 0.)
+    better = rewards - rewards.mean(1, keepdim=True)
+    spread = rewards.std(1, correction=0, keepdim=True)
+    return torch.where(spread > 1e-6, better/spread.clamp_min(1e-6), 0.)
 
 # %% ../nbs/60_rl.ipynb #rollout
 @dataclass
@@ -48,18 +49,19 @@ class Rollouts:
     logp: Tensor       # (N, T) log-probability that the engine gave the token, 0 where y is -1
     rewards: Tensor    # (prompts, samples), of all answers, also those left out of x
 
-    def each(self, f): # f: of a tensor; rewards stay as they are
-        return Rollouts(f(self.x), f(self.y), f(self.adv), f(self.logp), self.rewards)
+    def each(self, change): # of a tensor; rewards stay as they are
+        return Rollouts(*map(change, (self.x, self.y, self.adv, self.logp)), self.rewards)
 
     def micro(self, rows): # -> pieces of so many rows, but for those that only fill up
-        pieces = (self.each(lambda t: t[a:a+rows]) for a in range(0, len(self.x), rows))
-        return (piece for piece in pieces if (piece.y >= 0).any())
+        for start in range(0, len(self.x), rows):
+            piece = self.each(lambda tensor: tensor[start:start + rows])
+            if (piece.y >= 0).any(): yield piece
 
     def padded(self, rows, length): # few shapes, for kernels that are compiled for each
-        n, t = -len(self.x) % rows, -self.x.shape[1] % length
-        pad = lambda a, v: torch.nn.functional.pad(a, (0, t, 0, n), value=v)
-        return Rollouts(pad(self.x, 0), pad(self.y, -1), torch.nn.functional.pad(self.adv, (0, n)),
-                        pad(self.logp, 0.), self.rewards)
+        below, right = (0, -len(self.x) % rows), (0, -self.x.shape[1] % length)
+        def pad(tensor, value): return F.pad(tensor, right*(tensor.dim() - 1) + below, value=value)
+        return Rollouts(pad(self.x, 0), pad(self.y, -1), pad(self.adv, 0.), pad(self.logp, 0.),
+                        self.rewards)
 
 # %% ../nbs/60_rl.ipynb #pack
 def pack_rollouts(prompts:list,  # token ids of each question
@@ -68,18 +70,18 @@ def pack_rollouts(prompts:list,  # token ids of each question
                   pad:int        # any token id
                  ) -> Rollouts:
     "Answers as right-padded rows; groups without variance are left out"
-    adv, rows = advantages(rewards), []
-    for p, g, a in zip(prompts, groups, adv):
-        rows += [(p, s, w.item()) for s, w in zip(g, a) if w != 0]
-    T = max((len(p) + len(s.tokens) for p, s, _ in rows), default=2) - 1
+    rows = [(prompt, stream, adv.item())
+            for prompt, group, advs in zip(prompts, groups, advantages(rewards))
+            for stream, adv in zip(group, advs) if adv != 0]
+    T = max((len(prompt) + len(stream.tokens) for prompt, stream, _ in rows), default=2) - 1
     x = torch.full((len(rows), T), pad); y, logp = torch.full_like(x, -1), torch.zeros(len(rows), T)
-    for i, (p, s, _) in enumerate(rows):
-        ids, a = torch.tensor(p + s.tokens), len(p) - 1
+    for i, (prompt, stream, _) in enumerate(rows):
+        ids = torch.tensor(prompt + stream.tokens); answer = slice(len(prompt) - 1, len(ids) - 1)
+        own = torch.tensor([given is not None for given in stream.logprobs])
         x[i, :len(ids) - 1] = ids[:-1]
-        own = torch.tensor([l is not None for l in s.logprobs])
-        y[i, a:len(ids) - 1] = torch.where(own, ids[len(p):], -1)
-        logp[i, a:len(ids) - 1] = torch.tensor([l or 0. for l in s.logprobs])
-    return Rollouts(x, y, torch.tensor([w for *_, w in rows]), logp, rewards)
+        y[i, answer] = torch.where(own, ids[len(prompt):], -1)
+        logp[i, answer] = torch.tensor([given or 0. for given in stream.logprobs])
+    return Rollouts(x, y, torch.tensor([adv for *_, adv in rows]), logp, rewards)
 
 # %% ../nbs/60_rl.ipynb #sample
 def rollout(engine, prompts:list, # token ids of each question
@@ -89,13 +91,14 @@ def rollout(engine, prompts:list, # token ids of each question
             at=None               # number of each question, which seeds its draws; None: 0, 1, ...
            ) -> list:             # of lists of finished Streams
     "Answer each question n times, as many at once as the engine has rows"
-    out, at_once, at = [], max(1, engine.max_rows//n), at or range(len(prompts))
-    for a in range(0, len(prompts), at_once):
-        ss = [engine.submit(Request(p, max_tokens=max_tokens, temperature=temperature, top_k=top_k,
-                                    seed=((seed & 0x7fffff) << 40) + at[i]*n + j,
-                                    tools=tools, logprobs=0))
-              for i, p in enumerate(prompts[a:a+at_once], a) for j in range(n)]
-        engine.run(ss); out += [ss[i:i+n] for i in range(0, len(ss), n)]
+    questions, most = [*zip(prompts, at or range(len(prompts)))], max(1, engine.max_rows//n)
+    out, first = [], (seed & 0x7fffff) << 40
+    for start in range(0, len(questions), most):
+        streams = [engine.submit(Request(
+            prompt, max_tokens=max_tokens, temperature=temperature, top_k=top_k,
+            seed=first + i*n + j, tools=tools, logprobs=0))
+            for prompt, i in questions[start:start + most] for j in range(n)]
+        engine.run(streams); out += [streams[i:i + n] for i in range(0, len(streams), n)]
     return out
 
 # %% ../nbs/60_rl.ipynb #refresh
@@ -103,28 +106,25 @@ def refresh(engine, model): # after the weights of `model` have changed
     "Let an engine forget what it has read, and take new weights if it has a copy of its own"
     slabs = engine.slabs; engine.release(); engine.slabs = slabs
     if not engine.graphs: return
-    new = inference_copy(model, engine.model.dtype)         # recorded steps keep their addresses
-    with torch.no_grad():
-        for old, m in zip(engine.model.modules(), new.modules()):
-            if hasattr(old, 'fused'): old.fused.copy_(m.fused)
-        for p, q in zip(engine.model.parameters(), new.parameters()): p.copy_(q)
+    own, new = engine.model, inference_copy(model, engine.model.dtype)
+    with torch.no_grad():                                   # recorded steps keep their addresses
+        for old, module in zip(own.modules(), new.modules()):
+            if hasattr(old, 'fused'): old.fused.copy_(module.fused)
+        for old, weight in zip(own.parameters(), new.parameters()): old.copy_(weight)
 
 # %% ../nbs/60_rl.ipynb #tiny
-class Tiny(Task):
+class Tiny(Drawn):
     "'12 times 34': which of five signs is meant? Held-out questions have other pairs of numbers"
-    name, kind = 'tiny', 'generate'
+    name = 'tiny'
     signs = dict(plus='+', minus='-', times='*', over='//', modulo='%')
-    def __init__(self, split:str='train', size:int=1000):
-        self.split, self.index = split, range(size)
     def example(self, i):
-        r = random.Random(f'tiny {self.split} {i}'); test = self.split != 'train'
+        rng, held = random.Random(f'tiny {self.split} {i}'), self.split != 'train'
         while True:
-            a, b, word = r.randint(1, 99), r.randint(1, 99), r.choice([*self.signs])
-            if (a*31 + b) % 5 < 2 if test else (a*31 + b) % 5 >= 2: break
-        return self.talk(a, word, b, self.signs[word])
-    def talk(self, a, word, b, sign):
-        call = tool(f'{a}{sign}{b}')
-        return chat(f'{a} {word} {b}', [*call, say(call[1]['text'])])
+            x, y, word = rng.randint(1, 99), rng.randint(1, 99), rng.choice([*self.signs])
+            if ((x*31 + y) % 5 < 2) == held: return self.talk(x, word, y, self.signs[word])
+    def talk(self, x, word, y, sign):
+        call = tool(f'{x}{sign}{y}')
+        return chat(f'{x} {word} {y}', [*call, say(call[1]['text'])])
     def evaluate(self, conv, text):
         return last_number(text) == conv['messages'][-1]['content'][1]['text']
 
@@ -133,22 +133,22 @@ class Blind(Tiny):
     "The same questions, answered by somebody who takes the right sign one time in four"
     name, share = 'blind', .25
     def example(self, i):
-        conv, r = super().example(i), random.Random(f'blind {i}')
-        a, word, b = conv['messages'][0]['content'].split(); right = self.signs[word]
-        if r.random() < self.share: return conv
-        return self.talk(a, word, b, r.choice([s for s in self.signs.values() if s != right]))
+        conv, rng = super().example(i), random.Random(f'blind {i}')
+        x, word, y = conv['messages'][0]['content'].split(); right = self.signs[word]
+        if rng.random() < self.share: return conv
+        return self.talk(x, word, y, rng.choice([s for s in self.signs.values() if s != right]))
 
 TASKS |= dict(tiny=Tiny, blind=Blind)
 
 # %% ../nbs/60_rl.ipynb #warm
 def tiny_base(name:str='tiny-base', seed:int=0) -> Path: # its checkpoint
     "An untrained model of two layers, with a tokenizer for the tiny task"
-    text = [' '.join(p['text'] for p in [dict(text=c['messages'][0]['content']),
-                                         *c['messages'][1]['content']])
-            for c in Tiny(size=3000)]
+    talks = [conv['messages'] for conv in Tiny(size=3000)]
+    text = [' '.join([ask['content'], *(part['text'] for part in answer['content'])])
+            for ask, answer in talks]
     cfg = HybridConfig.from_depth(2, pattern='GL', vocab_size=384, sequence_len=64)
-    tok = Tokenizer.train(text, 384, name='tiny'); model = HybridModel(cfg, seed)
-    return save_checkpoint(runs_dir()/name, 0, model, tokenizer=tok,
+    tok = Tokenizer.train(text, 384, name='tiny')
+    return save_checkpoint(runs_dir()/name, 0, HybridModel(cfg, seed), tokenizer=tok,
                            meta=dict(train=dict(stage='tiny', total_batch_size=2048)))
 
 # %% ../nbs/60_rl.ipynb #warm2
@@ -158,41 +158,43 @@ def tiny_start(seed:int=0, device:str='', log=lambda rec: None,
                demos:int=16000 # demonstrations, each seen once
               ) -> str:        # the run that RL starts from
     "Fine-tune the tiny model on poor demonstrations, unless that was done before"
-    name = f'tiny-start-{seed}'; begun = runs_dir()/name/'config.json'
-    with file_lock(runs_dir()/name):
+    name = f'tiny-start-{seed}'; folder = runs_dir()/name; begun = folder/'config.json'
+    with file_lock(folder):
         was = json.loads(begun.read_text()) if begun.exists() else {}
-        if was and latest_step(runs_dir()/name) == was['num_iterations']: return name
-        new = dict(base=str(tiny_base(f'tiny-base-{seed}', seed)), tasks=f'blind@{demos}',
-                   val_tasks='blind/test@200', total_batch_size=2048, device_batch_size=32,
-                   seed=seed) if not was else dict(resume=True)
+        if was and latest_step(folder) == was['num_iterations']: return name
+        new = dict(resume=True) if was else dict(
+            base=str(tiny_base(f'tiny-base-{seed}', seed)), tasks=f'blind@{demos}',
+            val_tasks='blind/test@200', total_batch_size=2048, device_batch_size=32, seed=seed)
         finetune(FinetuneConfig(run=name, stage=was.get('stage', 'toy'), prompts='', nproc=0,
                                 device=device, compile='off', **new), log)
     return name
 
 def make_start(cfg, emit): # `tiny_start` in a rank
     "Notes while the model is taught, then its name"
-    def tell(r):
-        if 'loss' in r and r['step'] % 50 == 1:
-            emit(dict(note=f"teaching it: step {r['step']}, loss {r['loss']:.3f}, "
-                           f"{duration(r['eta'], about=True)} to go"))
+    def tell(rec):
+        if 'loss' in rec and rec['step'] % 50 == 1:
+            emit(dict(note=f"teaching it: step {rec['step']}, loss {rec['loss']:.3f}, "
+                           f"{duration(rec['eta'], about=True)} to go"))
     emit(dict(start=tiny_start(cfg.seed, cfg.device, tell)))
 
 # %% ../nbs/60_rl.ipynb #drift
 def drift(new:Tensor, old:Tensor # log-probabilities of drawn tokens, by training and by the engine
          ) -> dict:
     "How far the rollout's distribution is from the one that is trained"
-    d = (new - old).double()
-    if not len(d): return dict(drift=0., drift_max=0., kl=0.)
-    return dict(drift=d.abs().mean().item(), drift_max=d.abs().max().item(),
-                kl=(d.exp() - 1 - d).mean().item())  # Schulman's estimate, never negative
+    gap = (new - old).double()
+    if not len(gap): return dict(drift=0., drift_max=0., kl=0.)
+    return dict(drift=gap.abs().mean().item(), drift_max=gap.abs().max().item(),
+                kl=(gap.exp() - 1 - gap).mean().item())  # Schulman's estimate, never negative
 
 # %% ../nbs/60_rl.ipynb #tokenlosses
 def token_losses(model, x:Tensor, y:Tensor # (N, T) inputs; targets, -1 where they do not count
                 ) -> Tensor:               # (number of targets,) float32, differentiable
     "Minus the log-probability of every target, from logits in float32 as the engine has them"
-    on = y >= 0; h, w = model.stream(x)[on], model.head_weight
-    if h.dtype in (torch.bfloat16, torch.float16): h, w = h.float(), w.to(h.dtype)
-    return linear_cross_entropy(h, w, y[on], model.cfg.softcap, 'none', model.cfg.vocab_size)
+    on = y >= 0; hidden, weight = model.stream(x)[on], model.head_weight
+    if hidden.dtype in (torch.bfloat16, torch.float16):
+        hidden, weight = hidden.float(), weight.float()
+    return linear_cross_entropy(hidden, weight, y[on], model.cfg.softcap, 'none',
+                                model.cfg.vocab_size)
 
 # %% ../nbs/60_rl.ipynb #pass
 def pass_at_k(n:int,     # answers that were judged
@@ -230,90 +232,90 @@ def continued(self:RLConfig) -> RLConfig: # total_batch_size follows from questi
     return FinetuneConfig.continued(replace(self, total_batch_size=-1))
 
 # %% ../nbs/60_rl.ipynb #sensible
-def _sensible(c): # refuse a run that could learn nothing, or say nothing of what it learned
-    if c.temperature < 1e-5:
-        raise ValueError(f'temperature {c.temperature:g}: all answers would be the same; take more '
-                         'than 0, such as 1')
-    if c.questions % max(1, c.nproc):
-        raise ValueError(f'questions {c.questions} do not divide over {c.nproc} ranks; '
+def _sensible(cfg): # refuse a run that could learn nothing, or say nothing of what it learned
+    if cfg.temperature < 1e-5:
+        raise ValueError(f'temperature {cfg.temperature:g}: all answers would be the same; take '
+                         'more than 0, such as 1')
+    if cfg.questions % max(1, cfg.nproc):
+        raise ValueError(f'questions {cfg.questions} do not divide over {cfg.nproc} ranks; '
                          'take a multiple')
-    if c.num_iterations == ENDLESS and (c.warmdown_ratio or c.schedule != 'linear'):
+    if cfg.num_iterations == ENDLESS and (cfg.warmdown_ratio or cfg.schedule != 'linear'):
         raise ValueError('a learning rate that falls has to know the end; give num_iterations, or '
                          'warmdown_ratio 0 and schedule linear')
-    train, held = (open_task(c.task, s, c.data) for s in ('train', 'test'))
+    train, held = (open_task(cfg.task, split, cfg.data) for split in ('train', 'test'))
     if train.kind == 'chat':
-        raise ValueError(f'task {c.task} has no right answers; take one of kind generate, such as '
-                         'gsm8k or sums')
+        raise ValueError(f'task {cfg.task} has no right answers; take one of kind generate, such '
+                         'as gsm8k or sums')
     if fingerprint(train) == fingerprint(held):
-        raise ValueError(f'task {c.task} has the same questions in training and examination; take '
-                         'one that has both')
+        raise ValueError(f'task {cfg.task} has the same questions in training and examination; '
+                         'take one that has both')
 
 # %% ../nbs/60_rl.ipynb #resolved
 @patch
 def resolved(self:RLConfig) -> RLConfig:
     "Derive every field that was left at -1 or ''; a resumed run brings its own"
-    c = self.continued() if self.resume else replace(self); tiny = c.task == 'tiny'
-    c.check(); gpu = c.on_gpu()
-    if not c.saved: c.base = str(find_checkpoint(c.base)) if c.base else newest('sft', 'mid')
-    m = c.model_config(); c.depth, c.pattern, c.vocab_size = m.n_layer, m.pattern, m.vocab_size
-    c.default(max_seq_len=m.sequence_len, max_tokens=24 if tiny else 256,
-                     nproc=most_ranks() if gpu else 1,
-                     eval_questions=1000 if tiny else 200, lr_frac=.15 if tiny else .05,
-                     num_iterations=ENDLESS if c.minutes else 200 if tiny else 400,
-                     eval_every=20, save_every=100, max_hours=168.,
-device_batch_size=32, epochs=1.)
-    _sensible(c)
-    c.total_batch_size = c.questions*c.samples  # what the records count is answers, not tokens
-    c.device = c.device or get_device().type; c.compile = 'off'; c._rates()
-    c.run = c.run or f"rl-{c.task}-{time.strftime('%Y%m%d-%H%M%S')}"
-    return c
+    cfg = self.continued() if self.resume else replace(self); tiny = cfg.task == 'tiny'
+    cfg.check(); gpu = cfg.on_gpu()
+    if not cfg.saved:
+        cfg.base = str(find_checkpoint(cfg.base)) if cfg.base else newest('sft', 'mid')
+    model = cfg.model_config()
+    cfg.depth, cfg.pattern, cfg.vocab_size = model.n_layer, model.pattern, model.vocab_size
+    cfg.default(max_seq_len=model.sequence_len, max_tokens=24 if tiny else 256,
+                nproc=most_ranks() if gpu else 1,
+                eval_questions=1000 if tiny else 200, lr_frac=.15 if tiny else .05,
+                num_iterations=ENDLESS if cfg.minutes else 200 if tiny else 400,
+                eval_every=20, save_every=100, max_hours=168., device_batch_size=32, epochs=1.)
+    _sensible(cfg)
+    cfg.total_batch_size = cfg.questions*cfg.samples  # records count answers, not tokens
+    cfg.device = cfg.device or get_device().type; cfg.compile = 'off'; cfg._rates()
+    cfg.run = cfg.run or f"rl-{cfg.task}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return cfg
 
 # %% ../nbs/60_rl.ipynb #questions
 class Questions:
     "This rank's questions, a step at a time, with the answers of the model as it is then"
     def __init__(self, trainer, task):
-        self.t, self.task, self.at, self.index = trainer, task, 0, 0
+        self.trainer, self.task, self.at, self.index = trainer, task, 0, 0
         self.identity = dict(task=task.name, data=fingerprint(task), seed=trainer.cfg.seed)
     def __iter__(self): return self
     def close(self): pass # nothing is open
 
     def __next__(self) -> Rollouts:
-        c, t, n, began = self.t.cfg, self.t, len(self.task), time.perf_counter()
-        at = range(self.at + t.rank, self.at + c.questions, t.world)
-        convs = [self.task[int(shuffled(n, c.seed, p//n)[p % n])] for p in at]
-        prompts, groups = t.answer(convs, c.samples, c.seed, at)
-        rewards = torch.tensor([[float(self.task.evaluate(v, s.text)) for s in g]
-                                for v, g in zip(convs, groups)])
-        self.at += c.questions; self.index += 1; t.roll_seconds = time.perf_counter() - began
-        t.roll_tokens = sum(len(s.tokens) for g in groups for s in g)
-        b = pack_rollouts(prompts, groups, rewards, t.tok.bos_id)
-        return b.padded(c.device_batch_size, 256) if t.device.type == 'cuda' else b
+        trainer, n, began = self.trainer, len(self.task), time.perf_counter(); cfg = trainer.cfg
+        at = range(self.at + trainer.rank, self.at + cfg.questions, trainer.world)
+        convs = [self.task[int(shuffled(n, cfg.seed, i//n)[i % n])] for i in at]
+        prompts, groups = trainer.answer(convs, cfg.samples, cfg.seed, at)
+        rewards = torch.tensor([[float(self.task.evaluate(conv, stream.text)) for stream in group]
+                                for conv, group in zip(convs, groups)])
+        self.at += cfg.questions; self.index += 1
+        trainer.roll_seconds = time.perf_counter() - began
+        trainer.roll_tokens = sum(len(stream.tokens) for group in groups for stream in group)
+        batch = pack_rollouts(prompts, groups, rewards, trainer.tok.bos_id)
+        if trainer.device.type != 'cuda': return batch
+        return batch.padded(cfg.device_batch_size, 256)
 
-# %% ../nbs/60_rl.ipynb #qstate
-@patch
-def state_dict(self:Questions) -> dict:
-    return dict(identity=self.identity, row=self.at, index=self.index, streams={},
-                seconds=time.perf_counter() - self.t.since)
+    def state_dict(self) -> dict:
+        return dict(identity=self.identity, row=self.at, index=self.index, streams={},
+                    seconds=time.perf_counter() - self.trainer.since)
 
-@patch
-def load_state_dict(self:Questions, s):
-    was, now = s['identity'], self.identity
-    if was != now: raise ValueError(f'the questions of this run were {was}, here they are {now}; '
-                                    'resume it with its own data')
-    self.at, self.index = s['row'], s['index']
-    self.t.since = time.perf_counter() - s['seconds']
+    def load_state_dict(self, state):
+        was, now = state['identity'], self.identity
+        if was != now: raise ValueError(f'the questions of this run were {was}, here they are '
+                                        f'{now}; resume it with its own data')
+        self.at, self.index = state['row'], state['index']
+        self.trainer.since = time.perf_counter() - state['seconds']
 
 # %% ../nbs/60_rl.ipynb #trainer
 class RLTrainer(ChatTrainer):
     "One rank's part of reinforcement learning"
     def open(self):
-        c = self.cfg
-        self.model, self.tok, _ = load_model(c.source, device=self.device); self.model.train()
+        cfg = self.cfg
+        self.model, self.tok, _ = load_model(cfg.source, device=self.device); self.model.train()
         self.since = time.perf_counter()
-        self.questions, self.held = (open_task(c.task, s, c.data) for s in ('train', 'test'))
-        rows = min(1024, max(64, c.questions*c.samples//self.world))
+        self.questions, self.held = (open_task(cfg.task, s, cfg.data) for s in ('train', 'test'))
+        if cfg.task == 'tiny': self.questions = Tiny('train', 20000)
+        rows = min(1024, max(64, cfg.questions*cfg.samples//self.world))
         self.engine = Engine(self.model, self.tok, max_rows=rows, prefix_bytes=0)
-        if c.task == 'tiny': self.questions = type(self.questions)('train', 20000)
 
     def make_loader(self, split, rows): return Questions(self, self.questions)
 
@@ -335,7 +337,7 @@ class RLTrainer(ChatTrainer):
     def train_step(self, batch): # Rollouts
         "One optimizer step, and what it tells"
         began, self.seen = time.perf_counter(), []
-        total = super().train_step(batch.each(lambda t: t.to(self.device)))
+        total = super().train_step(batch.each(lambda tensor: tensor.to(self.device)))
         far = drift(*map(torch.cat, zip(*self.seen))) if self.seen else {}
         self.record(batch, far, time.perf_counter() - began)
         return total
@@ -343,57 +345,56 @@ class RLTrainer(ChatTrainer):
 # %% ../nbs/60_rl.ipynb #answer
 @patch
 def answer(self:RLTrainer, convs, n, seed, at): # -> prompts, groups of finished Streams
-    c = self.cfg; refresh(self.engine, self.model)
-    prompts = [render_for_completion(v, self.tok) for v in convs]
-    return prompts, rollout(self.engine, prompts, n, c.max_tokens, c.temperature, c.top_k, seed,
-                            at=at)
+    cfg = self.cfg; refresh(self.engine, self.model)
+    prompts = [render_for_completion(conv, self.tok) for conv in convs]
+    return prompts, rollout(self.engine, prompts, n, cfg.max_tokens, cfg.temperature, cfg.top_k,
+                            seed, at=at)
 
 @patch
-def sums(self:RLTrainer, *xs): # over ranks
-    dev = 'cpu' if self.device.type == 'mps' else self.device      # float64 is unknown to mps
-    t = torch.tensor(xs, dtype=torch.float64, device=dev)
-    if self.world > 1: dist.all_reduce(t)
-    return t.tolist()
+def sums(self:RLTrainer, *numbers): # over ranks
+    device = 'cpu' if self.device.type == 'mps' else self.device      # float64 is unknown to mps
+    return self.over_ranks(torch.tensor(numbers, dtype=torch.float64, device=device)).tolist()
 
 # %% ../nbs/60_rl.ipynb #record
 @patch
-def record(self:RLTrainer, b, far, seconds):
+def record(self:RLTrainer, batch, far, seconds):
     "Write down a step"
-    c = self.cfg; n, right, kept, tokens = self.sums(
-        b.rewards.numel(), b.rewards.sum().item(), (b.adv != 0).sum().item(), self.roll_tokens)
+    rewards, took = batch.rewards, self.roll_seconds + seconds
+    n, right, kept, tokens = self.sums(rewards.numel(), rewards.sum().item(),
+                                       (batch.adv != 0).sum().item(), self.roll_tokens)
     self.log(reward=right/n, kept=kept/n, answer_tokens=tokens/n, roll_s=self.roll_seconds,
-             train_s=seconds,
-             samples_s=n/(self.roll_seconds + seconds), **far)
+             train_s=seconds, samples_s=n/took, **far)
     self.watch()
 
 @patch
 def watch(self:RLTrainer): # the same decision on all ranks
     "End the run where its time is used up, that of earlier starts included"
-    c = self.cfg; spent = time.perf_counter() - self.since
-    if self.sums(float(0 < 60*c.minutes <= spent))[0]: c.num_iterations = self.step
+    spent = time.perf_counter() - self.since
+    if self.sums(float(0 < 60*self.cfg.minutes <= spent))[0]: self.cfg.num_iterations = self.step
 
 # %% ../nbs/60_rl.ipynb #eval
 def mean_error(n:int,      # questions
-               p:float,    # mean of their rewards, each between 0 and 1
+               mean:float, # of their rewards, each between 0 and 1
                square:float # mean of the squares
               ) -> float:
     "Standard error of the mean, with one question all right and one all wrong added"
-    m, s = (n*p + 1)/(n + 2), (n*square + 1)/(n + 2)
-    return math.sqrt((s - m*m)/n)
+    mean, square = (n*mean + 1)/(n + 2), (n*square + 1)/(n + 2)
+    return math.sqrt((square - mean*mean)/n)
 
 @patch
 def evaluate(self:RLTrainer):
     "Held-out questions: the mean reward, which is pass@1, and pass@k"
-    c, k, held = self.cfg, self.cfg.eval_samples, self.held.some(self.cfg.eval_questions)
+    cfg, k, held = self.cfg, self.cfg.eval_samples, self.held.some(self.cfg.eval_questions)
     at = range(self.rank, len(held), self.world); convs = [held[i] for i in at]
-    prompts, groups = self.answer(convs, k, 10**6 + c.seed, at)
-    right = [sum(bool(held.evaluate(v, s.text)) for s in g) for v, g in zip(convs, groups)]
-    ps = [sum(pass_at_k(k, r, j) for r in right) for j in range(1, k + 1)]
-    n, square, *got = self.sums(len(convs), sum((r/k)**2 for r in right), *ps)
+    _, groups = self.answer(convs, k, 10**6 + cfg.seed, at)
+    right = [sum(bool(held.evaluate(conv, stream.text)) for stream in group)
+             for conv, group in zip(convs, groups)]
+    passed = [sum(pass_at_k(k, r, j) for r in right) for j in range(1, k + 1)]
+    n, square, *passed = self.sums(len(convs), sum((r/k)**2 for r in right), *passed)
     some = {1, 2, 4, 8, 16, k} if k > 1 else ()
-    self.log(val_reward=got[0]/n, val_reward_stderr=mean_error(n, got[0]/n, square/n),
-             questions=int(n), **{f'pass_{j}': g/n for j, g in enumerate(got, 1) if j in some},
-             examples=[self.tok.decode(s.tokens) for g in groups[:3] for s in g[:1]])
+    self.log(val_reward=passed[0]/n, val_reward_stderr=mean_error(n, passed[0]/n, square/n),
+             questions=int(n), **{f'pass_{j}': p/n for j, p in enumerate(passed, 1) if j in some},
+             examples=[self.tok.decode(group[0].tokens) for group in groups[:3]])
 
 # %% ../nbs/60_rl.ipynb #rlfn
 def rl(cfg:RLConfig, # may have fields left open
@@ -408,30 +409,25 @@ class RLReport(Report):
     def __init__(self, cfg, lines=20):
         super().__init__(cfg, lines); self.of = f'/{cfg.num_iterations}'
         if cfg.num_iterations == ENDLESS: self.every, self.of = cfg.eval_every or 20, ''
-    def add(self, r:dict):
-        s, n = r['step'], self.of
-        if 'reward' in r and (s % self.every == 0 or s in (1, self.cfg.num_iterations)):
-            print(f"step {s:>4}{n}  reward {r['reward']:.3f}  {r['kept']:.0%} of answers used  "
-                  f"{r['samples_s']:.1f} answers/s  drift {r.get('drift', 0):.1e}")
-        if 'val_reward' in r:
-            rest = '  '.join(f'{k}: {v:.3f}' for k, v in r.items() if k.startswith('pass_'))
-            print(f"step {s:>4}{n}  held-out reward {r['val_reward']:.3f} +- "
-                  f"{r['val_reward_stderr']:.3f} over {r['questions']:,} questions  {rest}")
-        if 'note' in r: print(r['note'])
-
-# %% ../nbs/60_rl.ipynb #report2
-@patch
-def figure(self:RLReport):
-    "Reward of rollouts and held-out (pass@1), pass@k, and answers a second"
-    from IPython.display import Image
-    k = self.cfg.eval_samples
-    panels = ('reward', 'val_reward', *([f'pass_{k}'] if k > 1 else []), 'samples_s')
-    curve = LiveCurve(panels, every=math.inf, figsize=(10, 2.6))
-    for r in self.records: curve.add(r)
-    return Image(curve.draw_now())
-
-@patch
-def next(self:RLReport):
-    return (f"the first held-out answers:\n  " + '\n  '.join(self.last('examples', [])) +
-            f"\nto judge it:\n  papermill runs/chat_eval.ipynb runs/out/chat_eval.ipynb "
-            f"-p model {self.cfg.run}")
+    def add(self, rec:dict):
+        step = rec['step']; start = f'step {step:>4}{self.of}'
+        if 'reward' in rec and (step % self.every == 0 or step in (1, self.cfg.num_iterations)):
+            print(f"{start}  reward {rec['reward']:.3f}  {rec['kept']:.0%} of answers used  "
+                  f"{rec['samples_s']:.1f} answers/s  drift {rec.get('drift', 0):.1e}")
+        if 'val_reward' in rec:
+            rest = '  '.join(f'{k}: {v:.3f}' for k, v in rec.items() if k.startswith('pass_'))
+            print(f"{start}  held-out reward {rec['val_reward']:.3f} +- "
+                  f"{rec['val_reward_stderr']:.3f} over {rec['questions']:,} questions  {rest}")
+        if 'note' in rec: print(rec['note'])
+    def figure(self):
+        "Reward of rollouts and held-out (pass@1), pass@k, and answers a second"
+        from IPython.display import Image
+        k = self.cfg.eval_samples
+        panels = 'reward', 'val_reward', *[f'pass_{k}']*(k > 1), 'samples_s'
+        curve = LiveCurve(panels, every=math.inf, figsize=(10, 2.6))
+        for rec in self.records: curve.add(rec)
+        return Image(curve.draw_now())
+    def next(self):
+        return (f"the first held-out answers:\n  " + '\n  '.join(self.last('examples', [])) +
+                f"\nto judge it:\n  papermill runs/chat_eval.ipynb runs/out/chat_eval.ipynb "
+                f"-p model {self.cfg.run}")

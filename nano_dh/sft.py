@@ -9,7 +9,9 @@ __all__ = ['MASK', 'STAGES', 'HELD_OUT', 'INHERITED', 'SETTLED', 'whole_fit', 'f
 
 # %% ../nbs/59_sft.ipynb #imp
 import hashlib, json, math, time
+from collections import OrderedDict
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 import numpy as np, torch
 from fastcore.basics import patch
@@ -17,7 +19,7 @@ from .checkpoint import (find_checkpoint, latest_step, list_runs, load_model, re
     read_tokenizer, runs_dir)
 from .core import compute_dtype, duration, get_device
 from .dataloader import (N_STREAMS, DocTokens, EvalPacker, Loader, Packer, Piece, Stream,
-                                shuffled)
+                                recent, shuffled)
 from .engine import Engine
 from .hybrid_model import HybridConfig
 from .identity import Identity    # adds its task to the known ones
@@ -38,14 +40,14 @@ def whole_fit(waiting:list,      # Pieces, the longest waiting first; those used
              ) -> tuple:         # (row (size,) int32, pieces in it, where they start)
     "Fill one row with whole conversations; the rest stays BOS"
     row, placed, starts, at = np.full(size, bos, np.int32), [], [], 0
-    n, gone = np.array([len(p) for p in waiting]), 2**62
+    lengths, gone = np.array([len(piece) for piece in waiting]), 2**62
     while len(placed) < min(len(waiting), max_docs or size) and (not placed
-                                                                 or n.min() <= size - at):
-        k = 0 if not placed else int(np.where(n <= size - at, n, 0).argmax())
-        p, n[k], waiting[k] = waiting[k], gone, None
-        row[at+1:at+len(p)] = p.ids
-        placed.append(p); starts.append(at); at += len(p)
-    waiting[:] = [p for p in waiting if p is not None]
+                                                                 or lengths.min() <= size - at):
+        i = int(np.where(lengths <= size - at, lengths, 0).argmax()) if placed else 0
+        piece, lengths[i], waiting[i] = waiting[i], gone, None
+        row[at+1:at+len(piece)] = piece.ids
+        placed.append(piece); starts.append(at); at += len(piece)
+    waiting[:] = [piece for piece in waiting if piece is not None]
     return row, placed, starts
 
 # %% ../nbs/59_sft.ipynb #chattokens
@@ -61,40 +63,33 @@ class ChatTokens(DocTokens):
         self.task = self.source = task                     # `source` has the name, for messages
         self.tok, self.T, self.seed, self.long = tok, seq_len, seed, long_chats
         self.train, self.threads, self.n_streams, self.n = train, threads, n_streams, len(task)
-        self.next, self.ready, self.orders = {s: s for s in streams}, {}, {}
+        self.next, self.ready, self.orders = {s: s for s in streams}, {}, OrderedDict()
         if not self.n: raise ValueError('no conversations; name some tasks')
         self.fingerprint = fingerprint(task)
 
-# %% ../nbs/59_sft.ipynb #fit
-@patch
-def at(self:ChatTokens, p): # which conversation stands at position p
-    epoch, q = divmod(p, self.n)
-    if not self.train: return q
-    if epoch not in self.orders: self.orders = {epoch: shuffled(self.n, self.seed, epoch),
-                                                **dict(list(self.orders.items())[-2:])}
-    return int(self.orders[epoch][q])
+    def at(self, pos): # which conversation stands at a position
+        epoch, i = divmod(pos, self.n)
+        if not self.train: return i
+        return int(recent(self.orders, epoch, lambda: shuffled(self.n, self.seed, epoch), 3)[i])
 
-@patch
-def encode(self:ChatTokens, positions
-          ) -> dict: # position -> (n,) int32 ids without BOS, supervised ones + MASK
-    rs = render_batch([self.task[self.at(p)] for p in positions], self.tok, self.threads)
-    return {p: self.fit(r) for p, r in zip(positions, rs)}
+    def encode(self, positions
+              ) -> dict: # position -> (n,) int32 ids without BOS, supervised ones + MASK
+        found = render_batch([self.task[self.at(pos)] for pos in positions], self.tok, self.threads)
+        return dict(zip(positions, map(self.fit, found)))
 
-@patch
-def fit(self:ChatTokens, r): # not longer than a row; nothing if nothing is left to learn
-    ids, on = np.array(r.ids[1:], np.int32), np.array(r.mask[1:], np.int32)
-    if len(ids) > self.T and self.long == 'drop': return ids[:0]
-    ids, on = ids[:self.T], on[:self.T]
-    return ids + MASK*on if on.any() else ids[:0]
+    def fit(self, rendered): # not longer than a row; nothing if nothing is left to learn
+        ids, on = (np.array(part[1:], np.int32) for part in (rendered.ids, rendered.mask))
+        if len(ids) > self.T and self.long == 'drop' or not on[:self.T].any(): return ids[:0]
+        return (ids + MASK*on)[:self.T]
 
 # %% ../nbs/59_sft.ipynb #chatstream
 class ChatStream(Stream):
     "One logical stream of conversations"
     def next_row(self):
-        self.refill(0); w = self.waiting[0]
-        if not w: return None
-        row, pieces, starts = whole_fit(w, self.size, self.bos, self.max_docs)
-        self.placed[0] += sum(len(p) - 1 for p in pieces); self.rows += 1
+        self.refill(0); waiting = self.waiting[0]
+        if not waiting: return None
+        row, pieces, starts = whole_fit(waiting, self.size, self.bos, self.max_docs)
+        self.placed[0] += sum(len(piece) - 1 for piece in pieces); self.rows += 1
         return row, pieces, starts, 0
 
 # %% ../nbs/59_sft.ipynb #chatpacker
@@ -132,14 +127,14 @@ class ChatLoader(Loader):
                  state:dict|None=None, prefetch:int=2):
         self.device, self.documents, self.prefetch = torch.device(device), documents, prefetch
         make = ChatPacker if split == 'train' else ChatEvalPacker
-        self._make = lambda: make(task, tokenizer, batch_rows, seq_len, seed, rank, world_size,
-                                  long_chats)
+        self._make = partial(make, task, tokenizer, batch_rows, seq_len, seed, rank, world_size,
+                             long_chats)
         self.load_state_dict(state)
 
     def __next__(self):
-        b = super().__next__()
-        b.x, b.y = b.x % MASK, torch.where(b.y >= MASK, b.y - MASK, -1)
-        return b
+        batch = super().__next__(); x, y = batch.x, batch.y
+        batch.x, batch.y = x % MASK, torch.where(y >= MASK, y - MASK, -1)
+        return batch
 
 # %% ../nbs/59_sft.ipynb #chatstep
 class ChatTrainer(RankTrainer):
@@ -170,13 +165,11 @@ class ChatTrainer(RankTrainer):
 # full: from the hub or local files; own: needs neither; epochs; learning rates x lr_frac
 STAGES = dict(
     mid=dict(full='smoltalk mmlu/train@100000 gsm8k/train:2 simplespelling@100000 '
-                  'spellingbee@50000 '
-                  'sums@10000 identity@1000:2',
+                  'spellingbee@50000 sums@10000 identity@1000:2',
              own='sums@2500 simplespelling@400 spellingbee@400 identity@1000', epochs=1.,
              lr_frac=1.),
     sft=dict(full='smoltalk@20000 arc_easy/train arc_challenge/train gsm8k/train '
-                  'simplespelling@300 '
-                  'spellingbee@300 sums@1000 identity@1000',
+                  'simplespelling@300 spellingbee@300 sums@1000 identity@1000',
              own='sums@1000 simplespelling@200 spellingbee@200 identity@600', epochs=1.,
              lr_frac=.1))
 HELD_OUT = 'sums/test@200 simplespelling/test@100 identity/test'
@@ -209,10 +202,10 @@ def mixture(self:FinetuneConfig, split:str) -> TaskMixture: # 'train' or 'test'
 
 def newest(*stages) -> str: # path of the checkpoint; '' if there is none
     "The run of the latest of these stages that was saved last"
-    of = lambda r: r['meta'].get('train', {}).get('stage', 'base')
-    for s in stages:
-        if found := [r for r in list_runs() if of(r) == s]:
-            return str(find_checkpoint(found[-1]['name']))
+    runs = [(run['meta'].get('train', {}).get('stage', 'base'), run['name']) for run in list_runs()]
+    for stage in stages:
+        found = [name for of, name in runs if of == stage]
+        if found: return str(find_checkpoint(found[-1]))
     raise PlanError(f'{runs_dir()} holds no run of {" or ".join(stages)}; '
                     'train one: make pretrain')
 
@@ -235,9 +228,7 @@ def source(self:FinetuneConfig) -> Path: # checkpoint that model and tokenizer c
 
 @patch
 def model_config(self:FinetuneConfig) -> HybridConfig:
-    return HybridConfig.from_dict(_meta_at(self.source)['model'])
-
-def _meta_at(path): return read_meta(path)
+    return HybridConfig.from_dict(read_meta(self.source)['model'])
 
 # %% ../nbs/59_sft.ipynb #settled
 SETTLED = dict(epochs='num_iterations', lr_frac='matrix_lr and the other rates')  # give instead
@@ -245,67 +236,67 @@ SETTLED = dict(epochs='num_iterations', lr_frac='matrix_lr and the other rates')
 @patch
 def continued(self:FinetuneConfig) -> FinetuneConfig:
     "As in pretraining; what was settled when the run began stays"
-    c = PretrainConfig.continued(self)
-    if not c.begun: return c
-    was = json.loads((c.run_dir/'config.json').read_text()); base = Path(was['base'])
-    for k, way in SETTLED.items():
-        if k in was and (v := getattr(self, k)) not in (getattr(type(self), k), was[k]):
-            raise ValueError(f'{k} {v!r} differs from {was[k]!r}, with which run {c.run} began; '
-                             f'leave it out, or give {way}')
+    cfg = PretrainConfig.continued(self)
+    if not cfg.begun: return cfg
+    was = json.loads((cfg.run_dir/'config.json').read_text()); base = Path(was['base'])
+    for name, way in SETTLED.items():
+        if name not in was: continue
+        now = getattr(self, name)
+        if now not in (getattr(type(self), name), was[name]):
+            raise ValueError(f'{name} {now!r} differs from {was[name]!r}, with which run {cfg.run} '
+                             f'began; leave it out, or give {way}')
     given = Path(self.base).absolute().parts                 # a run or a checkpoint
     if self.base and base.parent.name != given[-1] and base.parts[-2:] != given[-2:]:
-        raise ValueError(f'base {self.base} differs from {base} of run {c.run}; leave it out, or '
+        raise ValueError(f'base {self.base} differs from {base} of run {cfg.run}; leave it out, or '
                          'start a run of another name without resume')
-    c.base = was['base']
-    return c
+    cfg.base = was['base']
+    return cfg
 
 # %% ../nbs/59_sft.ipynb #resolved
 @patch
 def resolved(self:FinetuneConfig) -> FinetuneConfig:
     "Derive every field that was left at -1 or ''; a resumed run brings its own"
-    c = self.continued() if self.resume else replace(self); c.check()
-    if c.stage not in STAGES: raise ValueError(f'stage {c.stage!r}: use {" or ".join(STAGES)}')
-    before = ('mid', 'base')[c.stage == 'mid':]
-    if not c.saved: c.base = str(find_checkpoint(c.base)) if c.base else newest(*before)
-    old, gpu, s = _meta_at(c.source), c.on_gpu(), STAGES[c.stage]
-    was = old.get('train', {}); m = c.model_config()
-    own = dict(depth=m.n_layer, pattern=m.pattern, vocab_size=m.vocab_size)
-    for k in INHERITED: # not to be given, but a resolved configuration has them
-        v, plain = getattr(c, k), getattr(FinetuneConfig, k)
-        if v not in (plain, own.get(k, plain)):
-            raise ValueError(f'{k} comes with the base; leave it out')
-        setattr(c, k, own.get(k, plain))
-    if c.max_seq_len == -1: c.max_seq_len = m.sequence_len
-    c.tasks = c.tasks or s['full' if gpu else 'own']
-    c.val_tasks = c.val_tasks or ('smoltalk/test' if 'smoltalk' in c.tasks else HELD_OUT)
-    c.default(epochs=s['epochs'], lr_frac=s['lr_frac'])
-    c._rates(); c._steps(was, gpu)
-    c.sampler = c.sampler or 'nano_dh.sft:write_answers'
-    c.run = c.run or f"{c.stage}-d{c.depth}-{time.strftime('%Y%m%d-%H%M%S')}"
-    return c
+    cfg = self.continued() if self.resume else replace(self); cfg.check()
+    if cfg.stage not in STAGES: raise ValueError(f'stage {cfg.stage!r}: use {" or ".join(STAGES)}')
+    before = ('mid', 'base')[cfg.stage == 'mid':]
+    if not cfg.saved: cfg.base = str(find_checkpoint(cfg.base)) if cfg.base else newest(*before)
+    gpu, stage, model = cfg.on_gpu(), STAGES[cfg.stage], cfg.model_config()
+    own = dict(depth=model.n_layer, pattern=model.pattern, vocab_size=model.vocab_size)
+    for name in INHERITED: # not to be given, but a resolved configuration has them
+        plain = getattr(FinetuneConfig, name); value = own.get(name, plain)
+        if getattr(cfg, name) not in (plain, value):
+            raise ValueError(f'{name} comes with the base; leave it out')
+        setattr(cfg, name, value)
+    cfg.tasks = cfg.tasks or stage['full' if gpu else 'own']
+    cfg.val_tasks = cfg.val_tasks or ('smoltalk/test' if 'smoltalk' in cfg.tasks else HELD_OUT)
+    cfg.default(max_seq_len=model.sequence_len, epochs=stage['epochs'], lr_frac=stage['lr_frac'])
+    cfg._rates(); cfg._steps(gpu)
+    cfg.sampler = cfg.sampler or 'nano_dh.sft:write_answers'
+    cfg.run = cfg.run or f"{cfg.stage}-d{cfg.depth}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return cfg
 
 # %% ../nbs/59_sft.ipynb #rates
 @patch
 def _rates(self:FinetuneConfig): # learning rates that nobody set: a part of those of pretraining
-    for k in ('embedding_lr', 'unembedding_lr', 'matrix_lr', 'scalar_lr'):
-        if not self.begun and getattr(self, k) == (v := getattr(PretrainConfig, k)):
-            setattr(self, k, v*self.lr_frac)
+    for name in ('embedding_lr', 'unembedding_lr', 'matrix_lr', 'scalar_lr'):
+        plain = getattr(PretrainConfig, name)
+        if getattr(self, name) == plain and not self.begun: setattr(self, name, plain*self.lr_frac)
 
 def mean_tokens(task, tok, T, n=256): # of a conversation, cut at a row
     "Estimated from conversations spread over the task"
     some = [task[i] for i in range(0, len(task), max(1, len(task)//n))]
-    return float(np.mean([min(len(r), T + 1) for r in render_batch(some, tok)]))
+    return float(np.mean([min(len(found), T + 1) for found in render_batch(some, tok)]))
 
 # %% ../nbs/59_sft.ipynb #steps
 @patch
-def _steps(self:FinetuneConfig, was, gpu): # batch and number of steps
+def _steps(self:FinetuneConfig, gpu): # batch and number of steps
     self.default(eval_tokens=2**20 if gpu else 2**15)
     self.take_machine(gpu); self.device = self.device or get_device().type
     task, tok = self.mixture('train'), read_tokenizer(self.source)
     tokens = self.epochs*len(task)*mean_tokens(task, tok, self.max_seq_len)
     tokens /= .97                                              # rows are about so full
-    unit = self.max_seq_len*self.ranks
     if self.total_batch_size == -1:
+        unit, was = self.max_seq_len*self.ranks, read_meta(self.source).get('train', {})
         most = min(was.get('total_batch_size', 2**19), tokens/60)  # 60 steps or more
         self.total_batch_size = unit*2**max(0, int(math.log2(max(1, most/unit))))
     self.divide(32 if gpu else 8)
@@ -316,36 +307,36 @@ def _steps(self:FinetuneConfig, was, gpu): # batch and number of steps
 class ChatPlan(Plan):
     "What a run will do, in words"
     def __str__(self):
-        c, mc = self.cfg, self.machine
-        lr = f'learning rates x {c.lr_frac:g}' if c.lr_frac >= 0 else ''
-        mix = c.mixture('train'); each = ', '.join(f'{t.name} {len(t):,}' for t in mix.tasks)
+        cfg, mix = self.cfg, self.cfg.mixture('train')
+        rates = f'learning rates x {cfg.lr_frac:g}' if cfg.lr_frac >= 0 else ''
+        each = ', '.join(f'{task.name} {len(task):,}' for task in mix.tasks)
         return '\n'.join(f'{k:9}{v}' for k, v in dict(
-            run=f'{c.run_dir}' + f', continues at step {self.done}'*c.resume,
-            base=f"{c.base}: depth {c.depth}, {c.pattern}, {self.params['total']:,} parameters",
-            tasks=f"{c.tasks}: {len(mix):,} conversations ({each}), {c.epochs:g} epochs",
-            steps=f'{c.num_iterations:,} of {c.total_batch_size:,} tokens: '
-                  f'{max(1, c.nproc)} ranks x {c.grad_accum_steps} micro-batches x '
-                  f'{c.device_batch_size} rows x '
-                  f'{c.max_seq_len}; {lr}',
-            walls='conversations do not see each other' if c.doc_mask else 'none in a row',
-            time=f'about {duration(self.seconds, about=True)} on {mc["name"]}').items())
+            run=f'{cfg.run_dir}' + f', continues at step {self.done}'*cfg.resume,
+            base=f"{cfg.base}: depth {cfg.depth}, {cfg.pattern}, "
+                 f"{self.params['total']:,} parameters",
+            tasks=f"{cfg.tasks}: {len(mix):,} conversations ({each}), {cfg.epochs:g} epochs",
+            steps=f'{cfg.num_iterations:,} of {cfg.total_batch_size:,} tokens: '
+                  f'{max(1, cfg.nproc)} ranks x {cfg.grad_accum_steps} micro-batches x '
+                  f'{cfg.device_batch_size} rows x {cfg.max_seq_len}; {rates}',
+            walls='conversations do not see each other' if cfg.doc_mask else 'none in a row',
+            time=f'about {duration(self.seconds, about=True)} on {self.machine["name"]}').items())
 
 # %% ../nbs/59_sft.ipynb #mkplan
 def chat_plan(cfg:FinetuneConfig # may have fields left open
              ) -> ChatPlan:
     "What the run will do; PlanError if this machine cannot"
-    c = cfg.resolved(); c.ready(); m, mc = _meta(c), machine(c.device)
-    if not c.resume and (c.run_dir/'config.json').exists():
-        raise PlanError(f'Run {c.run} exists already. Continue it with resume True, or take '
+    cfg = cfg.resolved(); cfg.ready(); model, have = _meta(cfg), machine(cfg.device)
+    if not cfg.resume and (cfg.run_dir/'config.json').exists():
+        raise PlanError(f'Run {cfg.run} exists already. Continue it with resume True, or take '
                         'another name.')
-    done = (latest_step(c.run_dir) or 0) if c.resume else 0
-    flops = m.flops_per_token(c.max_seq_len)*c.total_tokens
-    ranks = max(1, c.nproc) if c.device == 'cuda' else 1
-    p = ChatPlan(c, m.param_counts(), done, c.epochs, flops,
-                 flops*(1 - done/c.num_iterations)/(mc['flops']*MFU[c.device]*ranks), 0., mc)
-    if why := ' and '.join(_too_much(p)):
+    done = (latest_step(cfg.run_dir) or 0) if cfg.resume else 0
+    flops = model.flops_per_token(cfg.max_seq_len)*cfg.total_tokens
+    ranks = max(1, cfg.nproc) if cfg.device == 'cuda' else 1
+    seconds = flops*(1 - done/cfg.num_iterations)/(have['flops']*MFU[cfg.device]*ranks)
+    plan = ChatPlan(cfg, model.param_counts(), done, cfg.epochs, flops, seconds, 0., have)
+    if why := ' and '.join(_too_much(plan)):
         raise PlanError(f'This run {why}; take fewer epochs or tasks')
-    return p
+    return plan
 
 # %% ../nbs/59_sft.ipynb #finetune
 def finetune(cfg:FinetuneConfig, # may have fields left open
@@ -357,16 +348,15 @@ def finetune(cfg:FinetuneConfig, # may have fields left open
 # %% ../nbs/59_sft.ipynb #writeanswers
 def write_answers(model, tok, prompts, n=64): # -> list of texts
     "Answer each question, with tools; calls and their results are shown"
-    eng = Engine(model, tok)
-    ids = [render_for_completion([dict(role='user', content=q)], tok) for q in prompts]
-    ss = eng.generate_batch(ids, temperature=0., max_tokens=n, tools=True)
-    return [tok.decode(s.tokens) for s in ss]
+    ids = [render_for_completion([dict(role='user', content=ask)], tok) for ask in prompts]
+    streams = Engine(model, tok).generate_batch(ids, temperature=0., max_tokens=n, tools=True)
+    return [tok.decode(stream.tokens) for stream in streams]
 
 # %% ../nbs/59_sft.ipynb #showchats
 def show_chats(cfg:FinetuneConfig, n:int=3) -> list: # Rendered, which shows its mask
     "The first conversations of a run as the model will see them"
-    c = cfg.resolved(); task = c.mixture('train')
-    return render_batch([task[i] for i in range(n)], read_tokenizer(c.source))
+    cfg = cfg.resolved(); task = cfg.mixture('train')
+    return render_batch([task[i] for i in range(n)], read_tokenizer(cfg.source))
 
 class ChatReport(Report):
     "The report of pretraining; what comes next is another"

@@ -9,16 +9,17 @@ __all__ = ['PARTS', 'timed', 'middle', 'Roof', 'measure_roof', 'measure_parts', 
 # %% ../nbs/45_speed.ipynb #imports
 import math, shutil, time
 from dataclasses import dataclass, replace
+from itertools import islice
 import torch
 from .chunked import chunk_flops
 from .compiled import compiled
-from .core import compute_dtype, get_device, human, peak_flops
+from .core import compute_dtype, get_device, peak_flops
 from .cross_entropy import loss_and_grad
 from .delta_rule import l2norm
 from .gated_attn import dense
 from .hybrid_model import PRESETS
-from .kernels import (available_backends, choose_backend, current_backend, gated_delta_rule,
-                             gpu_ms, time_backend)
+from .kernels import (available_backends, current_backend, gated_delta_rule, gpu_ms,
+                             time_backend)
 from .launch import run_ranks
 from .short_conv import conv_split_norm
 from .plan import PretrainConfig
@@ -26,17 +27,18 @@ from .pretrain import _peak_memory, pretrain, settle_backend
 from .train import build_model
 
 # %% ../nbs/45_speed.ipynb #timed
-def timed(f,             # what to time, without arguments
-          device='cpu',  # where f works
+def timed(call,          # what to time, without arguments
+          device='cpu',  # where it works
           rounds:int=20, # calls that count
           warmup:int=3   # calls before them
          ) -> list[float]: # seconds of each call, sorted
     "Time equal calls by the device's own clock"
-    device, out = torch.device(device), []
-    for i in range(warmup + rounds):
-        if device.type == 'cuda': out.append(gpu_ms(f)/1e3)
-        else: t = time.perf_counter(); f(); out.append(time.perf_counter() - t)
-    return sorted(out[warmup:])
+    gpu = torch.device(device).type == 'cuda'
+    def once():
+        if gpu: return gpu_ms(call)/1e3
+        start = time.perf_counter(); call()
+        return time.perf_counter() - start
+    return sorted([once() for _ in range(warmup + rounds)][warmup:])
 
 def middle(times:list): # sorted, as from `timed`
     return times[len(times)//2]
@@ -52,39 +54,42 @@ class Roof:
 
 def measure_roof(device='cpu') -> Roof: # device: which one
     "The roof of a device, in the format that models compute in there"
-    big, dt = torch.device(device).type == 'cuda', compute_dtype(device)
-    n, m = (8192, 2**30) if big else (1024, 2**26)
-    a, b = torch.randn(2, n, n, device=device, dtype=dt)
-    x = torch.zeros(m, device=device, dtype=torch.uint8); y = torch.empty_like(x)
-    return Roof(2*n**3/timed(lambda: a @ b, device)[0], 2*m/timed(lambda: y.copy_(x), device)[0])
+    width, size = (8192, 2**30) if torch.device(device).type == 'cuda' else (1024, 2**26)
+    left, right = torch.randn(2, width, width, device=device, dtype=compute_dtype(device))
+    source, target = torch.zeros(2, size, device=device, dtype=torch.uint8)
+    return Roof(2*width**3/timed(lambda: left @ right, device)[0],
+                2*size/timed(lambda: target.copy_(source), device)[0])
 
 # %% ../nbs/45_speed.ipynb #parts
-def _matrix(c, m, n, r):
-    x, w = r(n, m.d_model), r(m.d_model, int(m.mlp_ratio*m.d_model))
-    return 2*w.numel()*n, [x, w], lambda: x @ w
+def _matrix(B, T, model, rand):
+    x, weight = rand(B*T, model.d_model), rand(model.d_model, int(model.mlp_ratio*model.d_model))
+    return 2*weight.numel()*B*T, [x, weight], lambda: x @ weight
 
-def _attention(c, m, n, r):
-    B, T = c.device_batch_size, c.max_seq_len
-    q, k, v = (r(B, T, h, m.head_dim) for h in (m.n_head, m.n_kv_head, m.n_kv_head))
-    return 2*n*T*m.n_head*m.head_dim, [q, k, v], lambda: dense(q, k, v, m.head_dim**-.5)
+def _attention(B, T, model, rand):
+    heads, size = (model.n_head, model.n_kv_head, model.n_kv_head), model.head_dim
+    q, k, v = (rand(B, T, n, size) for n in heads)
+    return 2*B*T*T*model.n_head*size, [q, k, v], lambda: dense(q, k, v, size**-.5)
 
-def _delta(c, m, n, r):
-    B, T, heads = c.device_batch_size, c.max_seq_len, (m.n_qk_head, m.n_v_head)
-    q, k = (l2norm(r(B, T, m.n_qk_head, m.head_k_dim)).to(r().dtype) for _ in 'qk')
-    v, g = r(B, T, m.n_v_head, m.head_v_dim), -r(B, T, m.n_v_head).float().abs()
-    return (n*chunk_flops(*heads, m.head_k_dim, m.head_v_dim), [q, k, v, g, g],
+def _delta(B, T, model, rand):
+    H, HV, K, V = _heads(model)
+    q, k = (l2norm(x).to(x.dtype) for x in (rand(B, T, H, K), rand(B, T, H, K)))
+    v, g = rand(B, T, HV, V), -rand(B, T, HV).float().abs()
+    return (B*T*chunk_flops(H, HV, K, V), [q, k, v, g, g],
             lambda: gated_delta_rule(q, k, v, g, -g.sigmoid() + 1, output_state=False)[0])
 
-# %% ../nbs/45_speed.ipynb #parts-more
-def _conv(c, m, n, r):
-    dims = m.n_qk_head, m.n_v_head, m.head_k_dim, m.head_v_dim
-    C = 2*dims[0]*dims[2] + dims[1]*dims[3]; w = r(C, m.conv_size)
-    x = r(c.device_batch_size, c.max_seq_len, C)
-    return 2*n*w.numel(), [x, w], lambda: conv_split_norm(x, w, *dims)[:3]
+def _heads(model): return model.n_qk_head, model.n_v_head, model.head_k_dim, model.head_v_dim
 
-def _loss(c, m, n, r):
-    n = min(n, 4096); z, y = r(n, m.padded_vocab), torch.arange(n, device=r().device)
-    return 10*z.numel(), [z], lambda: loss_and_grad(z, y, m.vocab_size, m.softcap)[1]
+# %% ../nbs/45_speed.ipynb #parts-more
+def _conv(B, T, model, rand):
+    H, HV, K, V = _heads(model); channels = 2*H*K + HV*V
+    x, weight = rand(B, T, channels), rand(channels, model.conv_size)
+    return 2*B*T*weight.numel(), [x, weight], lambda: conv_split_norm(x, weight, H, HV, K, V)[:3]
+
+def _loss(B, T, model, rand):
+    logits = rand(min(B*T, 4096), model.padded_vocab)
+    targets = torch.arange(len(logits), device=logits.device)
+    return (10*logits.numel(), [logits],
+            lambda: loss_and_grad(logits, targets, model.vocab_size, model.softcap)[1])
 
 PARTS = {'matrix product': _matrix, 'attention': _attention, 'delta rule': _delta,
          'short convolution': _conv, 'cross entropy': _loss}
@@ -93,13 +98,14 @@ PARTS = {'matrix product': _matrix, 'attention': _attention, 'delta rule': _delt
 def measure_parts(cfg:PretrainConfig # resolved
                  ) -> list[dict]: # name, flops, bytes, seconds
     "Forward time of each part of the model, at its size in training"
-    dev, m = get_device(cfg.device), cfg.model_config()
-    r, out = lambda *s: torch.randn(s, device=dev, dtype=compute_dtype(dev)), []
+    device, model, out = get_device(cfg.device), cfg.model_config(), []
+    def rand(*size): return torch.randn(size, device=device, dtype=compute_dtype(device))
     for name, part in PARTS.items():
-        flops, inputs, f = part(cfg, m, cfg.device_batch_size*cfg.max_seq_len, r)
-        o = f(); outputs = o if isinstance(o, tuple) else (o,)
-        size = sum(t.numel()*t.element_size() for t in (*inputs, *outputs))
-        out.append(dict(name=name, flops=flops, bytes=size, seconds=middle(timed(f, dev))))
+        flops, inputs, call = part(cfg.device_batch_size, cfg.max_seq_len, model, rand)
+        result = call()
+        tensors = [*inputs, *(result if isinstance(result, tuple) else (result,))]
+        out.append(dict(name=name, flops=flops, bytes=sum(x.nbytes for x in tensors),
+                        seconds=middle(timed(call, device))))
     return out
 
 # %% ../nbs/45_speed.ipynb #job
@@ -110,8 +116,8 @@ def job(word:str='GGGL',   # pattern ('GGGL'), preset ('nanochat') or both ('nan
         **kw               # further fields of PretrainConfig
        ) -> PretrainConfig: # resolved
     "One micro-batch of a model on one device"
-    preset, pattern = word.split(':') if ':' in word else \
-        (word, '') if word in PRESETS else ('', word)
+    preset, colon, pattern = word.partition(':')
+    if not colon and word not in PRESETS: preset, pattern = '', word
     rows = max(1, tokens//seq_len)
     kw = dict(nproc=1, vocab_size=32768, num_iterations=1, run='bench') | kw
     return PretrainConfig(depth=depth, preset=preset, pattern=pattern, max_seq_len=seq_len,
@@ -126,9 +132,9 @@ def draw_roof(ax,       # of matplotlib
     xs = sorted([*(10**(i/10) for i in range(-10, 45)), roof.flops/roof.bandwidth])
     ax.loglog(xs, [roof.at(x) for x in xs], c='k', lw=1)
     share = {}
-    for p in parts:
-        x, y = p['flops']/p['bytes'], p['flops']/p['seconds']
-        ax.scatter(x, y, s=25, label=p['name']); share[p['name']] = y/roof.at(x)
+    for part in parts:
+        x, y = part['flops']/part['bytes'], part['flops']/part['seconds']
+        ax.scatter(x, y, s=25, label=part['name']); share[part['name']] = y/roof.at(x)
     best = max(share, key=share.get)
     ax.set_title(f'At best {share[best]:.0%} of the roof: {best}', fontsize=9)
     ax.set_xlabel('FLOP a byte'); ax.set_ylabel('FLOP/s'); ax.legend(frameon=False, fontsize=8)
@@ -140,43 +146,44 @@ def time_model(cfg:PretrainConfig, # of `job`
                trace:str=''        # where to write a profiler's trace of three steps, for Perfetto
               ) -> None:
     "Emit the speed and memory of forward and backward"
-    dev, marks = get_device(cfg.device), [time.perf_counter()]
+    device, marks = get_device(cfg.device), [time.perf_counter()]
     settle_backend(cfg); marks.append(time.perf_counter())
-    model = build_model(cfg, cfg.vocab_size, dev)
-    fwd = compiled(model, cfg.compile)
-    size = cfg.device_batch_size, cfg.max_seq_len
-    x, y = torch.randint(0, cfg.vocab_size, (2, *size), device=dev)
-    def step(): model.zero_grad(set_to_none=True); fwd(x, targets=y).backward()
-    middle(timed(step, dev, 1, 0)); marks.append(time.perf_counter())
-    t = timed(step, dev, rounds)
-    rate, gpu = x.numel()/middle(t), dev.type == 'cuda'
-    peak = peak_flops(torch.cuda.get_device_name()) if gpu else None
-    emit(dict(tok_s=rate, spread=(t[-1] - t[0])/middle(t), memory=_peak_memory(dev),
+    model = build_model(cfg, cfg.vocab_size, device)
+    forward, size = compiled(model, cfg.compile), (cfg.device_batch_size, cfg.max_seq_len)
+    x, y = torch.randint(0, cfg.vocab_size, (2, *size), device=device)
+    def step(): model.zero_grad(set_to_none=True); forward(x, targets=y).backward()
+    timed(step, device, 1, 0); marks.append(time.perf_counter())
+    seconds = timed(step, device, rounds); rate = x.numel()/middle(seconds)
+    peak = peak_flops(torch.cuda.get_device_name()) if device.type == 'cuda' else None
+    emit(dict(tok_s=rate, spread=(seconds[-1] - seconds[0])/middle(seconds),
+              memory=_peak_memory(device),
               mfu=rate*model.flops_per_token(cfg.max_seq_len)/peak if peak else None,
               backend=current_backend(), choose_s=marks[1] - marks[0], first_s=marks[2] - marks[1],
-              top=profile(step, dev, trace) if trace else []))
+              top=profile(step, device, trace) if trace else []))
 
 # %% ../nbs/45_speed.ipynb #profile
-def profile(step, dev, path:str, n:int=3) -> list: # (name, ms a step, calls a step), longest first
+def profile(step, device, path:str, n:int=3
+           ) -> list: # (name, ms a step, calls a step), longest first
     "Trace n steps into a file"
-    from torch.profiler import ProfilerActivity as A, profile as Profile
-    with Profile(activities=[A.CPU] + [A.CUDA]*(dev.type == 'cuda')) as p:
+    from torch.profiler import ProfilerActivity, profile as Profile
+    gpu = device.type == 'cuda'
+    with Profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA]*gpu) as trace:
         for _ in range(n): step()
-        if dev.type == 'cuda': torch.cuda.synchronize()
-    p.export_chrome_trace(path)
-    us = lambda e: e.self_device_time_total if dev.type == 'cuda' else e.self_cpu_time_total
-    rows = [(e.key, us(e)/1e3/n, e.count/n) for e in p.key_averages() if us(e)]
-    if dev.type == 'cuda': rows = [r for r in rows if '::' not in r[0].split('(')[0][:10]]
-    return sorted(rows, key=lambda r: -r[1])[:30]
+        if gpu: torch.cuda.synchronize()
+    trace.export_chrome_trace(path)
+    own = 'self_device_time_total' if gpu else 'self_cpu_time_total'
+    rows = [(event.key, getattr(event, own)/1e3/n, event.count/n) for event in trace.key_averages()
+            if getattr(event, own) and not (gpu and '::' in event.key.split('(')[0][:10])]
+    return sorted(rows, key=lambda row: -row[1])[:30]
 
 # %% ../nbs/45_speed.ipynb #apart
 def _run(args, emit):
-    fn, cfg, kw = args
-    fn(cfg, emit, **kw)
+    measure, cfg, kw = args
+    measure(cfg, emit, **kw)
 
-def apart(fn, cfg:PretrainConfig, **kw) -> list: # what fn(cfg, emit, **kw) emits
+def apart(measure, cfg:PretrainConfig, **kw) -> list: # what measure(cfg, emit, **kw) emits
     "Run a measurement in a process of its own"
-    return list(run_ranks(_run, (fn, cfg, kw), 1, cfg.device))
+    return list(run_ranks(_run, (measure, cfg, kw), 1, cfg.device))
 
 # %% ../nbs/45_speed.ipynb #kernels
 def time_kernels(cfg:PretrainConfig, # of `job`; its heads and tokens count
@@ -184,16 +191,15 @@ def time_kernels(cfg:PretrainConfig, # of `job`; its heads and tokens count
                  seq_lens:tuple=(2048, 16384, 65536) # tokens a row
                 ) -> None:
     "Emit forward and backward milliseconds of each backend at each length"
-    dev, m = get_device(cfg.device), cfg.model_config(); dt = compute_dtype(dev)
-    heads = m.n_qk_head, m.n_v_head, m.head_k_dim, m.head_v_dim
-    names = available_backends(dev, *heads[2:], dt)
+    device, heads = get_device(cfg.device), _heads(cfg.model_config())
+    dtype = compute_dtype(device); names = available_backends(device, *heads[2:], dtype)
     for T in sorted(seq_lens):
         rows, ms = max(1, cfg.total_batch_size//T), {}
         for name in names:
-            try: ms[name] = time_backend(name, dev, rows, T, *heads, dt)
+            try: ms[name] = time_backend(name, device, rows, T, *heads, dtype)
             except torch.OutOfMemoryError: ms[name] = math.nan, math.nan
-            f, b = ms[name]
-            emit(dict(backend=name, seq_len=T, rows=rows, forward=f, backward=b))
+            forward, backward = ms[name]
+            emit(dict(backend=name, seq_len=T, rows=rows, forward=forward, backward=backward))
         names = [n for n in names if sum(ms[n]) < 100*min(map(sum, ms.values()))] # the rest is told
 
 # %% ../nbs/45_speed.ipynb #roofline
@@ -201,17 +207,17 @@ def time_parts(cfg:PretrainConfig, # of `job`
                emit=print          # takes the roof, then a record for each part
               ) -> None:
     "Emit the roof of the device, then each part of the model"
-    settle_backend(cfg); dev = get_device(cfg.device)
-    emit(vars(measure_roof(dev)))
-    for p in measure_parts(cfg): emit(p)
+    settle_backend(cfg); emit(vars(measure_roof(get_device(cfg.device))))
+    for part in measure_parts(cfg): emit(part)
 
 # %% ../nbs/45_speed.ipynb #table
 def table(head:str,  # names of the columns, split at |
           rows:list  # each a tuple of text and numbers
          ) -> str:
     "A Markdown table"
-    line = lambda cells: '| ' + ' | '.join(map(str, cells)) + ' |'
-    return '\n'.join([line(head.split('|')), '|---'*len(head.split('|')) + '|', *map(line, rows)])
+    names = head.split('|')
+    lines = ['| ' + ' | '.join(map(str, cells)) + ' |' for cells in (names, *rows)]
+    return '\n'.join([lines[0], '|---'*len(names) + '|', *lines[1:]])
 
 # %% ../nbs/45_speed.ipynb #planned
 def planned(cfg:PretrainConfig, # of `job`
@@ -227,16 +233,12 @@ def time_steps(cfg:PretrainConfig, # fields may be open: the planned batch, rank
                warmup:int=5        # before them
               ) -> dict: # tok_s of the middle step, its spread; loss of each step
     "Speed of real optimizer steps on all ranks"
-    name = f'bench-{time.time_ns()}'
-    c = replace(cfg, run=name, num_iterations=10*(warmup + steps), eval_every=0, save_every=0)
-    c = c.resolved()
-    recs, ranks = [], run_ranks(pretrain, c, c.nproc, c.device)
-    try:
-        for r in ranks:
-            if 'loss' in r: recs.append(r)
-            if len(recs) == warmup + steps: break
-    finally: ranks.close(); shutil.rmtree(c.run_dir, ignore_errors=True)
-    rates = sorted(r['tok_s'] for r in recs[warmup:])
-    return dict(tok_s=middle(rates), slowest=rates[0], fastest=rates[-1], ranks=max(1, c.nproc),
-                total_batch_size=c.total_batch_size, device_batch_size=c.device_batch_size,
-                memory=recs[-1]['memory'], loss=[r['loss'] for r in recs])
+    cfg = replace(cfg, run=f'bench-{time.time_ns()}', num_iterations=10*(warmup + steps),
+                  eval_every=0, save_every=0).resolved()
+    ranks = run_ranks(pretrain, cfg, cfg.nproc, cfg.device)
+    try: records = list(islice((rec for rec in ranks if 'loss' in rec), warmup + steps))
+    finally: ranks.close(); shutil.rmtree(cfg.run_dir, ignore_errors=True)
+    rates = sorted(rec['tok_s'] for rec in records[warmup:])
+    return dict(tok_s=middle(rates), slowest=rates[0], fastest=rates[-1], ranks=max(1, cfg.nproc),
+                total_batch_size=cfg.total_batch_size, device_batch_size=cfg.device_batch_size,
+                memory=records[-1]['memory'], loss=[rec['loss'] for rec in records])

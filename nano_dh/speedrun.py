@@ -8,16 +8,17 @@ __all__ = ['LOCAL', 'ORDER', 'PRESETS', 'SMALL', 'ONCE', 'Stage', 'digests', 'pa
            'find_notebooks', 'Speedrun']
 
 # %% ../nbs/69_speedrun.ipynb #imp
-import ast, ctypes, hashlib, json, math, os, re, shlex, signal, subprocess, sys, time
+import ast, hashlib, json, math, os, re, shlex, signal, subprocess, sys, time
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from fastcore.basics import patch
 from filelock import Timeout
 import nano_dh
-from .checkpoint import latest_step, runs_dir
+from .checkpoint import runs_dir
 from .core import (atomic_write, base_dir, checked, closest, duration, file_lock,
                           human, peak_flops)
-from .launch import _in_notebook, n_gpus
+from .launch import InPlace, _with_parent, n_gpus
 from .report import (Card, _json, _table, git_state, machine_name, read_status,
                             report_card, scores, status_file, system)
 from .tokenizer import Tokenizer
@@ -43,10 +44,11 @@ def digests(stages:list # Stage, in an order in which each comes after those it 
            ) -> dict:   # name -> 12 hex digits
     "A fingerprint of all that decides a stage's result: its parameters and those of what it needs"
     out = {}
-    for s in stages:
-        own = {k: v for k, v in s.params.items() if k not in LOCAL}
-        text = json.dumps([s.notebook, own, [out[n] for n in s.needs]], sort_keys=True)
-        out[s.name] = hashlib.sha256(text.encode()).hexdigest()[:12]
+    for stage in stages:
+        own = {k: v for k, v in stage.params.items() if k not in LOCAL}
+        all_ = [stage.notebook, own, [out[name] for name in stage.needs]]
+        text = json.dumps(all_, sort_keys=True).encode()
+        out[stage.name] = hashlib.sha256(text).hexdigest()[:12]
     return out
 
 # %% ../nbs/69_speedrun.ipynb #params
@@ -54,10 +56,11 @@ def parameters_of(path:str|Path # a run notebook
                  ) -> dict:     # name -> default
     "What a notebook takes"
     cells = json.loads(Path(path).read_text())['cells']
-    cell = next((c for c in cells if 'parameters' in c['metadata'].get('tags', [])), None)
-    tree = ast.parse(''.join(cell['source']) if cell else '')
-    return {n.target.id: ast.literal_eval(n.value) for n in tree.body
-            if isinstance(n, ast.AnnAssign)}
+    code = [''.join(cell['source']) for cell in cells
+            if 'parameters' in cell['metadata'].get('tags', [])]
+    nodes = ast.parse(''.join(code[:1])).body
+    return {node.target.id: ast.literal_eval(node.value) for node in nodes
+            if isinstance(node, ast.AnnAssign)}
 
 # %% ../nbs/69_speedrun.ipynb #params-b
 def check_parameters(stage:Stage, known:dict # from `parameters_of`
@@ -76,16 +79,15 @@ def check_parameters(stage:Stage, known:dict # from `parameters_of`
 # %% ../nbs/69_speedrun.ipynb #command
 def flags(params:dict) -> list: # of papermill
     "Parameters as papermill takes them"
-    number = r'[-+.\d][-+.\deE_]*|nan|inf|infinity'
-    looks = lambda v: v in ('', 'True', 'False', 'None') or re.fullmatch(number, v, re.I)
-    flag = lambda v: '-r' if isinstance(v, str) and looks(v) else '-p'
-    return [x for k, v in params.items() for x in (flag(v), k, str(v))]
+    looks = r'|True|False|None|[-+.\d][-+.\deE_]*|(?i:nan|inf|infinity)' # like something else
+    return [word for k, v in params.items() for word in (
+        '-r' if isinstance(v, str) and re.fullmatch(looks, v) else '-p', k, str(v))]
 
 # %% ../nbs/69_speedrun.ipynb #shown
 def shown(path) -> str: # relative where that is shorter
     "A path as one would type it here"
-    p = os.path.relpath(path)
-    return p if len(p) < len(str(path)) and p[:5] != '../..' else str(path)
+    near = os.path.relpath(path)
+    return near if len(near) < len(str(path)) and near[:5] != '../..' else str(path)
 
 # %% ../nbs/69_speedrun.ipynb #pipe
 class Pipeline:
@@ -102,11 +104,16 @@ class Pipeline:
         self.name, self.stages, self.file, self.out = name, stages, Path(status), Path(out)
         self.notebooks, self.resume, self.say, self.last = Path(notebooks), resume, say, last
         self.live = Live()
-        for s in stages: check_parameters(s, parameters_of(self.notebooks/f'{s.notebook}.ipynb'))
+        for stage in stages:
+            check_parameters(stage, parameters_of(self.notebooks/f'{stage.notebook}.ipynb'))
         new = dict(name=name, created=_now(), stages={}, earlier=[])
-        self.status = read_status(self.file) or new
-        self.status['config'] = config or {}
+        self.status = (read_status(self.file) or new) | dict(config=config or {})
         self.settle(again)
+    def record(self, stage:Stage) -> dict: # what is remembered of it
+        return self.status['stages'][stage.name]
+    def keep(self):
+        "Write the status"
+        self.status['updated'] = _now(); atomic_write(self.file, json.dumps(self.status, indent=1))
 
 def _now(): return time.strftime('%Y-%m-%dT%H:%M:%S')
 
@@ -114,130 +121,124 @@ def _now(): return time.strftime('%Y-%m-%dT%H:%M:%S')
 @patch
 def settle(self:Pipeline, again=''):
     "Find out which stages have to run, and say why"
-    want, names, st = digests(self.stages), [s.name for s in self.stages], self.status['stages']
-    late = names[names.index(again):] if again else []
-    new = {}
-    for s in self.stages:
-        r = st.get(s.name)
-        fresh = dict(status='pending', digest=want[s.name], given=s.params, params={}, product='',
-                     attempts=[])
-        if r and r['status'] == 'running': _was_killed(r)
-        same = r and r['digest'] == want[s.name] and s.name not in late
-        new[s.name] = r if same else fresh
-        if same or not r or not r['attempts']: continue
-        self.status['earlier'].append(dict(r, stage=s.name))
-        self.say(f"{s.name:10} {_why_again(r, s, s.name in late)}; it runs again")
-    kept = {k: r for k, r in st.items() if k not in new and r['status'] == 'done'}
+    want, names, old = digests(self.stages), [s.name for s in self.stages], self.status['stages']
+    late, new = names[names.index(again):] if again else [], {}
+    for name, stage in zip(names, self.stages):
+        rec = old.get(name)
+        if rec and rec['status'] == 'running': _was_killed(rec)
+        same = rec and rec['digest'] == want[name] and name not in late
+        new[name] = rec if same else dict(status='pending', digest=want[name], given=stage.params,
+                                          params={}, product='', attempts=[])
+        if same or not rec or not rec['attempts']: continue
+        self.status['earlier'].append(dict(rec, stage=name))
+        self.say(f'{name:10} {_why_again(rec, stage, name in late)}; it runs again')
+    kept = {k: rec for k, rec in old.items() if k not in new and rec['status'] == 'done'}
     self.status['stages'] = new | kept
 
 # %% ../nbs/69_speedrun.ipynb #why
-def _was_killed(r):
-    r['status'], r['error'] = 'failed', 'killed'
-    r['attempts'][-1]['ended'] = 'killed'
+def _was_killed(rec):
+    rec['status'], rec['error'] = 'failed', 'killed'
+    rec['attempts'][-1]['ended'] = 'killed'
 
-def _why_again(r, s, asked): # words
+def _why_again(rec, stage, asked): # words
     if asked: return 'was asked for again'
-    old, new = r['given'], s.params
-    diff = [f"{k} {old.get(k, '-')} -> {new.get(k, '-')}" for k in {**old, **new}
-            if old.get(k) != new.get(k) and k not in LOCAL]
-    return 'has other parameters: ' + ', '.join(diff) if diff else 'needs a stage that has changed'
+    old, new = rec['given'], stage.params
+    changed = [f"{k} {old.get(k, '-')} -> {new.get(k, '-')}" for k in {**old, **new}
+               if old.get(k) != new.get(k) and k not in LOCAL]
+    if not changed: return 'needs a stage that has changed'
+    return 'has other parameters: ' + ', '.join(changed)
 
 # %% ../nbs/69_speedrun.ipynb #begin
+def _free(name, taken): # NAME, NAME-2, NAME-3 ...: the first that is not taken
+    names = (name + f'-{i}'*(i > 1) for i in range(1, 1000))
+    return next(one for one in names if not taken(one))
+
 @patch
-def product(self:Pipeline, s:Stage) -> str:
+def product(self:Pipeline, stage:Stage) -> str:
     "A name that nothing has yet"
-    taken = lambda n: any((d/n).exists() for d in (runs_dir(), base_dir()/'tokenizers'))
     records = [*self.status['stages'].values(), *self.status['earlier']]
-    used = {r.get('product') for r in records}
-    names = [f'{self.name}-{s.name}' + f'-{i}'*(i > 1) for i in range(1, 1000)]
-    return next(n for n in names if not taken(n) and n not in used)
+    used, places = {rec.get('product') for rec in records}, (runs_dir(), base_dir()/'tokenizers')
+    return _free(f'{self.name}-{stage.name}',
+                 lambda name: name in used or any((place/name).exists() for place in places))
 
 # %% ../nbs/69_speedrun.ipynb #filled
 @patch
-def filled(self:Pipeline, s:Stage) -> dict:
+def filled(self:Pipeline, stage:Stage) -> dict:
     "The parameters of a stage, with the names of what others made"
-    made = {k: r['product'] for k, r in self.status['stages'].items()}
-    r = self.status['stages'][s.name]
-    if s.makes and not r['product']: r['product'] = self.product(s)
-    fill = lambda v: v.format(**made) if isinstance(v, str) and re.fullmatch(r'\{\w+\}', v) else v
-    own = {s.makes: r['product']} if s.makes else {}
-    return own | {k: fill(v) for k, v in s.params.items()}
+    made = {k: rec['product'] for k, rec in self.status['stages'].items()}
+    rec, own = self.record(stage), {}
+    if stage.makes:
+        rec['product'] = rec['product'] or self.product(stage); own[stage.makes] = rec['product']
+    def fill(v):
+        name = isinstance(v, str) and re.fullmatch(r'\{(\w+)\}', v)
+        return made[name[1]] if name else v
+    return own | {k: fill(v) for k, v in stage.params.items()}
 
 # %% ../nbs/69_speedrun.ipynb #begin-b
 @patch
-def begin(self:Pipeline, s:Stage) -> list: # the command
+def begin(self:Pipeline, stage:Stage) -> list: # the command
     "Settle an attempt and write it down"
-    r, here = self.status['stages'][s.name], system(); r['params'] = self.filled(s)
-    again = dict(resume=True) if s.trains and r['attempts'] else {}
-    n = [x.name for x in self.stages].index(s.name) + 1
-    files = [self.out/(f'{n}-{s.name}' + f'-{i}'*(i > 1) + '.ipynb') for i in range(1, 1000)]
-    to = next(f for f in files if not f.exists() and not f.with_suffix('.log').exists())
-    r['attempts'].append(dict(started=_now(), seconds=0., ended='running', notebook=str(to),
-                              git=git_state(), machine=machine_name(here),
-                              gpus=sum(here['gpus'].values())))
-    r['command'] = self.command(s); r['status'] = 'running'; r.pop('error', None); self.keep()
-    nb = self.notebooks/f'{s.notebook}.ipynb'
-    return [sys.executable, '-m', 'papermill', '--log-output', '--no-progress-bar', str(nb),
-            str(to), *flags(r['params']), *flags(again)]
+    rec, here = self.record(stage), system(); rec['params'] = self.filled(stage)
+    again = dict(resume=True) if stage.trains and rec['attempts'] else {}
+    to = self.out/f'{self.stages.index(stage) + 1}-{stage.name}'
+    to = _free(str(to), lambda name: any(os.path.exists(name + end) for end in ('.ipynb', '.log')))
+    rec['attempts'].append(dict(started=_now(), seconds=0., ended='running', notebook=f'{to}.ipynb',
+                                git=git_state(), machine=machine_name(here),
+                                gpus=sum(here['gpus'].values())))
+    rec['command'] = self.command(stage); rec['status'] = 'running'; rec.pop('error', None)
+    self.keep()
+    return [sys.executable, '-m', 'papermill', '--log-output', '--no-progress-bar',
+            str(self.notebooks/f'{stage.notebook}.ipynb'), f'{to}.ipynb',
+            *flags(rec['params']), *flags(again)]
 
 @patch
-def command(self:Pipeline, s:Stage) -> str:
+def command(self:Pipeline, stage:Stage) -> str:
     "The last attempt as one would type it in this folder, from new"
-    r = self.status['stages'][s.name]
-    files = self.notebooks/f'{s.notebook}.ipynb', r['attempts'][-1]['notebook']
-    return shlex.join(['papermill', *map(shown, files), *flags(r['params'])])
-
-@patch
-def keep(self:Pipeline):
-    "Write the status"
-    self.status['updated'] = _now(); atomic_write(self.file, json.dumps(self.status, indent=1))
+    rec = self.record(stage)
+    files = self.notebooks/f'{stage.notebook}.ipynb', rec['attempts'][-1]['notebook']
+    return shlex.join(['papermill', *map(shown, files), *flags(rec['params'])])
 
 # %% ../nbs/69_speedrun.ipynb #watch
-class Live:
+class Live(InPlace):
     "One line that is rewritten: in a notebook in place, in a terminal too"
-    def __init__(self): self.handle = None
     def show(self, text):
-        if _in_notebook():
-            from IPython.display import display
-            data = {'text/plain': text}
-            if self.handle: self.handle.update(data, raw=True)
-            else: self.handle = display(data, raw=True, display_id=True)
-        elif sys.stderr.isatty(): sys.stderr.write(f'\r\033[K{text[:110]}'); sys.stderr.flush()
+        if super().show({'text/plain': text}) or not sys.stderr.isatty(): return
+        sys.stderr.write(f'\r\033[K{text[:110]}'); sys.stderr.flush()
 
 # %% ../nbs/69_speedrun.ipynb #watch-b
-def _with_parent(): # run in the new process before papermill
-    if sys.platform == 'linux': ctypes.CDLL(None).prctl(1, signal.SIGKILL)   # PR_SET_PDEATHSIG
+def _last(text): # its last line that says something, without colours
+    lines = re.sub(r'\x1b\[[0-9;]*m', '', text).splitlines()
+    return next((line.strip() for line in reversed(lines) if line.strip()), '')
 
 def _last_line(path): # of a growing log
-    with open(path, 'rb') as f:
-        f.seek(max(0, f.seek(0, 2) - 2000)); text = f.read().decode(errors='replace')
-    text = re.sub(r'\x1b\[[0-9;]*m', '', text)
-    return next((l.strip() for l in reversed(text.splitlines()) if l.strip()), '')
+    with open(path, 'rb') as file:
+        file.seek(max(0, file.seek(0, 2) - 2000)); text = file.read().decode(errors='replace')
+    return _last(text)
 
 # %% ../nbs/69_speedrun.ipynb #wait
 @patch
-def wait(self:Pipeline, s:Stage, cmd:list) -> int: # exit code
+def wait(self:Pipeline, stage:Stage, cmd:list) -> int: # exit code
     "Run one command to its end"
-    r = self.status['stages'][s.name]; a = r['attempts'][-1]
-    log, start, kept = Path(a['notebook']).with_suffix('.log'), time.time(), time.time()
-    with open(log, 'wb') as f:
-        p = subprocess.Popen(cmd, stdout=f, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                             start_new_session=True, preexec_fn=_with_parent)
-        a['pid'] = p.pid; self.keep()
+    attempt = self.record(stage)['attempts'][-1]
+    log, start, kept = Path(attempt['notebook']).with_suffix('.log'), time.time(), time.time()
+    with open(log, 'wb') as file:
+        process = subprocess.Popen(cmd, stdout=file, stderr=subprocess.STDOUT,
+                                   stdin=subprocess.DEVNULL, start_new_session=True,
+                                   preexec_fn=_with_parent)
+        attempt['pid'] = process.pid; self.keep()
         try:
-            while p.poll() is None:
-                a['seconds'] = round(time.time() - start, 1)
-                self.live.show(f"{s.name:10} {duration(a['seconds'])}   {_last_line(log)[:120]}")
+            while process.poll() is None:
+                seconds = attempt['seconds'] = round(time.time() - start, 1)
+                self.live.show(f"{stage.name:10} {duration(seconds)}   {_last_line(log)[:120]}")
                 if time.time() - kept > 10: self.keep(); kept = time.time()
-                try: p.wait(min(2, .1 + a['seconds']/10))
-                except subprocess.TimeoutExpired: continue
+                with suppress(subprocess.TimeoutExpired): process.wait(min(2, .1 + seconds/10))
         except BaseException:                # interrupted: papermill keeps what its notebook has
-            p.send_signal(signal.SIGINT)
-            try: p.wait(30)
-            except subprocess.TimeoutExpired: p.kill(); p.wait()
+            process.send_signal(signal.SIGINT)
+            try: process.wait(30)
+            except subprocess.TimeoutExpired: process.kill(); process.wait()
             raise
-        finally: a['seconds'] = round(time.time() - start, 1)
-    return p.returncode
+        finally: attempt['seconds'] = round(time.time() - start, 1)
+    return process.returncode
 
 # %% ../nbs/69_speedrun.ipynb #err
 class StageError(RuntimeError):
@@ -248,22 +249,22 @@ def last_error(notebook:str|Path # executed
               ) -> str:          # '' if there is none
     "The last line of the error that a notebook ended with"
     cells = (_json(notebook) or {}).get('cells', [])
-    bad = [o for c in cells for o in c.get('outputs', []) if o.get('output_type') == 'error']
-    if not bad: return ''
-    lines = [l for l in f"{bad[-1]['ename']}: {bad[-1]['evalue']}".splitlines() if l.strip()]
-    return re.sub(r'\x1b\[[0-9;]*m', '', lines[-1].strip())
+    errors = [f"{out['ename']}: {out['evalue']}" for cell in cells
+              for out in cell.get('outputs', []) if out.get('output_type') == 'error']
+    return _last(errors[-1]) if errors else ''
 
 # %% ../nbs/69_speedrun.ipynb #fail
 @patch
-def fail(self:Pipeline, s:Stage, code:int, why:str=''):
-    r = self.status['stages'][s.name]; a = r['attempts'][-1]; nb = a['notebook']
+def fail(self:Pipeline, stage:Stage, code:int, why:str=''):
+    rec = self.record(stage); attempt = rec['attempts'][-1]; notebook = Path(attempt['notebook'])
+    log = notebook.with_suffix('.log')
     how = f'killed by {signal.Signals(-code).name}' if code < 0 else ''
-    r['error'] = why or how or last_error(nb) or _last_line(Path(nb).with_suffix('.log'))
-    r['status'] = 'failed'; a['ended'] = 'killed' if code < 0 else 'failed'; self.keep()
-    self.live.show(f'{s.name:10} failed')
-    where = nb if Path(nb).exists() else Path(nb).with_suffix('.log')
-    raise StageError(f"{s.name} failed after {duration(a['seconds'])}: {r['error']}; see "
-                     f"{shown(where)}; to go on: {self.resume or 'run it again'}")
+    rec['error'] = why or how or last_error(notebook) or _last_line(log)
+    rec['status'] = 'failed'; attempt['ended'] = 'killed' if how else 'failed'; self.keep()
+    self.live.show(f'{stage.name:10} failed')
+    raise StageError(f"{stage.name} failed after {duration(attempt['seconds'])}: {rec['error']}; "
+                     f"see {shown(notebook if notebook.exists() else log)}; to go on: "
+                     f"{self.resume or 'run it again'}")
 
 # %% ../nbs/69_speedrun.ipynb #run
 @patch
@@ -280,23 +281,22 @@ def run(self:Pipeline):
 def _run(self:Pipeline):
     self.out.mkdir(parents=True, exist_ok=True); self.keep()
     self.live.show(f'notebooks and logs: {shown(self.out)}')
-    for s in self.stages:
-        r = self.status['stages'][s.name]
-        spent = lambda: duration(sum(a['seconds'] for a in r['attempts']))
-        if r['status'] == 'done':
-            self.say(f'{s.name:10} done before, in {spent()}   {self.tell(s)}')
-        else:
-            try: code = self.wait(s, self.begin(s))
-            except KeyboardInterrupt: self.fail(s, 0, 'interrupted')
-            if code: self.fail(s, code)
-            r['status'] = r['attempts'][-1]['ended'] = 'done'; self.keep()
-            n = len(r['attempts']); tries = f' in {n} attempts'*(n > 1)
-            self.say(f'{s.name:10} done, {spent()}{tries}   {self.tell(s)}')
-        if s.name == self.last: break
+    for stage in self.stages:
+        rec = self.record(stage); before = rec['status'] == 'done'
+        if not before:
+            try: code = self.wait(stage, self.begin(stage))
+            except KeyboardInterrupt: self.fail(stage, 0, 'interrupted')
+            if code: self.fail(stage, code)
+            rec['status'] = rec['attempts'][-1]['ended'] = 'done'; self.keep()
+        spent, n = sum(attempt['seconds'] for attempt in rec['attempts']), len(rec['attempts'])
+        how = 'done before, in ' if before else 'done, '
+        tries = f' in {n} attempts'*(n > 1 and not before)
+        self.say(f'{stage.name:10} {how}{duration(spent)}{tries}   {self.tell(stage)}')
+        if stage.name == self.last: break
     self.live.show(f'{self.name}: nothing runs')
 
 @patch
-def tell(self:Pipeline, s:Stage) -> str: return ''     # a pipeline of models says more
+def tell(self:Pipeline, stage:Stage) -> str: return ''     # a pipeline of models says more
 
 # %% ../nbs/69_speedrun.ipynb #order
 ORDER = [Stage('tokenizer', 'tokenizer', makes='name'),
@@ -309,33 +309,32 @@ ORDER = [Stage('tokenizer', 'tokenizer', makes='name'),
          Stage('rl_eval', 'chat_eval', ('rl',), dict(model='{rl}'))]
 
 # %% ../nbs/69_speedrun.ipynb #presets
-_few = dict(num_iterations=8, total_batch_size=512, eval_tokens=2048, warmup_steps=2,
-            val_tasks='sums/test@20', tasks='identity@60 sums@60')
+_few = dict(num_iterations=8, total_batch_size=512, eval_tokens=2048, warmup_steps=2)
+_talk = _few | dict(val_tasks='sums/test@20', tasks='identity@60 sums@60')
+_ask = dict(tasks='identity sums@10', max_tokens=16)
 PRESETS = dict(
     smoke=dict(tokenizer=dict(vocab_size=512, others='', train_bytes=1_000_000, eval_bytes=20_000),
-               pretrain=dict(depth=2, vocab_size=512, max_seq_len=64, num_iterations=16,
-                             total_batch_size=512, eval_tokens=2048, warmup_steps=2,
-                             prompts='The'),
-               base_eval=dict(core='none', max_docs=3), midtrain=_few, sft=_few,
-               chat_eval=dict(tasks='identity sums@10', max_tokens=16),
+               pretrain=dict(depth=2, vocab_size=512, max_seq_len=64) | _few | dict(
+                   num_iterations=16, prompts='The'),
+               base_eval=dict(core='none', max_docs=3), midtrain=_talk, sft=_talk, chat_eval=_ask,
                rl=dict(task='sums', num_iterations=2, questions=4, samples=4, max_tokens=16,
-                       eval_questions=8),
-               rl_eval=dict(tasks='identity sums@10', max_tokens=16)),
+                       eval_questions=8), rl_eval=_ask),
     cpu=dict(tokenizer=dict(vocab_size=4096, others=''), pretrain=dict(depth=4, vocab_size=4096),
              base_eval=dict(core='none'),
              rl=dict(task='spellingbee', num_iterations=20, questions=8, samples=8, max_tokens=64,
                      eval_questions=50, eval_every=10)))
 SMALL = 'smoke', 'cpu', 'conversation'  # made for a CPU and the sample
-for d in (12, 20, 32):
-    PRESETS[f'd{d}'] = dict(tokenizer=dict(vocab_size=32768), rl=dict(task='gsm8k'),
-                            pretrain=dict(depth=d, vocab_size=32768))
+
+def _large(depth, vocab_size, **kw): # for GPUs
+    return dict(tokenizer=dict(vocab_size=vocab_size), rl=dict(task='gsm8k'),
+                pretrain=dict(depth=depth, vocab_size=vocab_size, **kw))
+
+PRESETS |= {f'd{depth}': _large(depth, 32768) for depth in (12, 20, 32)}
 # a small chat model: tied vocabulary, short context, thin MLP, few key/value heads, no value embeddings
 PRESETS['conversation'] = PRESETS['cpu'] | dict(
     tokenizer=dict(vocab_size=8192, others=''),
     pretrain=dict(depth=4, preset='conversation', vocab_size=8192, device_batch_size=2))
-PRESETS['conversation-d20'] = dict(
-    tokenizer=dict(vocab_size=65536), rl=dict(task='gsm8k'),
-    pretrain=dict(depth=20, preset='conversation', vocab_size=65536))
+PRESETS['conversation-d20'] = _large(20, 65536, preset='conversation')
 
 # %% ../nbs/69_speedrun.ipynb #tier
 def tier(depth:int,
@@ -343,21 +342,20 @@ def tier(depth:int,
          price:float=3.              # dollars an hour of one GPU
         ) -> dict:
     "Pretraining of a depth on GPUs, estimated: nothing in it was measured"
-    c = PretrainConfig(depth=depth, vocab_size=32768, max_seq_len=2048, device='cuda', nproc=gpus,
-                       target_param_data_ratio=12.)
-    m, tokens = _meta(c), c.horizon; flops = m.flops_per_token(c.max_seq_len)*tokens
+    cfg = PretrainConfig(depth=depth, vocab_size=32768, max_seq_len=2048, device='cuda', nproc=gpus,
+                         target_param_data_ratio=12.)
+    model, tokens = _meta(cfg), cfg.horizon; flops = model.flops_per_token(cfg.max_seq_len)*tokens
     hours = flops/(peak_flops(gpu)*MFU['cuda']*gpus)/3600
-    c.total_batch_size = auto_batch(tokens, c.max_seq_len*gpus)
-    return dict(depth=depth, params=m.param_counts()['total'], tokens=tokens,
-                batch=c.total_batch_size, steps=round(tokens/c.total_batch_size), flops=flops,
-                hours=hours, dollars=hours*gpus*price)
+    batch = auto_batch(tokens, cfg.max_seq_len*gpus)
+    return dict(depth=depth, params=model.param_counts()['total'], tokens=tokens, batch=batch,
+                steps=round(tokens/batch), flops=flops, hours=hours, dollars=hours*gpus*price)
 
 # %% ../nbs/69_speedrun.ipynb #tier-table
 def tier_table(depths=(12, 20, 32), gpus:int=8, gpu:str='H100', price:float=3.) -> str: # Markdown
     "Estimates of pretraining, a row a depth"
     rows = [[f"d{t['depth']}", human(t['params']), human(t['tokens']), human(t['batch']),
              f"{t['steps']:,}", f"{t['flops']:.1e}", duration(3600*t['hours'], about=True),
-             f"{t['dollars']:,.0f}"] for t in (tier(d, gpus, gpu, price) for d in depths)]
+             f"{t['dollars']:,.0f}"] for t in (tier(depth, gpus, gpu, price) for depth in depths)]
     return _table(['preset', 'parameters', 'tokens', 'batch', 'steps', 'FLOPs',
                    f"time on {gpus} {gpu} at {MFU['cuda']:.0%} of the peak",
                    f'dollars at {price:g} an hour'], rows)
@@ -390,54 +388,56 @@ class SpeedrunConfig:
 ONCE = ('resume', 'start', 'stop', 'notebooks', 'out') # of one call, not of the run
 
 def _known(name): # of a pipeline; '' is the one that was written last
-    files = (base_dir()/'speedruns').glob('*/status.json')
-    have = [f.parent.name for f in sorted(files, key=lambda f: f.stat().st_mtime)]
     where = base_dir()/'speedruns'
+    files = sorted(where.glob('*/status.json'), key=lambda file: file.stat().st_mtime)
+    have = [file.parent.name for file in files]
     if not have: raise FileNotFoundError(f'{where} holds no run; leave resume out')
-    if name and name not in have:
-        new = ', '.join(have[-5:])
-        raise FileNotFoundError(f'no run {name!r} to resume; the newest are {new}')
+    if name and name not in have: raise FileNotFoundError(
+        f'no run {name!r} to resume; the newest are {", ".join(have[-5:])}')
     return name or have[-1]
 
 def _place(text): # a path that exists, from any folder; anything else stays as it is
-    p = Path(text).expanduser() if '/' in text else None    # a bare name may be that of a set
-    return str(p.absolute()) if p and p.exists() else text
+    if '/' not in text: return text                         # it may be the name of a set
+    path = Path(text).expanduser()
+    return str(path.absolute()) if path.exists() else text
 
 # %% ../nbs/69_speedrun.ipynb #resolved-b
 @patch
 def resolved(self:SpeedrunConfig) -> SpeedrunConfig:
     "Name, preset and data settled; an error where a name is taken"
-    c = replace(self)
-    if c.resume: c.run = _known(c.run)
-    if not re.fullmatch(r'(\w[\w.-]*)?', c.run):
-        raise ValueError(f'run {c.run!r}; a name begins with a letter or digit and has only these, '
-                         "'.', '_' and '-'")
-    old = read_status(status_file(c.run)) if c.run else None
-    if old and not c.resume:
-        raise ValueError(f'run {c.run} exists already; resume True continues it, or take another '
+    cfg = replace(self)
+    if cfg.resume: cfg.run = _known(cfg.run)
+    if not re.fullmatch(r'(\w[\w.-]*)?', cfg.run):
+        raise ValueError(f'run {cfg.run!r}; a name begins with a letter or digit and has only '
+                         "these, '.', '_' and '-'")
+    old = read_status(status_file(cfg.run)) if cfg.run else None
+    if old and not cfg.resume:
+        raise ValueError(f'run {cfg.run} exists already; resume True continues it, or take another '
                          'name')
     for k, v in (old or {}).get('config', {}).items():
-        if k == 'more': c.more = v if v.endswith(c.more) else f'{v} {c.more}'.strip()
-        elif k not in ONCE and getattr(self, k) == getattr(SpeedrunConfig, k): setattr(c, k, v)
-    gpus = n_gpus() if c.device in ('', 'cuda') else 0
-    c.preset = c.preset or ('cpu' if not gpus else 'd12' if gpus < 8 else 'd20')
-    if c.preset not in PRESETS:
-        raise NameError(f'unknown preset {c.preset!r}; use one of {", ".join(PRESETS)}')
-    c.data = _place(c.data or os.environ.get('NANO_DH_DATA', '')); c.chat_data = _place(c.chat_data)
-    c.run = c.run or f"{c.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
-    return c
+        if k == 'more': cfg.more = v if v.endswith(cfg.more) else f'{v} {cfg.more}'.strip()
+        elif k not in ONCE and getattr(self, k) == getattr(SpeedrunConfig, k): setattr(cfg, k, v)
+    gpus = n_gpus() if cfg.device in ('', 'cuda') else 0
+    cfg.preset = cfg.preset or ('cpu' if not gpus else 'd12' if gpus < 8 else 'd20')
+    if cfg.preset not in PRESETS:
+        raise NameError(f'unknown preset {cfg.preset!r}; use one of {", ".join(PRESETS)}')
+    cfg.data = _place(cfg.data or os.environ.get('NANO_DH_DATA', ''))
+    cfg.chat_data = _place(cfg.chat_data)
+    cfg.run = cfg.run or f"{cfg.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return cfg
 
 # %% ../nbs/69_speedrun.ipynb #stages
 def _words(text): # 'a.b:1 c.d:x' -> {'a': {'b': 1}, 'c': {'d': 'x'}}
-    out = {}
-    for w in shlex.split(text):
-        m = re.fullmatch(r'(\w+)\.(\w+)[:=](.*)', w, re.S)
-        if not m: raise ValueError(f'more: {w!r}; write stage.parameter:value, as sft.epochs:2')
-        if m[1] not in (names := [s.name for s in ORDER]):
-            raise NameError(f'more: no stage {m[1]!r}; stages are {", ".join(names)}')
-        try: v = ast.literal_eval(m[3])
-        except (ValueError, SyntaxError): v = m[3]
-        out.setdefault(m[1], {})[m[2]] = v
+    out, names = {}, [stage.name for stage in ORDER]
+    for word in shlex.split(text):
+        found = re.fullmatch(r'(\w+)\.(\w+)[:=](.*)', word, re.S)
+        if not found:
+            raise ValueError(f'more: {word!r}; write stage.parameter:value, as sft.epochs:2')
+        stage, name, value = found.groups()
+        if stage not in names:
+            raise NameError(f'more: no stage {stage!r}; stages are {", ".join(names)}')
+        with suppress(ValueError, SyntaxError): value = ast.literal_eval(value)
+        out.setdefault(stage, {})[name] = value
     return out
 
 # %% ../nbs/69_speedrun.ipynb #shards
@@ -449,18 +449,18 @@ def shards(depth:int) -> int: # of climbmix
 @patch
 def stages(self:SpeedrunConfig) -> list: # Stage
     "The stages of a resolved run with all their parameters"
-    c, told, more, out = self, PRESETS[self.preset], _words(self.more), []
+    told, more, out = PRESETS[self.preset], _words(self.more), []
     depth = more.get('pretrain', {}).get('depth', told['pretrain']['depth'])
-    data = c.data or ('' if c.preset in SMALL else f'climbmix@{shards(depth)}')
-    texts, ranks = dict(data=data) if data else {}, {} if c.nproc < 0 else dict(nproc=c.nproc)
-    if c.device: ranks['device'] = c.device
-    chats = dict(data=c.chat_data) if c.chat_data else {}
-    for s in ORDER[:None if c.with_rl else -2]:
-        own = texts if s.name in ('tokenizer', 'pretrain', 'base_eval') else chats
-        where = {} if s.name == 'tokenizer' else ranks
-        price = dict(gpu_hour_price=c.gpu_hour_price) if s.name == 'pretrain' else {}
-        out.append(replace(s, params={**s.params, **told.get(s.name, {}), **own, **where, **price,
-                                      **more.get(s.name, {})}))
+    text = self.data or ('' if self.preset in SMALL else f'climbmix@{shards(depth)}')
+    for stage in ORDER[:None if self.with_rl else -2]:
+        name, own = stage.name, {}
+        data = text if name in ('tokenizer', 'pretrain', 'base_eval') else self.chat_data
+        if data: own['data'] = data
+        if name != 'tokenizer' and self.nproc >= 0: own['nproc'] = self.nproc
+        if name != 'tokenizer' and self.device: own['device'] = self.device
+        if name == 'pretrain': own['gpu_hour_price'] = self.gpu_hour_price
+        params = stage.params | told.get(name, {}) | own | more.get(name, {})
+        out.append(replace(stage, params=params))
     return out
 
 # %% ../nbs/69_speedrun.ipynb #find
@@ -469,62 +469,65 @@ def find_notebooks(folder:str='' # '': beside the package, or here
     "The folder of the run notebooks"
     own = Path(nano_dh.__file__).parent.parent/'runs'
     tried = [Path(folder).expanduser()] if folder else [own, Path('runs'), Path('.')]
-    for p in tried:
-        if (p/'pretrain.ipynb').exists() and (p/'chat_eval.ipynb').exists(): return p.absolute()
-    raise FileNotFoundError(f"no run notebooks in {', '.join(str(p) for p in tried)}; they are in "
+    for path in tried:
+        if all((path/f'{name}.ipynb').exists() for name in ('pretrain', 'chat_eval')):
+            return path.absolute()
+    raise FileNotFoundError(f"no run notebooks in {', '.join(map(str, tried))}; they are in "
                             'runs/ of the repository: clone it, or give their folder as notebooks')
 
 # %% ../nbs/69_speedrun.ipynb #early
-def _possible(c, names): # names of the stages
-    for k in ('start', 'stop'):
-        if getattr(c, k) and getattr(c, k) not in names:
-            raise NameError(f'{k} {getattr(c, k)!r}: stages are {", ".join(names)}')
-    if c.start and c.stop and names.index(c.start) > names.index(c.stop):
-        raise ValueError(f'start {c.start} comes after stop {c.stop}; nothing would run')
-    if c.device not in ('', 'cuda', 'mps', 'cpu'):
-        raise NameError(f"device {c.device!r}; use cuda, mps, cpu, or '' for the best there is")
-    if c.chat_data and not Path(c.chat_data).is_dir():
-        raise FileNotFoundError(f'chat_data {c.chat_data}: no such folder')
-    if c.preset not in SMALL and not c.device and not n_gpus():
-        raise ValueError(f'preset {c.preset} is made for GPUs and none is seen here; '
+def _possible(cfg, names): # names of the stages
+    start, stop = cfg.start, cfg.stop
+    for what, name in dict(start=start, stop=stop).items():
+        if name and name not in names:
+            raise NameError(f'{what} {name!r}: stages are {", ".join(names)}')
+    if start and stop and names.index(start) > names.index(stop):
+        raise ValueError(f'start {start} comes after stop {stop}; nothing would run')
+    if cfg.device not in ('', 'cuda', 'mps', 'cpu'):
+        raise NameError(f"device {cfg.device!r}; use cuda, mps, cpu, or '' for the best there is")
+    if cfg.chat_data and not Path(cfg.chat_data).is_dir():
+        raise FileNotFoundError(f'chat_data {cfg.chat_data}: no such folder')
+    if cfg.preset not in SMALL and not cfg.device and not n_gpus():
+        raise ValueError(f'preset {cfg.preset} is made for GPUs and none is seen here; '
                          'say device cpu to try it all the same')
 
 # %% ../nbs/69_speedrun.ipynb #speedrun
 class Speedrun(Pipeline):
     "The pipeline of a configuration"
     def __init__(self, cfg:SpeedrunConfig, say=print):
-        c = self.cfg = cfg.resolved(); nbs = find_notebooks(c.notebooks)
-        names = [s.name for s in c.stages()]
-        _possible(c, names)
-        go = ['papermill', shown(nbs/'speedrun.ipynb'), shown(nbs/'out'/f'{c.run}-more.ipynb')]
-        place = {k: v for k in ('notebooks', 'out') if (v := getattr(c, k))}
-        go += flags(dict(run=c.run, resume=True) | place)
-        keep = {f.name: getattr(c, f.name) for f in fields(c) if f.name not in ONCE}
-        out = Path(c.out).expanduser().absolute() if c.out else nbs/'out'/c.run
-        super().__init__(c.run, c.stages(), status_file(c.run), nbs, out, keep, shlex.join(go),
-                         c.start, c.stop, say)
+        cfg = self.cfg = cfg.resolved(); runs, stages = find_notebooks(cfg.notebooks), cfg.stages()
+        _possible(cfg, [stage.name for stage in stages])
+        place = {name: getattr(cfg, name) for name in ('notebooks', 'out') if getattr(cfg, name)}
+        resume = shlex.join(['papermill', shown(runs/'speedrun.ipynb'),
+                             shown(runs/'out'/f'{cfg.run}-more.ipynb'),
+                             *flags(dict(run=cfg.run, resume=True) | place)])
+        keep = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name not in ONCE}
+        out = Path(cfg.out).expanduser().absolute() if cfg.out else runs/'out'/cfg.run
+        super().__init__(cfg.run, stages, status_file(cfg.run), runs, out, keep, resume,
+                         cfg.start, cfg.stop, say)
 
     def __str__(self): # what it will do
-        st = self.status['stages']
-        told = lambda s: ' '.join(f'{k}={v}' for k, v in s.params.items())
-        rows = [f"{s.name:10} {st[s.name]['status']:8} {told(s)}" for s in self.stages]
-        return '\n'.join([f"{self.name}: preset {self.cfg.preset}, status in {self.file}", *rows])
+        lines = [f'{self.name}: preset {self.cfg.preset}, status in {self.file}']
+        for stage in self.stages:
+            told = ' '.join(f'{k}={v}' for k, v in stage.params.items())
+            lines.append(f"{stage.name:10} {self.record(stage)['status']:8} {told}")
+        return '\n'.join(lines)
 
 # %% ../nbs/69_speedrun.ipynb #tell
 def _change(run, key, what): # 'val bpb 2.31 -> 1.94'
-    got = [r[key] for r in read_metrics(runs_dir()/run) if r.get(key) is not None]
+    got = [rec[key] for rec in read_metrics(runs_dir()/run) if rec.get(key) is not None]
     return f'{what} {got[0]:.4f} -> {got[-1]:.4f}' if got else ''
 
 @patch
-def tell(self:Speedrun, s:Stage) -> str:
+def tell(self:Speedrun, stage:Stage) -> str:
     "What a stage that is done came to, in a few words"
-    p = self.status['stages'][s.name]['params']
-    if s.name == 'tokenizer':
-        return f"{Tokenizer.load(base_dir()/'tokenizers'/p['name']).vocab_size:,} tokens"
-    if s.name == 'rl': return _change(p['run'], 'val_reward', 'held-out reward')
-    if s.trains: return _change(p['run'], 'val_bpb', 'val bpb')
-    got = scores(p['model']); keys = [k for k in got if s.name != 'base_eval' or ',' not in k]
-    return ', '.join(f'{k} {got[k][0]:.3g}' for k in keys)
+    params = self.record(stage)['params']
+    if stage.name == 'tokenizer':
+        return f"{Tokenizer.load(base_dir()/'tokenizers'/params['name']).vocab_size:,} tokens"
+    if stage.name == 'rl': return _change(params['run'], 'val_reward', 'held-out reward')
+    if stage.trains: return _change(params['run'], 'val_bpb', 'val bpb')
+    return ', '.join(f'{k} {v[0]:.3g}' for k, v in scores(params['model']).items()
+                     if stage.name != 'base_eval' or ',' not in k)
 
 # %% ../nbs/69_speedrun.ipynb #do
 @patch
@@ -542,15 +545,14 @@ def run(self:Speedrun) -> Card:
 @patch
 def commands(self:Speedrun) -> str:
     "What each stage was called with"
-    st = self.status['stages']
-    return '\n'.join(self.command(s) if st[s.name]['attempts'] else f'{s.name}: not yet'
-                     for s in self.stages)
+    return '\n'.join(self.command(stage) if self.record(stage)['attempts']
+                     else f'{stage.name}: not yet' for stage in self.stages)
 
 @patch
 def next(self:Speedrun) -> str:
     "What to type now"
-    st = self.status['stages']
-    left = [s.name for s in self.stages if st[s.name]['status'] != 'done']
+    left = [stage.name for stage in self.stages if self.record(stage)['status'] != 'done']
     if left: return f"{', '.join(left)} not done; to go on:\n  {self.resume}"
-    run = next(st[k]['product'] for k in ('rl', 'sft') if k in st and st[k]['status'] == 'done')
-    return f'to talk to it:\n  dh_chat --model {run}'
+    found = self.status['stages']
+    last = 'rl' if found.get('rl', {}).get('status') == 'done' else 'sft'
+    return f"to talk to it:\n  dh_chat --model {found[last]['product']}"

@@ -35,7 +35,7 @@ MUTANTS = { # name -> file, text, the changed text, test that fails on it
  'no fsync: shards': ('dataset', 'file.flush(); os.fsync(file.fileno())', 'file.flush()', HERE + 'test_what_is_written'),
  'no fsync: checkpoints': ('safe_checkpoint', 'for path in files: _sync(path)', 'pass', HERE + 'test_what_is_written'),
  'varlen: heads of a group apart': ('gated_attn', 'k, v = (t.repeat_interleave(R, 2) if R > 1 else t for t in (k, v))', 'k, v = (t.repeat(1, 1, R, 1) for t in (k, v))', HERE + 'test_grouped_heads'),
- 'RL answers with old weights': ('rl', 'c = self.cfg; refresh(self.engine, self.model)', 'c = self.cfg', HERE + 'test_rl_answers'),
+ 'RL answers with old weights': ('rl', 'cfg = self.cfg; refresh(self.engine, self.model)', 'cfg = self.cfg', HERE + 'test_rl_answers'),
  'RL keeps old beginnings': ('rl', 'engine.release(); engine.slabs = slabs', 'engine.slabs = slabs', HERE + 'test_rl_answers'),
  'minus infinity is multiplied': ('chunked', 'torch.where(low.tril(-1), g[..., None], 0.)', '(g[..., None]*low.tril(-1))', 'test_delta_rule.py::test_minus_infinity'),
  'sandbox without seccomp': ('execution', "    if 'seccomp' in built: _seccomp()\n", '', 'test_sandbox.py::test_hostile_programs_quick'),
@@ -47,7 +47,7 @@ MUTANTS = { # name -> file, text, the changed text, test that fails on it
  'sandbox: a signal without a name': ('execution', "signal.Signals(n).name if n in {*signal.Signals} else f'signal {n}'", 'signal.Signals(n).name', 'test_sandbox.py::test_one_program'),
  'sandbox: a program ends the run': ('execution', "    except ValueError as error: return 'error', str(error)\n", '    except ArithmeticError: pass\n', 'test_sandbox.py::test_one_program'),
  'tasks: a letter inside a word': ('tasks', 'return said_letter(text) ==', 'return text.strip()[:1] ==', 'test_chat.py::test_answers_in_other_clothes'),
- 'tasks: numbers as texts': ('tasks', 'return plain_number(m[1]) if m else None', 'return m[1] if m else None', 'test_chat.py::test_answers_in_other_clothes'),
+ 'tasks: numbers as texts': ('tasks', 'return plain_number(found[1]) if found else None', 'return found[1] if found else None', 'test_chat.py::test_answers_in_other_clothes'),
  'tasks: fences of Python alone': ('tasks', "known = '', 'python', 'python3', 'py', 'py3'", "known = '', 'python'", 'test_chat.py::test_answers_in_other_clothes'),
 }
 

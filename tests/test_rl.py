@@ -109,12 +109,12 @@ def test_runs_that_could_not_learn_are_refused(toy, tmp_path, monkeypatch):
         assert '\n' not in str(e.value)
 
 def examine(right, k, n=100, rank=0, world=1): # what `evaluate` says of a model that is right as `right(question, try)` says, and its seeds
-    recs, seeds = [], []; held = Tiny('test', n); ids = {c['messages'][0]['content']: i for i, c in enumerate(held)}
+    recs, seeds = [], []; held = Tiny('test', n)
     t = N(cfg=N(eval_samples=k, eval_questions=n, seed=0), rank=rank, world=world, held=held, tok=N(decode=str), sums=lambda *x: list(x), log=lambda **r: recs.append(r))
     def answer(convs, k, seed, at):
         e = N(max_rows=9, submit=lambda r: seeds.append(r.seed) or N(), run=lambda s: s); rollout(e, [[1]]*len(convs), k, seed=seed, at=at)
         return None, [[N(text=c['messages'][1]['content'][1]['text'] if right(i, j) else 'no', tokens=[]) for j in range(k)]
-                      for c in convs for i in [ids[c['messages'][0]['content']]]]
+                      for i, c in zip(at, convs)]                              # by its number: two questions may have the same words
     t.answer = answer; R.RLTrainer.evaluate(t)
     return recs[0], seeds
 
