@@ -85,8 +85,9 @@ def answers(engine, convs:list,
     out, at_once = [[] for _ in ids], max(1, engine.max_rows//n)   # a full engine reads slowly
     for start in range(0, len(fit), at_once):
         part = fit[start:start + at_once]
-        streams = engine.generate_batch([ids[i] for i in part], n=n, max_tokens=max_tokens, seed=seed,
-                                        temperature=temperature, top_k=top_k, tools=tools)
+        streams = engine.generate_batch(
+            [ids[i] for i in part], n=n, max_tokens=max_tokens, seed=seed, tools=tools,
+            temperature=temperature, top_k=top_k)
         for first, i in enumerate(part): out[i] = streams[first*n:(first + 1)*n]
     return out
 

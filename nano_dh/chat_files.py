@@ -49,7 +49,8 @@ def _numbered(rows): return ((f'row {i}', row) for i, row in enumerate(rows, 1))
 def _value(path, text): # rows of a JSON value, or of lines after all
     try: value = json.loads(text)
     except ValueError:
-        if text.lstrip()[:1] in '{[' and '\n' in text.strip(): return _lines(path, text.splitlines())
+        many = text.lstrip()[:1] in '{[' and '\n' in text.strip()
+        if many: return _lines(path, text.splitlines())
         raise FileError(f'{path} is no JSON; fetch or write it again') from None
     return _numbered(_inside(value))
 
@@ -57,8 +58,10 @@ def _inside(value): # rows of a list, or of the one list in a dictionary
     if isinstance(value, list):
         chat = value and isinstance(value[0], dict) and {'role', 'content'} <= value[0].keys()
         return [value] if chat else value
-    if isinstance(value, dict) and not {'messages', 'conversations', 'instruction', 'prompt'} & {*value}:
-        lists = [x for x in value.values() if isinstance(x, list) and x and isinstance(x[0], (dict, list))]
+    known = {'messages', 'conversations', 'instruction', 'prompt'}
+    if isinstance(value, dict) and not known & value.keys():
+        lists = [x for x in value.values() if isinstance(x, list) and x]
+        lists = [x for x in lists if isinstance(x[0], (dict, list))]
         if len(lists) == 1: return lists[0]
     return [value]
 
@@ -66,7 +69,8 @@ def rows_of(path:str|Path # of one of KINDS
            ): # yields (which row, for people; its value)
     "The rows of a file, one after the other"
     path = Path(path).expanduser(); kind = KINDS.get(Path(bare(path)).suffix)
-    if kind is None: raise FileError(f'{path}: give one of {", ".join(KINDS)}, the first three also as .gz or .zst')
+    if kind is None: raise FileError(f'{path}: give one of {", ".join(KINDS)}, the first three '
+                                     'also as .gz or .zst')
     if not path.is_file(): raise FileError(f'{path} does not exist')
     try:
         if kind == 'table':
@@ -74,42 +78,51 @@ def rows_of(path:str|Path # of one of KINDS
             yield from _numbered(row for batch in batches for row in batch.to_pylist()); return
         with io.TextIOWrapper(open_packed(path), encoding='utf-8-sig') as file:
             yield from _lines(path, file) if kind == 'lines' else _value(path, file.read())
-    except UnicodeDecodeError as e: raise FileError(f'{path} is not UTF-8 (byte {e.start:,})') from None
+    except UnicodeDecodeError as e:
+        raise FileError(f'{path} is not UTF-8 (byte {e.start:,})') from None
     except (*DAMAGE, OSError) as e:
         if not isinstance(e, DAMAGE) and path.suffix.lower() != '.zst': raise
         raise FileError(f'{path} is damaged ({str(e).splitlines()[0]}); fetch it again') from None
 
 # %% ../nbs/29_chat_files.ipynb #content
-ROLES = dict(system='system', developer='system', user='user', human='user', assistant='assistant', gpt='assistant',
-             chatgpt='assistant', model='assistant', bing='assistant', bard='assistant')
+ROLES = dict(system='system', developer='system', user='user', human='user') | dict.fromkeys(
+    ('assistant', 'gpt', 'chatgpt', 'model', 'bing', 'bard'), 'assistant')
 TEXTS = ('text', 'input_text', 'output_text') # types of parts that are text
 
 class Unusable(ValueError): "A row that gives no conversation; the message says why"
 
 def _content(i, content, role): # text, or the assistant's parts
     if isinstance(content, str): return content
-    if not isinstance(content, list): raise Unusable(f'message {i}: content is {type(content).__name__}, not text')
+    if not isinstance(content, list):
+        raise Unusable(f'message {i}: content is {type(content).__name__}, not text')
     own, parts = TEXTS + (('python', 'output') if role == 'assistant' else ()), []
     for part in content:
         if isinstance(part, str): part = dict(type='text', text=part)
         kind = part.get('type') if isinstance(part, dict) else type(part).__name__
-        if kind not in own: raise Unusable(f'message {i}: a part of type {kind!r}, this model reads text')
-        if not isinstance(part.get('text'), str): raise Unusable(f'message {i}: a part without text')
+        if kind not in own:
+            raise Unusable(f'message {i}: a part of type {kind!r}, this model reads text')
+        if not isinstance(part.get('text'), str):
+            raise Unusable(f'message {i}: a part without text')
         parts.append(dict(type='text' if kind in TEXTS else kind, text=part['text']))
     if any(part['type'] != 'text' for part in parts): return parts
     return ''.join(part['text'] for part in parts)
 
 def _message(i, message): # as chapter 57 has it
-    if not isinstance(message, dict): raise Unusable(f'message {i}: {type(message).__name__}, a dictionary expected')
-    get = message.get; said, weight = get('role', get('from')), get('weight'); role = ROLES.get(str(said).lower())
+    if not isinstance(message, dict):
+        raise Unusable(f'message {i}: {type(message).__name__}, a dictionary expected')
+    get = message.get; said, weight = get('role', get('from')), get('weight')
+    role = ROLES.get(str(said).lower())
     if role is None: raise Unusable(f'message {i}: role {said!r}; known: {", ".join(ROLES)}')
-    if get('tool_calls') or get('function_call'): raise Unusable(f'message {i}: calls a tool that this model does not have')
+    if get('tool_calls') or get('function_call'):
+        raise Unusable(f'message {i}: calls a tool that this model does not have')
     out = dict(role=role, content=_content(i, get('content', get('value')), role))
-    if weight not in (None, 0, 1): raise Unusable(f'message {i}: weight {weight!r}, 0 or 1 expected')
+    if weight not in (None, 0, 1):
+        raise Unusable(f'message {i}: weight {weight!r}, 0 or 1 expected')
     return out | dict(weight=0) if weight == 0 and role == 'assistant' else out
 
 # %% ../nbs/29_chat_files.ipynb #turns
-PAIRS = ('instruction', 'output'), ('prompt', 'completion'), ('prompt', 'response'), ('question', 'answer')
+PAIRS = (('instruction', 'output'), ('prompt', 'completion'), ('prompt', 'response'),
+         ('question', 'answer'))
 
 def _listed(row): # the messages of a row, in whatever words; None if it has none
     if isinstance(row, list): return row
@@ -145,18 +158,21 @@ def turns(row # a row of a file
     return [dict(role='system', content=lead)]*bool(lead) + rest
 
 # %% ../nbs/29_chat_files.ipynb #read
-def kept(path, pairs): # pairs: (which row, messages or Unusable) -> yields messages; says what was left out
+def kept(path, pairs): # (which row, messages or Unusable) -> yields messages; says what it leaves
     left, first, used = Counter(), {}, 0
     for where, got in pairs:
         if not isinstance(got, Unusable): used += 1; yield got; continue
-        why = str(got).partition(': ')[2] or str(got)                         # without the message's number
+        why = str(got).partition(': ')[2] or str(got)         # without the message's number
         left[why] += 1; first.setdefault(why, f'{where}: {got}')
     lost = left.total()
-    if not used: raise FileError(f'{path}, {next(iter(first.values()))}' if lost else f'{path} has no rows')
+    if not used:
+        raise FileError(f'{path}, {[*first.values()][0]}' if lost else f'{path} has no rows')
     if not lost: return
-    some = '; '.join(f'{n:,} {why} ({first[why].partition(":")[0]})' for why, n in left.most_common(3))
+    some = '; '.join(f'{n:,} {why} ({first[why].partition(":")[0]})'
+                     for why, n in left.most_common(3))
     more = f'; {len(left) - 3} more reasons' if len(left) > 3 else ''
-    print0(f'{Path(path).name}: {used:,} of {used + lost:,} conversations are used; left out: {some}{more}')
+    print0(f'{Path(path).name}: {used:,} of {used + lost:,} conversations are used; '
+           f'left out: {some}{more}')
 
 def tried(row): # messages, or the reason
     try: return turns(row)
@@ -175,5 +191,6 @@ def read_chats(path:str|Path # a file of one of KINDS
 def as_text(conv:list # messages
            ) -> str:
     "A conversation as a script"
-    def whole(content): return content if isinstance(content, str) else ''.join(part['text'] for part in content)
-    return '\n\n'.join(f"{message['role'].title()}: {whole(message['content'])}" for message in conv)
+    def whole(content):
+        return content if isinstance(content, str) else ''.join(part['text'] for part in content)
+    return '\n\n'.join(f"{one['role'].title()}: {whole(one['content'])}" for one in conv)

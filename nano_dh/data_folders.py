@@ -99,7 +99,7 @@ def _cached(path, files, left=()) -> Path: # [(file, split)], repackaged into th
 def _aside(name, train): # shards without one that is named for validation -> Source
     sizes = [[group[1] for group in footer(file)] for file in train]
     last, total, one = sizes[-1], sum(map(sum, sizes)), len(train) == 1
-    n = len(last); rest = n - 1                  # row groups of the last shard, and those that train
+    n = len(last); rest = n - 1           # row groups of the last shard, and those that train
     while rest and sum(last[rest:]) < VAL_SHARE*total: rest -= 1
     if not one and sum(last) <= .1*total: rest = 0
     if sum(last[rest:]) > .25*total or one and not rest: return None
@@ -121,7 +121,7 @@ def _shards_of(name, files): # files of one prefix (split -> list) -> Source
     train, val = files['train'], files.get('val')
     if not val: return _parted(name, train)
     if train[0].parent.parent != base_dir()/'data': _became(name, train, _names(val))
-    return Source(name, {split: [(file, None) for file in files[split]] for split in ('train', 'val')})
+    return Source(name, {side: [(file, None) for file in files[side]] for side in ('train', 'val')})
 
 def _owner(path, by): # one file to validate, one source without: valid.parquet and wiki.parquet
     val = [prefix for prefix, sides in by.items() if 'val' in sides and 'train' not in sides]

@@ -51,7 +51,8 @@ def sources(feeds, scale:float=1.) -> str: # Markdown
     "Where the text of a pack is from"
     rows = [f'| {f.part} | [{f.repo}](https://huggingface.co/datasets/{f.repo}) | {f.config} | '
             f'{f.megabytes*scale:g} MB | {f.licence} |\n' for f in feeds]
-    return '| part | set | configuration | text | licence |\n|---|---|---|---|---|\n' + ''.join(rows)
+    head = '| part | set | configuration | text | licence |\n|---|---|---|---|---|\n'
+    return head + ''.join(rows)
 
 def build_pack(folder:str|Path='', # '': data/pack in the base folder, where runs look by themselves
                scale:float=1.,     # of all sizes
