@@ -11,7 +11,7 @@ import json, math, time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 import torch, torch.distributed as dist
-from .checkpoint import find_checkpoint, load_model
+from .checkpoint import load_model
 from .core import atomic_write, checked, dist_info, get_device
 from .engine import Engine
 from .identity import Identity    # adds its task to the known ones
@@ -143,7 +143,7 @@ class ChatEvalConfig:
 
     def resolved(self) -> 'ChatEvalConfig':
         gpu = self.device in ('', 'cuda') and n_gpus() > 0
-        self.model = str(find_checkpoint(self.model)) if self.model else newest('sft', 'mid')
+        self.model = newest('sft', 'mid', name=self.model)
         self.tasks = self.tasks or (ALL if gpu else OWN)
         if self.nproc == -1: self.nproc = n_gpus() if gpu else 1
         return self

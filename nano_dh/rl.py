@@ -14,7 +14,7 @@ from pathlib import Path
 import torch, torch.nn.functional as F
 from torch import Tensor
 from fastcore.basics import patch
-from .checkpoint import find_checkpoint, latest_step, load_model, runs_dir, save_checkpoint
+from .checkpoint import latest_step, load_model, runs_dir, save_checkpoint
 from .cross_entropy import linear_cross_entropy
 from .core import duration, file_lock, get_device
 from .dataloader import shuffled
@@ -256,8 +256,7 @@ def resolved(self:RLConfig) -> RLConfig:
     "Derive every field that was left at -1 or ''; a resumed run brings its own"
     cfg = self.continued() if self.resume else replace(self); tiny = cfg.task == 'tiny'
     cfg.check(); gpu = cfg.on_gpu()
-    if not cfg.saved:
-        cfg.base = str(find_checkpoint(cfg.base)) if cfg.base else newest('sft', 'mid')
+    if not cfg.saved: cfg.base = newest('sft', 'mid', name=cfg.base)
     model = cfg.model_config()
     cfg.depth, cfg.pattern, cfg.vocab_size = model.n_layer, model.pattern, model.vocab_size
     cfg.default(max_seq_len=model.sequence_len, max_tokens=24 if tiny else 256,

@@ -200,11 +200,12 @@ def mixture(self:FinetuneConfig, split:str) -> TaskMixture: # 'train' or 'test'
     spec = self.tasks if split == 'train' else self.val_tasks
     return TaskMixture(open_tasks(spec, split, self.data), self.seed)
 
-def newest(*stages) -> str: # path of the checkpoint; '' if there is none
-    "The run of the latest of these stages that was saved last"
+def newest(*stages, name:str='') -> str: # path of the checkpoint
+    "The one that is named, else the run of the latest of these stages that was saved last"
+    if name: return str(find_checkpoint(name))
     runs = [(run['meta'].get('train', {}).get('stage', 'base'), run['name']) for run in list_runs()]
     for stage in stages:
-        found = [name for of, name in runs if of == stage]
+        found = [run for of, run in runs if of == stage]
         if found: return str(find_checkpoint(found[-1]))
     raise PlanError(f'{runs_dir()} holds no run of {" or ".join(stages)}; '
                     'train one: make pretrain')
@@ -259,7 +260,7 @@ def resolved(self:FinetuneConfig) -> FinetuneConfig:
     cfg = self.continued() if self.resume else replace(self); cfg.check()
     if cfg.stage not in STAGES: raise ValueError(f'stage {cfg.stage!r}: use {" or ".join(STAGES)}')
     before = ('mid', 'base')[cfg.stage == 'mid':]
-    if not cfg.saved: cfg.base = str(find_checkpoint(cfg.base)) if cfg.base else newest(*before)
+    if not cfg.saved: cfg.base = newest(*before, name=cfg.base)
     gpu, stage, model = cfg.on_gpu(), STAGES[cfg.stage], cfg.model_config()
     own = dict(depth=model.n_layer, pattern=model.pattern, vocab_size=model.vocab_size)
     for name in INHERITED: # not to be given, but a resolved configuration has them
