@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['PLACEBO', 'COUNTS', 'PUBLISHED', 'Law', 'costs', 'kind_of', 'isoflop_runs', 'tokens_in', 'thinned', 'row_of', 'do',
            'best_size', 'log_slope', 'fit_law', 'bootstrap', 'frontier', 'multiplier', 'cost_curve', 'law_from',
-           'worth', 'optima', 'draw_bowls', 'study_table', 'best_plan', 'operations', 'needed', 'do_on_all_cards',
-           'main']
+           'worth', 'optima', 'study', 'best_plan', 'operations', 'needed', 'do_on_all_cards', 'main']
 
 # %% ../nbs/71_scaling.ipynb #imp
 import itertools, json, math, os, subprocess, sys
@@ -108,6 +107,7 @@ def row_of(cfg:PretrainConfig, records:list, # nothing left open; what the run s
                 batch=cfg.total_batch_size, seq_len=cfg.max_seq_len, tokens=tokens,
                 passes=tokens/text_tokens, **costs(cfg), tok_s=rate, seconds=tokens/rate,
                 memory=last('memory'), val_bpb=last('val_bpb'), val_stderr=last('val_stderr'),
+                core=last('core'), core_stderr=last('core_stderr'),
                 loss=thinned(every('loss')), grad_norm=thinned(every('grad_norm')))
 
 # %% ../nbs/71_scaling.ipynb #queue
@@ -244,33 +244,29 @@ def optima(rows:list) -> list[dict]: # runs of one kind; one row a budget
     return out
 
 # %% ../nbs/71_scaling.ipynb #draw
-def draw_bowls(rows:list, axes): # one axis for each kind of model
-    "Loss against size, a curve for each budget, with its bottom"
-    for ax, kind in zip(axes, dict.fromkeys(row['pattern'] for row in rows)):
-        mine = [row for row in rows if row['pattern'] == kind]
-        for best in optima(mine):
-            same = sorted((row['params'], row['val_bpb']) for row in mine if row['budget'] == best['budget'])
-            line, = ax.plot(*zip(*same), 'o', label=f"{best['budget']:.0e}")
-            sizes = np.geomspace(same[0][0], same[-1][0], 50)
-            curve = best['loss'] + best['curvature']*(np.log(sizes) - np.log(best['params']))**2
-            ax.plot(sizes, curve, color=line.get_color(), lw=1)
-            if best['inside']: ax.plot(best['params'], best['loss'], 'k*', ms=9)
-        ax.set(xscale='log', xlabel='parameters (matrices + head)', ylabel='bits per byte', title=kind)
-        ax.legend(title='operations', fontsize=8)
-
-def study_table(rows:list) -> str: # Markdown
-    "Best size of each budget, and the exponents"
-    lines = ['| model | budget | best size | its tokens | bits per byte | runs |', '|---|---|---|---|---|---|']
-    for kind in dict.fromkeys(row['pattern'] for row in rows):
-        best = optima([row for row in rows if row['pattern'] == kind])
-        for point in best:
-            found = f"{human(point['params'])} | {human(point['tokens'])} | {point['loss']:.4f}"
-            lines.append(f"| {kind} | {point['budget']:.0e} | {found if point['inside'] else 'outside of the sizes | | '} | {point['runs']} |")
-        inside = [point for point in best if point['inside']]
+def study(rows:list,      # finished runs
+          draws:int=300   # of the bootstrap
+         ) -> dict:       # optima, exponents, laws; multiplier of the first two kinds; refused: why not
+    "What the runs say, as plain numbers"
+    kinds = [*dict.fromkeys(row['pattern'] for row in rows)]
+    of = {kind: [row for row in rows if row['pattern'] == kind] for kind in kinds}
+    found = dict(optima=[], exponents={}, laws={}, compared=kinds[:2], multiplier={}, refused='')
+    for kind in kinds:
+        best = optima(of[kind]); inside = [point for point in best if point['inside']]
+        found['optima'] += [dict(pattern=kind, **point) for point in best]
         if len(inside) > 1:
-            slopes = (log_slope([point['budget'] for point in inside], [point[k] for point in inside]) for k in ('params', 'tokens'))
-            lines.append('| {} | exponents | {:.2f} | {:.2f} | | |'.format(kind, *slopes))
-    return '\n'.join(lines)
+            found['exponents'][kind] = [log_slope(*([point[k] for point in inside] for k in pair))
+                                        for pair in (('budget', 'params'), ('budget', 'tokens'))]
+    top = max(row['budget'] for row in rows)
+    seconds = float(np.median([row['seconds'] for row in rows if row['budget'] == top]))
+    try:
+        found['laws'] = {kind: asdict(law_from(of[kind])) for kind in kinds}
+        for count in COUNTS*(len(kinds) > 1):
+            budget = seconds if count == 'seconds' else top
+            def asked(drawn): return worth(drawn, *kinds[:2], count, budget)
+            found['multiplier'][count] = bootstrap(rows, asked, draws)
+    except ValueError as error: found['refused'] = str(error)
+    return found
 
 # %% ../nbs/71_scaling.ipynb #plan
 def best_plan(law:Law, cost, budget:float # `cost` counts what the budget is given in
