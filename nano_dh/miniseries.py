@@ -17,7 +17,7 @@ from .core_eval import _inside
 from .figures import draw_miniseries, measured_at, miniseries
 from .memory_profile import measure
 from .plan import PretrainConfig
-from .scaling import costs, do_on_all_cards, kind_of, operations, run_of
+from .scaling import costs, do_on_all_cards, kind_of, operations, run_for, run_of
 from .speed import table
 
 # %% ../nbs/78_miniseries.ipynb #trend
@@ -184,16 +184,11 @@ def miniseries_runs(depths, kinds=('GGGL', 'nanochat:L'), seeds=(0,), # layers; 
                     name:str='miniseries', **fields # of PretrainConfig
                    ) -> list[PretrainConfig]:
     "The runs of a miniseries"
-    fields = dict(core_metric=CORE_AT_END*core_at_hand()) | fields; runs = []
-    for seed in seeds:
-        for depth in depths:
-            for kind in kinds:
-                cfg = run_of(kind, depth, seed, name, **fields)
-                if tokens:
-                    goal = tokens*costs(cfg)['flops']
-                    cfg = run_of(kind, depth, seed, name, **fields | dict(target_flops=goal))
-                runs.append(cfg)
-    return runs
+    fields = dict(core_metric=CORE_AT_END*core_at_hand()) | fields
+    def one(*which):
+        if not tokens: return run_of(*which, name, **fields)
+        return run_for(tokens, *which, name, **fields)
+    return [one(kind, depth, seed) for seed in seeds for depth in depths for kind in kinds]
 
 def train_miniseries(runs:list, folder:str|Path, # from `miniseries_runs`
                      text_tokens:float=math.inf  # in the data
