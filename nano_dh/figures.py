@@ -738,11 +738,12 @@ def draw_scaling(fig, rec:dict):
     fig.suptitle(_multiplied(found) or ('The best size is between {} and {}'.format(*ends) if ends
                  else 'No best size lies inside of the sizes that were trained'), fontsize=10)
     for kind, ax in zip(kinds, fig.subplots(1, len(kinds), sharey=True, squeeze=False)[0]):
-        for best in of(found['optima'], pattern=kind):
+        for budget in sorted(values(of(rows, pattern=kind), 'budget')):
             same = sorted((row['params'], row['val_bpb'])
-                          for row in of(rows, pattern=kind, budget=best['budget']))
-            line, = ax.plot(*zip(*same), 'o', ms=4, label=f"{best['budget']:.0e}")
-            if not best['inside']: continue
+                          for row in of(rows, pattern=kind, budget=budget))
+            line, = ax.plot(*zip(*same), 'o', ms=4, label=f'{budget:.0e}')
+            best = next(iter(of(inside, pattern=kind, budget=budget)), None)
+            if not best: continue
             first, last = same[0][0], same[-1][0]
             sizes = [first*(last/first)**(i/49) for i in range(50)]
             ax.plot(sizes, [best['loss'] + best['curvature']*math.log(size/best['params'])**2

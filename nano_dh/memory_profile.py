@@ -46,14 +46,17 @@ class Watch(TorchDispatchMode):
 class Card:
     "The same of a GPU, from its allocator"
     def __init__(self, device): # of torch
-        self.device = device
+        self.device, self.before = device, torch.cuda.memory_allocated(device)
     def __enter__(self): return self
     def __exit__(self, *error): pass
-    def restart(self): torch.cuda.synchronize(self.device); torch.cuda.reset_peak_memory_stats(self.device)
+    def restart(self):
+        torch.cuda.synchronize(self.device); torch.cuda.reset_peak_memory_stats(self.device)
     @property
-    def now(self) -> int: return torch.cuda.memory_allocated(self.device)
+    def now(self) -> int: return torch.cuda.memory_allocated(self.device) - self.before
     @property
-    def peak(self) -> int: torch.cuda.synchronize(self.device); return torch.cuda.max_memory_allocated(self.device)
+    def peak(self) -> int:
+        torch.cuda.synchronize(self.device)
+        return torch.cuda.max_memory_allocated(self.device) - self.before
 
 # %% ../nbs/77_memory_profile.ipynb #ways
 WAYS = 'default', 'plain loss', 'recomputed', 'recomputed, plain loss'
@@ -93,7 +96,8 @@ def measure(cfg:PretrainConfig, # resolved, as from `job`; compile 'off' or 'on'
     with (Card if device.type == 'cuda' else Watch)(device) as meter:
         model = build_model(cfg, cfg.vocab_size, device); opt = build_optimizer(model)
         fwd = compiled(model, cfg.compile); own = getattr(fwd, 'part', as_it_is)
-        x, y = torch.randint(0, cfg.vocab_size, (2, cfg.device_batch_size, cfg.max_seq_len), device=device)
+        size = 2, cfg.device_batch_size, cfg.max_seq_len
+        x, y = torch.randint(0, cfg.vocab_size, size, device=device)
         def piece(): model(x, targets=y, part=part_of(way, own)).backward()
         for count in (1, pieces):
             meter.restart()
@@ -127,13 +131,14 @@ def measure_all(asked, # (cases, fields of PretrainConfig)
     "Measure one after another; what runs on a rank"
     wanted, fields = asked; load_imports(fields.get('imports', ''))
     for case in wanted:
-        cfg = job(case['pattern'], case['depth'], case['seq_len'], case['rows']*case['seq_len'], **fields)
+        T = case['seq_len']; cfg = job(case['pattern'], case['depth'], T, case['rows']*T, **fields)
         planned = cfg.memory if cfg.device == 'cuda' else None
         row = case | dict(counted=counted(cfg, case['way']), planned=planned)
         try: emit(row | measure(cfg, case['way']))
-        except torch.OutOfMemoryError as error: emit(row | dict(error=str(error).splitlines()[0][:200]))
-        gc.collect()
-        if cfg.device == 'cuda': torch._dynamo.reset(); torch.cuda.empty_cache()
+        except torch.OutOfMemoryError as error:
+            emit(row | dict(error=str(error).splitlines()[0][:200]))
+        torch._dynamo.reset(); gc.collect()                # what was compiled holds the model
+        if cfg.device == 'cuda': torch.cuda.empty_cache()
 
 def profile_memory(wanted:list, # from `cases`
                    **fields     # of PretrainConfig: device, vocab_size, compile

@@ -70,9 +70,9 @@ def _drawn(rows, what, draws, seed): # the trend, and trends of values drawn ane
     x, y, error = _points(rows, what); end = ENDS[what]; trend = fit_trend(x, y, end)
     free = len(y) - 2 - (end is None)
     spread = math.sqrt(((y - trend(x))**2).sum()/free) if free > 0 else 0.
-    random, found = np.random.default_rng(seed), []
+    random, found, error = np.random.default_rng(seed), [], np.maximum(error, spread)
     for _ in range(draws):
-        try: found.append(fit_trend(x, trend(x) + np.maximum(error, spread)*random.standard_normal(len(y)), end))
+        try: found.append(fit_trend(x, trend(x) + error*random.standard_normal(len(y)), end))
         except ValueError: found.append(None)            # it does not even fall in this draw
     return trend, found
 
@@ -107,8 +107,9 @@ def rate_of(rows:list) -> float: # of chapter 71
     return row['flops']*row['tok_s']
 
 def budget_of(flops:float=0., hours:float=0., dollars:float=0., # one of them
-              gpus:int=8, rate:float=4e14, price:float=3. # operations a second, dollars an hour: of one
-             ) -> float:                                  # operations
+              gpus:int=8,
+              rate:float=4e14, price:float=3. # of one: operations a second, dollars an hour
+             ) -> float:                      # operations
     "What is there to be spent"
     given = [bool(x) for x in (flops, hours, dollars)]
     if sum(given) != 1: raise ValueError('give one of flops, hours and dollars')
@@ -139,13 +140,14 @@ def depth_for(budget:float, kind:str='GGGL', # operations
     return size | dict(tokens=budget*size['tokens']/size['flops'], flops=budget)
 
 # %% ../nbs/78_miniseries.ipynb #answers
-def answers(rows:list,                          # of all kinds of model
-            goals:dict,                         # 'val_bpb' or 'core' -> goal
-            gpus:int=8, price:float=3.,         # of the machine that is to reach it, at this one's rate
+def answers(rows:list,                  # of all kinds of model
+            goals:dict,                 # 'val_bpb' or 'core' -> goal
+            gpus:int=8, price:float=3., # of the machine that is to reach it, at this one's rate
             draws:int=300
-           ) -> list[dict]: # pattern, what, goal, gpus; hours, low, high, dollars, extrapolated, or refused
-    "What each goal takes; None stands for infinite"
+           ) -> list[dict]: # pattern, what, goal, gpus; hours, low, high, dollars, extrapolated
+    "What each goal takes; None stands for infinite; `refused` says why there is no answer"
     def plain(x): return None if math.isinf(x) else x
+    def spent(budget): return bill(budget, gpus, rate, price)
     out = []
     for kind in dict.fromkeys(row['pattern'] for row in rows):
         mine = [row for row in rows if row['pattern'] == kind]; rate = rate_of(mine)
@@ -153,22 +155,25 @@ def answers(rows:list,                          # of all kinds of model
             head = dict(pattern=kind, what=what, goal=goal, gpus=gpus)
             try: need = needed_for(mine, goal, what, draws)
             except ValueError as error: out.append(head | dict(refused=str(error))); continue
-            hours = {k: bill(need[at], gpus, rate, price)['hours'] for k, at in (('hours', 'flops'), ('low', 'low'), ('high', 'high'))}
-            out.append(head | {k: plain(x) for k, x in hours.items()}
-                       | dict(dollars=plain(hours['hours']*gpus*price), extrapolated=need['extrapolated']))
+            out.append(head | dict(
+                hours=plain(spent(need['flops'])['hours']), low=plain(spent(need['low'])['hours']),
+                high=plain(spent(need['high'])['hours']), extrapolated=need['extrapolated'],
+                dollars=plain(spent(need['flops'])['dollars'])))
     return out
 
 def budget_table(rows:list, budget:float, draws:int=300, **fields # of `depth_for`
                 ) -> str: # Markdown
-    "What a budget buys: depth and tokens of the dial, and the loss and CORE that the series lets expect"
+    "What a budget buys: depth and tokens of the dial, and what the series lets expect of them"
     lines = []
     for kind in dict.fromkeys(row['pattern'] for row in rows):
-        mine = [row for row in rows if row['pattern'] == kind]; size = depth_for(budget, kind, **fields)
+        mine = [row for row in rows if row['pattern'] == kind]
+        size = depth_for(budget, kind, **fields)
         def told(what):
             try: x = reached(mine, budget, what, draws)
             except ValueError: return ''
-            return f"{x['value']:.4f} ({x['low']:.4f} to {x['high']:.4f})" + ', extrapolated'*x['extrapolated']
-        lines.append((kind, size['depth'], human(size['params']), human(size['tokens']), told('val_bpb'), told('core')))
+            return '{value:.4f} ({low:.4f} to {high:.4f})'.format(**x) + ', extrapolated'*x['extrapolated']
+        lines.append((kind, size['depth'], human(size['params']), human(size['tokens']),
+                      told('val_bpb'), told('core')))
     return table('model|depth|matrices + head|tokens|bits per byte|CORE', lines)
 
 # %% ../nbs/78_miniseries.ipynb #runs
@@ -192,7 +197,7 @@ def miniseries_runs(depths, kinds=('GGGL', 'nanochat:L'), seeds=(0,), # layers; 
 
 def train_miniseries(runs:list, folder:str|Path, # from `miniseries_runs`
                      text_tokens:float=math.inf  # in the data
-                    ) -> list[dict]:             # rows as chapter 71's; a run that failed has an error
+                    ) -> list[dict]: # rows as chapter 71's; a run that failed has an error
     "Train what has not been trained"
     rows = do_on_all_cards(runs, folder, text_tokens)
     for row in measured_at(rows):

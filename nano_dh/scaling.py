@@ -121,7 +121,8 @@ def row_of(cfg:PretrainConfig, records:list, # nothing left open; what the run s
     return dict(run=cfg.run, pattern=kind_of(cfg), model=cfg.model,
                 depth=cfg.depth, seed=cfg.seed, budget=cfg.target_flops, steps=cfg.num_iterations,
                 batch=cfg.total_batch_size, seq_len=cfg.max_seq_len, tokens=tokens,
-                weight_decay=cfg.weight_decay, passes=tokens/text_tokens, **costs(cfg), tok_s=rate, seconds=tokens/rate,
+                weight_decay=cfg.weight_decay, passes=tokens/text_tokens, **costs(cfg),
+                tok_s=rate, seconds=tokens/rate,
                 memory=last('memory'), val_bpb=last('val_bpb'), val_stderr=last('val_stderr'),
                 core=last('core'), core_stderr=last('core_stderr'),
                 loss=thinned(every('loss')), grad_norm=thinned(every('grad_norm')))
@@ -133,7 +134,8 @@ def do(runs:list,           # of PretrainConfig; nproc=0 trains in this process
        train:str='nano_dh.pretrain:pretrain' # what every rank runs
       ) -> list[dict]:      # rows of all finished runs
     "Train what has not been trained"
-    def job(cfg): return lambda: [row_of(cfg, once(cfg, named(train)), text_tokens) | provenance('see study')]
+    def rows(cfg): return [row_of(cfg, once(cfg, named(train)), text_tokens) | provenance('see study')]
+    def job(cfg): return lambda: rows(cfg)
     work([(cfg.run, job(cfg)) for cfg in runs], folder, limit)
     return results(folder)
 
@@ -335,9 +337,10 @@ def same_order(cfg:PretrainConfig, emit=print): # as `pretrain`
 
 def repeated_runs(text_tokens:float,           # in the data
                   passes=(1, 2, 4, 8, 16), decays=(.28, .56, 1.12), # over it; weight decays
-                  kind:str='GGGL', depth:int=4, seeds=(0,), name:str='repeat', **fields # as in `run_of`
+                  kind:str='GGGL', depth:int=4, seeds=(0,), # as in `run_of`
+                  name:str='repeat', **fields
                  ) -> list[PretrainConfig]:
-    "Runs that read a text again and again, for `do` with `pretrain` and, under another name, `same_order`"
+    "Runs that read a text again and again; under another name for `same_order` in `do`"
     return [run_for(text_tokens*times, kind, depth, seed, name, f'p{times:g}-wd{decay:g}',
                     weight_decay=decay, **fields)
             for seed in seeds for times in passes for decay in decays]

@@ -2,7 +2,7 @@
 import json, os, re, subprocess, time
 from dataclasses import asdict
 import pytest
-from tiny_run import PY, TINY, environ, tiny_data
+from tiny_run import PAPERMILL, PY, ROOT, TINY, environ, parameters, tiny_data
 
 STEPS = 40
 
@@ -68,3 +68,22 @@ def test_what_left_no_record_is_not_trained_again(study, capsys):
     assert [{**r, 'time': 0} for r in now] == [{**r, 'time': 0} for r in was]
     after = records(folder); main([folder, '1e6'])
     assert not capsys.readouterr().out and records(folder) == after and {**after, 'first': 0} == {**before, 'first': 0}
+
+STUDIES = dict(memory=dict(depths=1, seq_lens='32 64', batches='2 4', vocab_size=384), miniseries=dict(tokens=8192, flops=1e15, draws=20),
+               scaling_laws=dict(budgets='2e10 4e10', depths='1 2', fewest=4, passes=100, draws=20))
+
+@pytest.mark.slow # three notebooks; each chapter trains its own
+@pytest.mark.parametrize('name', STUDIES)
+def test_the_notebook_of_a_study_and_its_record(name, tmp_path):
+    "What it leaves is a record that the README can be drawn from"
+    import io
+    from matplotlib.figure import Figure
+    from nano_dh.figures import BLOCKS, HEAD, PICTURES
+    common = {} if name == 'memory' else dict(data=tiny_data(tmp_path/'books'), vocab_size=384, max_seq_len=32, eval_tokens=1024)
+    r = subprocess.run([PAPERMILL, '--no-progress-bar', ROOT/'runs'/f'{name}.ipynb', tmp_path/'o.ipynb', *parameters(**common | STUDIES[name], out=tmp_path/'out', device='cpu')],
+                       env=environ(tmp_path/'base'), cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert r.returncode == 0, r.stderr[-2000:]
+    kind = name.removesuffix('_laws'); [file] = (tmp_path/'out').rglob(f'{kind}.json'); rec = json.loads(file.read_text())
+    assert rec['kind'] == kind and all(rec.get(k) for k in HEAD) and not any('error' in row for row in rec['rows'])
+    assert BLOCKS[kind][0](rec).startswith('| ')
+    fig = Figure(layout='constrained'); PICTURES[f'{kind}.png'][0](fig, rec); fig.savefig(io.BytesIO(), format='png')
