@@ -38,7 +38,8 @@ def health(trainer:Trainer) -> dict: # numbers
     return found
 
 # %% ../nbs/44_progress.ipynb #once
-def once(cfg:PretrainConfig # may have fields left open, but not the name
+def once(cfg:PretrainConfig, # may have fields left open, but not the name
+         train=pretrain      # what every rank runs
         ) -> list:          # records, oldest first
     "Train a run unless that is done; go on with one that was begun with the same configuration"
     cfg = cfg.resolved(); file = cfg.run_dir/'config.json'
@@ -48,7 +49,7 @@ def once(cfg:PretrainConfig # may have fields left open, but not the name
             raise PlanError(f'run {cfg.run} exists with {name} {was[name]!r}, not {now[name]!r}; take '
                             f'another name, or remove {cfg.run_dir}')
     if not any(r.get('done') for r in read_metrics(cfg.run_dir)):
-        for _ in run_ranks(pretrain, replace(cfg, resume=bool(was)), cfg.nproc, cfg.device): pass
+        for _ in run_ranks(train, replace(cfg, resume=bool(was)), cfg.nproc, cfg.device): pass
     return read_metrics(cfg.run_dir)
 
 # %% ../nbs/44_progress.ipynb #report

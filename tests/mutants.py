@@ -46,6 +46,7 @@ MUTANTS = { # name -> file, text, the changed text, test that fails on it
  'sandbox: an end that tests may catch': ('execution', 'return _end_of(pid) if ended else end[:2]', 'return end[:2]', 'test_sandbox.py::test_no_program_passes'),
  'sandbox: a signal without a name': ('execution', "signal.Signals(n).name if n in {*signal.Signals} else f'signal {n}'", 'signal.Signals(n).name', 'test_sandbox.py::test_one_program'),
  'sandbox: a program ends the run': ('execution', "    except ValueError as error: return 'error', str(error)\n", '    except ArithmeticError: pass\n', 'test_sandbox.py::test_one_program'),
+ 'queue: finished runs again': ('beside', 'if out.exists(): continue', 'pass', 'test_scaling.py::test_a_killed_queue'),
  'tasks: a letter inside a word': ('tasks', 'return said_letter(text) ==', 'return text.strip()[:1] ==', 'test_chat.py::test_answers_in_other_clothes'),
  'tasks: numbers as texts': ('tasks', 'return plain_number(found[1]) if found else None', 'return found[1] if found else None', 'test_chat.py::test_answers_in_other_clothes'),
  'tasks: fences of Python alone': ('tasks', "known = '', 'python', 'python3', 'py', 'py3'", "known = '', 'python'", 'test_chat.py::test_answers_in_other_clothes'),
