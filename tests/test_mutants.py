@@ -6,6 +6,12 @@ import numpy as np, pytest, torch, torch.nn.functional as F
 from nano_dh.hybrid_model import HybridConfig, HybridModel
 from nano_dh.tokenizer import Tokenizer
 
+def test_every_mutant_has_its_place():
+    "Code that was rewritten takes its mutants along; a stale one would notice nothing"
+    from mutants import MUTANTS, ROOT
+    code = {file: (ROOT/'nano_dh'/f'{file}.py').read_text() for file, *_ in MUTANTS.values()}
+    assert [name for name, (file, old, new, _) in MUTANTS.items() if code[file].count(old) != 1 or old == new] == []
+
 SMALL = dict(d_model=64, head_dim=32, head_k_dim=32, head_v_dim=32, sequence_len=64)
 
 def model(depth=2, seed=0, noise=.1, **kw): # with opinions: a fresh one has none
