@@ -7,7 +7,8 @@ __all__ = ['WAYS', 'Watch', 'Card', 'plain_loss', 'part_of', 'kept_by', 'counted
            'profile_memory']
 
 # %% ../nbs/77_memory_profile.ipynb #imp
-import gc, time, weakref
+import gc, json, time, weakref
+from pathlib import Path
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -148,10 +149,25 @@ def measure_all(asked, # (cases, fields of PretrainConfig)
         torch._dynamo.reset(); gc.collect()                # what was compiled holds the model
         if cfg.device == 'cuda': torch.cuda.empty_cache()
 
+def _measured(file): # key -> row, of a file that a kill may have cut short
+    for line in file.read_text().splitlines() if file.exists() else ():
+        try: yield json.loads(line)
+        except ValueError: pass
+
 def profile_memory(wanted:list, # from `cases`
+                   folder:str|Path='', # keeps each row, so that a killed profile goes on
                    **fields     # of PretrainConfig: device, vocab_size, compile
                   ) -> list[dict]: # rows of the record
     "Peak memory of each case; on a GPU in a process of its own"
     cfg = PretrainConfig(**fields).resolved()
-    fields = dict(compile=cfg.compile, device=cfg.device) | fields | dict(device=cfg.device)
-    return list(run_ranks(measure_all, (wanted, fields), int(cfg.device == 'cuda'), cfg.device))
+    fields = fields | dict(compile=cfg.compile, device=cfg.device)
+    def key(case): return json.dumps([case, fields], sort_keys=True)
+    file = Path(folder)/'measured.jsonl'; done = dict(_measured(file)) if folder else {}
+    if todo := [case for case in wanted if key(case) not in done]:
+        asked = (todo, fields), int(cfg.device == 'cuda'), cfg.device
+        for i, row in enumerate(run_ranks(measure_all, *asked)):
+            done[key(todo[i])] = row
+            if not folder: continue
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with file.open('a') as out: out.write('\n' + json.dumps([key(todo[i]), row]))
+    return [done[key(case)] for case in wanted]
