@@ -93,7 +93,7 @@ def chunk_kda(q:Tensor, k:Tensor, v:Tensor, g:Tensor, beta:Tensor, # as in `memo
               output_state:bool=True,  # compute the last memory
               chunk_size:int|None=None # a power of two; default 32 on a CPU, else 64
              ) -> tuple[Tensor, Tensor|None]: # o (B, T, HV, V), last memory
-    "The delta rule with a decay for each key channel, in chunks (Kimi Team, 2025, arXiv:2510.26692)"
+    "The delta rule with a decay for each key channel (Kimi Team, 2025, arXiv:2510.26692)"
     size, K = _size(v, chunk_size), k.shape[-1]
     xs, doc = _split(_exact(v.shape[2], q, k, v, g, beta), doc_ids, size)
     q, k, values, g, beta = xs
@@ -101,7 +101,8 @@ def chunk_kda(q:Tensor, k:Tensor, v:Tensor, g:Tensor, beta:Tensor, # as in `memo
     inner, among = decayed_pairs(torch.stack([q, k]), k, g)                 # (N, B, HV, C, C)
     since, until = g.cumsum(-2).exp(), _left(g).exp()
     if doc is not None:
-        same, before = doc[..., None] == doc[..., None, :], torch.cat([doc[:1, ..., :1], doc[:-1, ..., -1:]])
+        same = doc[..., None] == doc[..., None, :]
+        before = torch.cat([doc[:1, ..., :1], doc[:-1, ..., -1:]])          # open at the start
         inner, among = inner * same, among * same
         since, until = since * (doc == before)[..., None], until * same[..., -1, :, None]
     inverse = torch.linalg.solve_triangular(among * beta[..., None], beta.diag_embed(),
@@ -174,11 +175,12 @@ class DeltaRule(GatedDeltaNet):
     def init_decay(self, generator=None): "There is none"
     def gates(self, x, ab=None): # g = 0 and beta, (B, T, HV)
         "Only how strongly to write"
-        write = (self.b_proj(x) if ab is None else ab).to(torch.promote_types(x.dtype, torch.float32))
+        exact = torch.promote_types(x.dtype, torch.float32)
+        write = (self.b_proj(x) if ab is None else ab).to(exact)
         return torch.zeros_like(write), self.beta_max * write.sigmoid()
 
 # %% ../nbs/79_mixers.ipynb #ssd
-def chunk_linear(q:Tensor, k:Tensor, v:Tensor, g:Tensor, beta:Tensor, # as in `memory_loop`; g (B, T, HV, 1)
+def chunk_linear(q:Tensor, k:Tensor, v:Tensor, g:Tensor, beta:Tensor, # as there; g (B, T, HV, 1)
                  state:Tensor|None=None, doc_ids:Tensor|None=None,    # the same
                  scale:float|None=None,   # default K**-0.5
                  output_state:bool=True,  # compute the last memory

@@ -132,3 +132,22 @@ def test_chunk_sizes_agree():
     for rule, decay, correct in ((chunk_kda, -r(1, 100, 2, 8).exp(), True), (chunk_linear, -r(1, 100, 2, 1).exp(), False)):
         true = memory_loop(q, k, v, decay, beta, correct=correct)[0]
         for size in (1, 2, 16, 64, 128): assert gap(rule(q, k, v, decay, beta, chunk_size=size)[0], true) < 1e-9
+
+def test_operations_are_those_of_the_formula():
+    from torch.utils.flop_counter import FlopCounterMode
+    for letter, rule in (('K', chunk_kda), ('M', chunk_linear)):
+        q, k, v, g, beta, S = *(torch.zeros(1, 256, 2, 32) for _ in range(5)), torch.zeros(1, 2, 32, 32)
+        if letter == 'M': g = g[..., :1]
+        with FlopCounterMode(display=False) as n: rule(q, k, v, g, beta[..., 0], S, chunk_size=64)
+        cfg = hm.HybridConfig.from_depth(4, letter, d_model=64, head_dim=32, head_k_dim=32, head_v_dim=32, vocab_size=64)
+        with torch.device('meta'): said = LETTERS[letter](cfg, 0).flops(256)
+        assert abs(n.get_total_flops()/256/said - 1) < .02
+
+def test_compiles_as_one_graph():
+    "As a run on a GPU does it: no break, the same gradients"
+    for pattern in PATTERNS:
+        m, x, cu = model(pattern[0], n_layer=1), tokens(2, 33), torch.tensor([0, 10, 32, 64])
+        def go(f): return torch.autograd.grad(f(x[:, :-1], targets=x[:, 1:], cu_seqlens=cu), list(m.parameters()))
+        try: both = zip(go(m), go(torch.compile(m, fullgraph=True, dynamic=False, backend='aot_eager')))
+        finally: torch._dynamo.reset()
+        assert all(gap(a, b) < 1e-10 for a, b in both)
