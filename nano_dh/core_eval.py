@@ -386,7 +386,7 @@ class BaseEvalConfig:
 # %% ../nbs/54_core_eval.ipynb #base-eval
 def settle(model): # choose the kernels that a GPU will use
     cfg, dev = model.cfg, model.wte.weight.device
-    if dev.type == 'cuda' and 'G' in cfg.layer_types:
+    if dev.type == 'cuda' and {'G', 'D'} & {*cfg.layer_types}:
         dims = cfg.n_qk_head, cfg.n_v_head, cfg.head_k_dim, cfg.head_v_dim
         print0(choose_backend(dev, *dims, cfg.sequence_len, 16, uses=('rows', 'state')).reason)
 

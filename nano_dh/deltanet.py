@@ -123,6 +123,7 @@ def add_embedded(v:Tensor,       # (B, T, H, V) values
 class GatedDeltaNet(nn.Module):
     "Gated DeltaNet (Yang et al., 2024, arXiv:2412.06464) with a sigmoid output gate"
     adamw = ('a_proj', 'b_proj', 've_gate') # too thin for an optimizer of matrices
+    thin = ('a_proj', 'b_proj')             # what `gates` reads of the stream
     carries_order = True                    # no layer beside it needs positions
     def __init__(self, cfg,      # a HybridConfig, or anything with its names
                  layer_idx:int): # from 0
@@ -146,19 +147,24 @@ class GatedDeltaNet(nn.Module):
     @torch.no_grad()
     def init_weights(self, generator:torch.Generator|None=None): # on the CPU; default: torch's own
         "Draw the parameters, on the CPU and in a fixed order"
-        for part in (self.q_proj, self.k_proj, self.v_proj, self.z_proj, self.a_proj, self.b_proj):
-            part.reset_parameters(generator)
+        for name in ('q_proj', 'k_proj', 'v_proj', 'z_proj', *self.thin):
+            getattr(self, name).reset_parameters(generator)
         uniform_(self.conv_weight, (3*self.conv_weight.shape[1])**-.5, generator)
-        drawn = torch.rand(2, self.n_v_head, generator=generator, dtype=torch.float64, device='cpu')
-        rate = (math.log(1e-3) + drawn[0]*math.log(100)).exp()
-        self.dt_bias.copy_(rate.expm1().log())
-        self.A_log.copy_((1 + 15*drawn[1]).log())
+        self.init_decay(generator)
         self.o_norm.fill_(1.)
         self.o_proj.weight.zero_()
         if self.ve_gate is not None: self.ve_gate.weight.zero_()
 
+    def init_decay(self, generator=None): # as above
+        "Draw how fast each head forgets"
+        sizes, how = [len(self.dt_bias), len(self.A_log)], dict(dtype=torch.float64, device='cpu')
+        slow, fast = torch.rand(sum(sizes), generator=generator, **how).split(sizes)
+        rate = (math.log(1e-3) + slow*math.log(100)).exp()
+        self.dt_bias.copy_(rate.expm1().log())
+        self.A_log.copy_((1 + 15*fast).log())
+
     def gates(self, x:Tensor,         # (B, T, d)
-              ab:Tensor|None=None     # (B, T, ...) what a_proj and b_proj make of x, if it is there
+              ab:Tensor|None=None     # (B, T, ...) what the `thin` projections make of x, if it is there
              ) -> tuple[Tensor, Tensor]: # log decay g <= 0 and write strength beta, (B, T, HV)
         "How much each head forgets and how strongly it writes, in float32 (float64 for float64)"
         exact = torch.promote_types(x.dtype, torch.float32)
@@ -175,7 +181,8 @@ class GatedDeltaNet(nn.Module):
         "Address, forget, write, read"
         H, HV, K, V = self.n_qk_head, self.n_v_head, self.head_k_dim, self.head_v_dim
         qkv = torch.cat([p.weight for p in (self.q_proj, self.k_proj, self.v_proj)]).to(x.dtype)
-        zab = torch.cat([p.weight for p in (self.z_proj, self.a_proj, self.b_proj)]).to(x.dtype)
+        parts = self.z_proj, *(getattr(self, name) for name in self.thin)
+        zab = torch.cat([p.weight for p in parts]).to(x.dtype)
         thin, pad = len(zab) - HV*V, -len(zab) % 16
         zab = F.pad(zab, (0, 0, 0, pad))             # rows of 32 bytes in bfloat16
         open_, ab, _ = F.linear(x, zab).split([HV*V, thin, pad], -1)
@@ -195,7 +202,7 @@ class GatedDeltaNet(nn.Module):
 # %% ../nbs/03_deltanet.ipynb #apply
 @patch
 def _apply(self:GatedDeltaNet, fn, recurse=True):
-    keep = {name: getattr(self, name).data for name in ('A_log', 'dt_bias')}
+    keep = {name: getattr(self, name).data for name in ('A_log', 'dt_bias') if hasattr(self, name)}
     nn.Module._apply(self, fn, recurse)
     for name, exact in keep.items():
         now = getattr(self, name)

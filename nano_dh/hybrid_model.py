@@ -125,6 +125,7 @@ def _derive(cfg):
     if cfg.n_layer < 1: raise ValueError(f'n_layer {cfg.n_layer}: at least 1')
     for name in ('head_dim', 'head_v_dim', 'kv_group'):
         if getattr(cfg, name) < 1: raise ValueError(f'{name} {getattr(cfg, name)}: at least 1')
+    if set(cfg.pattern) - set(MIXERS): volume2()          # whose mixers have letters too
     if not cfg.pattern or set(cfg.pattern) - set(MIXERS):
         raise ValueError(f"pattern {cfg.pattern!r}: known letters: {', '.join(MIXERS)}; the file "
                          "that registers another one is named by the parameter imports")

@@ -18,6 +18,7 @@ from .dataset import open_data
 from .dataloader import Loader, N_STREAMS
 from .checkpoint import checkpoints, latest_step, runs_dir
 from .compiled import KINDS
+from .safe_checkpoint import own_code
 from .launch import n_cores, n_gpus
 from .hybrid_model import HybridConfig
 from .train import (OptimConfig, PlanError, TrainConfig, _meta, _overrides, named,
@@ -130,8 +131,9 @@ def _by_age(pattern): # files in the folder of runs, the newest last
 def _saved(file): # config.json -> configuration, steps done; the model as its checkpoint has it
     cfg, newest = json.loads(file.read_text()), checkpoints(file.parent)[-1:]
     if not newest: return cfg, 0
-    model = json.loads((newest[0]['path']/'meta.json').read_text())['model']
-    return cfg | {k: model[k] for k in ('pattern', 'vocab_size')}, newest[0]['step']
+    meta = json.loads((newest[0]['path']/'meta.json').read_text())
+    own_code(meta, newest[0]['path'])
+    return cfg | {k: meta['model'][k] for k in ('pattern', 'vocab_size')}, newest[0]['step']
 
 # %% ../nbs/42_plan.ipynb #continued2
 @patch

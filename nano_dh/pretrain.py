@@ -189,7 +189,7 @@ def owned(cfg:PretrainConfig): # resolved
 # %% ../nbs/43_pretrain.ipynb #settle
 def _asked(cfg): # resolved -> arguments of `choose_backend`; {} where there is no choice
     shape = cfg.model_config()
-    if cfg.device != 'cuda' or 'G' not in shape.layer_types: return {}
+    if cfg.device != 'cuda' or not {'G', 'D'} & {*shape.layer_types}: return {}
     return dict(device=get_device('cuda'), n_qk_head=shape.n_qk_head, n_v_head=shape.n_v_head,
                 head_k_dim=shape.head_k_dim, head_v_dim=shape.head_v_dim, seq_len=cfg.max_seq_len,
                 batch=cfg.device_batch_size, uses=('docs',) if cfg.doc_mask else ('rows',))

@@ -22,7 +22,8 @@ def health(trainer:Trainer) -> dict: # numbers
     found, moved, mixers = {}, [], [block.mixer for block in trainer.model.blocks]
     for group in trainer.opt.param_groups:
         if group['kind'] == 'muon': found |= dict(lr=group['lr'], momentum=group['momentum'])
-    decays = [mixer.A_log.float().exp()*F.softplus(mixer.dt_bias.float())
+    decays = [mixer.A_log.float().exp()[:, None]        # of heads, or of their channels
+              * F.softplus(mixer.dt_bias.float()).view(len(mixer.A_log), -1)
               for mixer in mixers if hasattr(mixer, 'dt_bias')]
     if decays:
         life = (math.log(2)/torch.cat([decay.flatten() for decay in decays])).sort().values

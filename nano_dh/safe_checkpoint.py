@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FOREIGN', 'write_by_all', 'listed', 'tolerant', 'verify', 'set_aside', 'fill_by_all', 'register_format', 'foreign',
-           'is_any_checkpoint', 'run_stored', 'read_any_model', 'read_meta', 'read_tokenizer', 'dh_runs']
+           'is_any_checkpoint', 'run_stored', 'own_code', 'read_any_model', 'read_meta', 'read_tokenizer', 'dh_runs']
 
 # %% ../nbs/40_safe_checkpoint.ipynb #imp
-import errno, json, os, pickle, shutil, socket, time, warnings, zlib
+import errno, json, os, pickle, re, shutil, socket, time, warnings, zlib
 from argparse import ArgumentParser
 from functools import lru_cache
 from pathlib import Path
@@ -306,17 +306,25 @@ def run_stored(records:list, # of OWN, as a checkpoint holds them
         if not mine and _STORED[0]: _run_text(name, record['text'], f'{name} of {where}')
 
 def _letters(meta, path): # of the pattern: are all known here?
-    new, own = {*meta['model']['pattern']} - {*MIXERS}, meta.get('imports', [])
+    letters, own = {*meta['model']['pattern']}, meta.get('imports', [])
+    unread = ''.join(o['text'] for o in own if o['name'] not in OWN)  # may mean another K than ours
+    taken = {*re.findall(r'register_mixer\(\s*[\'"](\w)', unread)}
+    new = letters - ({*MIXERS} - taken)
     if new and own: raise CheckpointError(
-        f"{path}: nobody here has registered {', '.join(sorted(new))}; give imports, your own file, or "
+        f"{path}: nobody here has registered {', '.join(sorted(new))}; give the "
+        "parameter imports: your own file, or "
         f"'stored' for the code that it holds: {', '.join(o['name'] + '.py' for o in own)}. Read that "
         'first if it is not yours (meta.json, imports)')
+
+def own_code(meta, path): # of a checkpoint: run if that is wanted; nothing is read without it
+    run_stored(meta.get('imports', []), path)
+    _letters(meta, path)
 
 @read_model.replace
 def read_any_model(path, step, device): # model, tokenizer or None, meta
     whose = foreign(path)
     if whose: return FOREIGN[whose][1](path, step)
-    meta = verify(path); run_stored(meta.get('imports', []), path); _letters(meta, path)
+    meta = verify(path); own_code(meta, path)
     return read_model.plain(path, step, device)
 
 # %% ../nbs/40_safe_checkpoint.ipynb #readmeta

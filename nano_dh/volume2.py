@@ -9,7 +9,7 @@ __all__ = ['REPLACING', 'ADDED', 'install', 'home']
 import importlib
 
 # %% ../nbs/20_volume2.ipynb #replacing
-REPLACING = ( # modules that put a version of theirs in the place of one of volume 1, or add methods
+REPLACING = ( # modules that put a version of theirs in the place of one of volume 1, or add methods or letters
     'kernels',
     'short_conv',
     'attention_paths',
@@ -25,6 +25,7 @@ REPLACING = ( # modules that put a version of theirs in the place of one of volu
     'eval_records',
     'prefetch',
     'ranks',
+    'mixers',                                         # more letters of the pattern string
 )
 
 # %% ../nbs/20_volume2.ipynb #added

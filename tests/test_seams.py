@@ -80,6 +80,7 @@ def test_a_mixer_of_ones_own_goes_on_and_is_evaluated(work):
 def test_its_state_is_right_and_nothing_is_fused_or_rotated(work, monkeypatch):
     from nano_dh import core, hybrid_model as hm
     from nano_dh.decode import inference_copy
+    letters, order = dict(hm.MIXERS), set(hm.ORDERED)
     core.load_imports(str(work/'my_kda.py'))
     try:
         cfg = hm.HybridConfig.from_depth(2, 'KL', vocab_size=64, sequence_len=32, d_model=64, head_dim=32, head_k_dim=16, head_v_dim=16)
@@ -94,7 +95,8 @@ def test_its_state_is_right_and_nothing_is_fused_or_rotated(work, monkeypatch):
         assert (two.view(whole.shape) - whole).abs().max() < 1e-9
         copy = inference_copy(m, torch.float64)
         assert not hasattr(copy.blocks[0].mixer, 'fused') and (copy(x) - whole).abs().max() < 1e-9
-    finally: hm.MIXERS.pop('K', None); hm.ORDERED.discard('K'); sys.modules.pop('my_kda', None); core.OWN.pop('my_kda', None)
+    finally:
+        hm.MIXERS.clear(); hm.MIXERS.update(letters); hm.ORDERED.clear(); hm.ORDERED.update(order); sys.modules.pop('my_kda', None); core.OWN.pop('my_kda', None)
 
 def test_a_mixer_says_whether_it_knows_the_order():
     from nano_dh.hybrid_model import MIXERS, register_mixer
