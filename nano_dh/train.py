@@ -16,7 +16,7 @@ import torch
 from fastcore.basics import patch
 from .core import (OWN, _word, added, atomic_write, check_bounds, compute_dtype, dist_info,
                           get_device, options, set_seed, volume2)
-from .hybrid_model import HybridConfig, HybridModel, PRESETS
+from .hybrid_model import CHOICES, HybridConfig, HybridModel, PRESETS
 from .generate import generate
 from .tokenizer import Tokenizer, get_tokenizer
 from .dataset import open_data
@@ -101,7 +101,8 @@ class TrainConfig(OptimConfig):
 # %% ../nbs/13_train.ipynb #modelcfg
 def _overrides(text): # 'a:1 b:x' -> {'a': 1, 'b': 'x'}
     parts = (part.replace('=', ':').partition(':') for part in text.replace(',', ' ').split())
-    return {name: _word(value) for name, _, value in parts}
+    def read(name, value): return value if value in CHOICES.get(name, ()) else _word(value) # none
+    return {name: read(name, value) for name, _, value in parts}
 
 @patch
 def model_config(self:TrainConfig) -> HybridConfig:

@@ -2,7 +2,8 @@
 import os, subprocess, sys
 from pathlib import Path
 import pytest, torch
-from nano_dh import core, hybrid_model as hm
+from nano_dh import hybrid_model as hm
+from nano_dh.train import _overrides
 from nano_dh.mixers import LETTERS, KimiDelta, chunk_kda, chunk_linear, memory_loop, mixer_variants
 
 HERE = Path(__file__).parent.parent
@@ -84,6 +85,13 @@ def test_learns_saved_and_loaded(pattern, tmp_path, monkeypatch):
     half = model(pattern).bfloat16(); assert half(x).isfinite().all()
     exact = [p.dtype for n, p in half.named_parameters() if n.endswith(('A_log', 'dt_bias'))]; assert set(exact) <= {torch.float32, torch.float64}
 
+@pytest.mark.parametrize('pattern', PATTERNS)
+def test_answers_of_the_engine_are_those_of_the_model(pattern):
+    from nano_dh.engine import Engine
+    m, prompts = model(pattern).eval(), tokens(3, 23).tolist(); prompts[1] = prompts[1][:7]
+    for prompt, stream in zip(prompts, Engine(m).generate_batch(prompts, max_tokens=12, temperature=0.)):
+        assert list(stream.tokens) == list(m.generate(prompt, 12, temperature=0.))[-12:]
+
 def test_an_unknown_letter_is_one_line():
     with pytest.raises(ValueError, match='known letters: G, L, S.*parameter imports') as e: hm.HybridConfig.from_depth(4, 'QQQL')
     assert '\n' not in str(e.value) and 'K, D, M' in str(e.value)
@@ -111,13 +119,8 @@ def test_sizes_match_and_the_list_can_be_compared(depth):
     first, *words = mixer_variants().split(); assert first == 'GGGL' and {*PATTERNS, 'GL', 'GGGGGGGL', 'G'} <= {*words} and len({*words}) == len(words)
     base = on_meta('GGGL').param_counts()['scaling']
     for word in words:
-        pattern, *fields = word.split('+'); values = core.checked(hm.HybridConfig, {'pattern': pattern} | dict(_value(f) for f in fields))
-        kw = {f.split(':')[0]: getattr(values, f.split(':')[0]) for f in fields}
-        assert abs(on_meta(pattern, **kw).param_counts()['scaling']/base - 1) < .02, word
-
-def _value(field):
-    name, text = field.split(':')
-    return name, {'True': True, 'False': False}.get(text, int(text) if text.isdigit() else text)
+        pattern, *fields = word.split('+')
+        assert abs(on_meta(pattern, **_overrides(' '.join(fields))).param_counts()['scaling']/base - 1) < .02, word
 
 def test_the_same_numbers_wherever_a_layer_is_built():
     cfg = hm.HybridConfig.from_depth(4, 'KKKL', vocab_size=64, d_model=64, head_dim=16, head_k_dim=16, head_v_dim=16)
