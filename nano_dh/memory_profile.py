@@ -89,11 +89,10 @@ def counted(cfg:PretrainConfig, # resolved
             way:str             # one of WAYS
            ) -> int:            # bytes
     "The peak as chapter 25 counts it, uncompiled, and a layer that is being computed again"
-    parts, kept = _meta(cfg).memory_estimate(1, 64), kept_by(cfg, part_of(way))
-    fixed = parts['total'] - parts['activations'] + kept
-    if 'recomputed' not in way: return fixed
+    kept = kept_by(cfg, part_of(way)); total = sum(_meta(cfg).weight_bytes().values()) + kept
+    if 'recomputed' not in way: return total
     whole = kept_by(cfg, plain_loss() if 'plain' in way else as_it_is)
-    return fixed + (whole - kept)//cfg.depth
+    return total + (whole - kept)//cfg.depth
 
 def measure(cfg:PretrainConfig, # resolved, as from `job`; compile 'off' or 'on'
             way:str='default',  # one of WAYS

@@ -41,8 +41,8 @@ class _Slice(torch.Tensor):
         return x
     def size(self): return torch.Size(self.shard.global_shape)
     def __create_chunk_list__(self):
-        from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
-        return [ChunkStorageMetadata(torch.Size(self.shard.offset), self.shard.tensor.size())]
+        chunk = torch_dcp().metadata.ChunkStorageMetadata
+        return [chunk(torch.Size(self.shard.offset), self.shard.tensor.size())]
     def __create_write_items__(self, name, _):
         from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
         from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
@@ -83,7 +83,7 @@ def _metadata(folder): # what .metadata holds
     return found
 
 def _reader(folder:Path): # of torch, but for how it reads the metadata
-    reader, dcp = torch_dcp().FileSystemReader(folder), torch_dcp()
+    dcp = torch_dcp(); reader = dcp.FileSystemReader(folder)
     def read_metadata(*args, **kw):
         found = _metadata(folder)
         found.storage_meta = found.storage_meta or dcp.metadata.StorageMeta()
