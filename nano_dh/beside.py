@@ -270,7 +270,8 @@ def speed(word:str, depth:int, rows:int, seq_len:int, rounds:int=24, device='cud
 # %% ../nbs/46_beside.ipynb #queue
 def work(jobs:list,      # (name, function of no arguments -> rows)
          folder:str|Path, # where results go: NAME.json
-         limit:float=math.inf # seconds from now after which no job is begun
+         limit:float=math.inf, # seconds from now after which no job is begun
+         after=torch._dynamo.reset # called after each; this forgets what was compiled
         ) -> list:       # names of the jobs done here
     "Do the jobs of a list that nobody has done or is doing"
     folder, began, mine = Path(folder), time.perf_counter(), []
@@ -288,7 +289,7 @@ def work(jobs:list,      # (name, function of no arguments -> rows)
                 print(name, f'{time.perf_counter() - start:.0f} s',
                       [row['error'] for row in rows if 'error' in row] or '', flush=True)
         except TimeoutError: continue
-        torch._dynamo.reset(); torch.cuda.empty_cache()
+        after(); torch.cuda.empty_cache()
     return mine
 
 def results(folder:str|Path) -> list[dict]: # rows of all jobs

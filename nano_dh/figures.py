@@ -181,6 +181,7 @@ def by(rows:list, *keys) -> dict: # values of the keys -> row
 
 def title(model:str) -> str:
     "A model in a heading"
+    if '@' in model: return title(model.split('@')[0]) + ', other seeds'
     word, _, pattern = model.partition(':')
     if word == 'own': return f"nanochat's code, {pattern}"
     return f'preset `nanochat`{", "*bool(pattern)}{pattern}' if word == 'nanochat' else model
@@ -708,6 +709,15 @@ def _multiplied(found): # text, '' if nothing was found
     return (f"{other} takes {worth['value']:.2f} times the operations of {mine} for the same loss "
             f"({worth['low']:.2f} to {worth['high']:.2f})")
 
+def _foretold(runs): # of chapter 71's `write_down`
+    runs = [run for run in runs or () if run.get('val_bpb')]
+    if not runs: return ''
+    held = sum(run['low'] <= run['val_bpb'] <= run['high'] for run in runs)
+    lines = [(run['run'], human(run['params']), human(run['tokens']),
+              *[f"{run[k]:.4f}" for k in ('value', 'low', 'high', 'val_bpb')]) for run in runs]
+    return (f'\n\nWritten down before the runs; {held} of {len(runs)} came out inside:\n\n'
+            + table('run|size|tokens|predicted|from|to|val bpb', lines))
+
 @block('scaling')
 def scaling(rec:dict) -> str: # rows of chapter 71; settings: its `study`
     "Best size of each budget, exponents, and the multiplier"
@@ -722,10 +732,14 @@ def scaling(rec:dict) -> str: # rows of chapter 71; settings: its `study`
     text = table('model|operations|best size|its tokens|val bpb|runs', lines)
     if found.get('refused'): return text + f"\n\nNo law: {found['refused']}."
     if not found.get('multiplier'): return text
+    several = [(*found['compared'], found['multiplier'])]
+    several += [(kind, kind.split('@')[0], x) for kind, x in found.get('placebo', {}).items()]
+    lines = [(title(mine), title(other), count.replace('_', ', '),
+              *[f'{x[end]:.2f}' for end in ('value', 'low', 'high')], x['failed'])
+             for mine, other, counts in several for count, x in counts.items()]
     return text + f'\n\n{_multiplied(found)}.\n\n' + table(
-        'counted in|multiplier|from|to|draws without an answer',
-        [(k, *[f'{x[end]:.2f}' for end in ('value', 'low', 'high')], x['failed'])
-         for k, x in found['multiplier'].items()])
+        'of|against|counted in|multiplier|from|to|draws without an answer', lines) \
+        + _foretold(found.get('predicted'))
 
 # %% ../nbs/70_figures.ipynb #scaling-pic
 @picture('scaling.png', 'scaling', 'val_bpb')

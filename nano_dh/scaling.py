@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['PLACEBO', 'COUNTS', 'PUBLISHED', 'Law', 'costs', 'kind_of', 'run_of', 'run_for', 'isoflop_runs', 'tokens_in',
-           'thinned', 'row_of', 'do', 'best_size', 'log_slope', 'fit_law', 'bootstrap', 'frontier', 'multiplier',
-           'cost_curve', 'law_from', 'worth', 'optima', 'study', 'best_plan', 'operations', 'needed', 'FirstPass',
-           'SameOrder', 'same_order', 'repeated_runs', 'do_on_all_cards', 'main']
+           'thinned', 'row_of', 'Kept', 'train', 'shape_of', 'do', 'best_size', 'log_slope', 'fit_law', 'bootstrap',
+           'frontier', 'multiplier', 'cost_curve', 'law_from', 'tokens_for', 'worth', 'optima', 'study', 'predicted',
+           'write_down', 'best_plan', 'operations', 'needed', 'FirstPass', 'SameOrder', 'same_order', 'repeated_runs',
+           'do_on_all_cards', 'turned', 'main']
 
 # %% ../nbs/71_scaling.ipynb #imp
-import itertools, json, math, os, re, subprocess, sys
-from dataclasses import asdict, dataclass
+import gc, itertools, json, math, os, re, subprocess, sys
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 import numpy as np, torch
 from .beside import results, work
@@ -60,39 +62,45 @@ def kind_of(cfg:PretrainConfig) -> str: # 'GGGL', 'nanochat:L', 'L@100'
     word = ':'.join(filter(None, (cfg.preset, cfg.pattern)))
     return word + (f'@{PLACEBO}' if cfg.seed >= PLACEBO else '')
 
-def run_of(kind:str, depth:int, seed:int, # see kind_of
-           name:str, last:str='',         # parts of the run's name: NAME-KIND-dDEPTH[-LAST]-sSEED
-           **fields                       # of PretrainConfig
-          ) -> PretrainConfig:            # nothing left open
+def run_of(kind:str, size:int|str, # see kind_of; layers, or layers and width: '8x384'
+           seed:int,
+           name:str, last:str='',  # parts of the run's name: NAME-KIND-dSIZE[-LAST]-sSEED
+           **fields                # of PretrainConfig
+          ) -> PretrainConfig:     # nothing left open
     "A run of a study"
     word, _, shift = kind.partition('@'); *preset, pattern = word.split(':')
-    parts = name, re.sub('[:@]', '-', kind), f'd{depth}', last, f's{seed}'
-    return PretrainConfig(run='-'.join(filter(None, parts)).replace('+', ''), depth=depth,
+    layers, _, width = str(size).partition('x'); model = fields.pop('model', '')
+    parts = name, re.sub('[:@]', '-', kind), f'd{size}', last, f's{seed}'
+    return PretrainConfig(run='-'.join(filter(None, parts)).replace('+', ''), depth=int(layers),
+                          model=f'{model} d_model:{width}'.strip() if width else model,
                           pattern=pattern, preset=''.join(preset), seed=seed + int(shift or 0),
                           **fields).resolved()
 
-def run_for(tokens:float, kind:str, depth:int, seed:int, # to be trained on; as in `run_of`
+def run_for(tokens:float, kind:str, size:int|str, seed:int, # to be trained on; as in `run_of`
             name:str, last:str='', **fields
            ) -> PretrainConfig:
     "A run of so many tokens, whatever the batch"
-    each = costs(run_of(kind, depth, seed, name, last, **fields))['flops']
-    return run_of(kind, depth, seed, name, last, **fields | dict(target_flops=tokens*each))
+    each = costs(run_of(kind, size, seed, name, last, **fields))['flops']
+    return run_of(kind, size, seed, name, last, **fields | dict(target_flops=tokens*each))
 
-def isoflop_runs(budgets, depths, kinds=('GGGL', 'L'), seeds=(0,), # operations; layers; see kind_of
+def isoflop_runs(budgets, sizes, kinds=('GGGL', 'L'), seeds=(0,), # operations; as in `run_of`
                  text_tokens:float=math.inf, # in the data, so that passes can be counted
                  passes:float=4.,            # over the data, at most
                  fewest:int=100,             # steps of a run
+                 ratios:tuple=(0, math.inf), # tokens a parameter
                  name:str='scaling', **fields # of PretrainConfig
                 ) -> list[PretrainConfig]:
     "The runs of a study; what is left out is said"
     runs, left = [], []
-    for seed, budget, depth, kind in itertools.product(seeds, budgets, depths, kinds):
-        cfg = run_of(kind, depth, seed, name, f'{budget:.3g}', target_flops=budget, **fields)
+    for size, kind, seed, budget in itertools.product(sizes, kinds, seeds, budgets):
+        cfg = run_of(kind, size, seed, name, f'{budget:.3g}', target_flops=budget, **fields)
         tokens = cfg.num_iterations*cfg.total_batch_size
-        fits = cfg.num_iterations >= fewest and tokens <= passes*text_tokens
+        fits = cfg.num_iterations >= fewest and tokens <= passes*text_tokens \
+            and ratios[0] <= tokens/costs(cfg)['params'] <= ratios[1]
         (runs if fits else left).append(cfg)
     if left:
-        print0(f'left out, fewer than {fewest} steps or more than {passes:g} passes: '
+        print0(f'left out, fewer than {fewest} steps, more than {passes:g} passes or not '
+               f'{ratios[0]:g} to {ratios[1]:g} tokens a parameter: '
                + ', '.join(cfg.run for cfg in left))
     return runs
 
@@ -128,15 +136,33 @@ def row_of(cfg:PretrainConfig, records:list, # nothing left open; what the run s
                 loss=thinned(every('loss')), grad_norm=thinned(every('grad_norm')))
 
 # %% ../nbs/71_scaling.ipynb #queue
+class Kept(Trainer):
+    "Keeps the tokens of the data on disk: the next run reads them again"
+    def make_loader(self, split, rows): return super().make_loader(split, rows, token_cache=True)
+
+def train(cfg:PretrainConfig, emit=print): # as `pretrain`
+    "What every rank runs"
+    pretrain(cfg, emit, Kept)
+
+def shape_of(cfg:PretrainConfig) -> tuple: # nothing left open
+    "What is compiled anew when it changes"
+    return json.dumps(cfg.model_config().to_dict()), cfg.device_batch_size
+
 def do(runs:list,           # of PretrainConfig; nproc=0 trains in this process
        folder:str|Path,     # a file for each run
        text_tokens:float=math.inf, limit:float=math.inf, # seconds after which no run is begun
-       train:str='nano_dh.pretrain:pretrain' # what every rank runs
+       train:str='nano_dh.scaling:train' # what every rank runs
       ) -> list[dict]:      # rows of all finished runs
     "Train what has not been trained"
-    def rows(cfg): return [row_of(cfg, once(cfg, named(train)), text_tokens) | provenance('see study')]
+    compiled, main = None, named(train)
+    def rows(cfg):
+        nonlocal compiled; before, compiled = compiled, None
+        if shape_of(cfg) != before: torch._dynamo.reset()
+        said = once(cfg if shape_of(cfg) != before else replace(cfg, check_gradients=False), main)
+        compiled = shape_of(cfg)                         # it ended well
+        return [row_of(cfg, said, text_tokens) | provenance('see study')]
     def job(cfg): return lambda: rows(cfg)
-    work([(cfg.run, job(cfg)) for cfg in runs], folder, limit)
+    work([(cfg.run, job(cfg)) for cfg in runs], folder, limit, after=gc.collect)
     return results(folder)
 
 # %% ../nbs/71_scaling.ipynb #bowl
@@ -226,7 +252,7 @@ def multiplier(ours:Law, other:Law,  # of two kinds of model
     return middle
 
 # %% ../nbs/71_scaling.ipynb #cost
-COUNTS = 'flops', 'flops_causal', 'seconds'
+COUNTS = 'tokens', 'flops', 'flops_causal', 'seconds'
 
 def cost_curve(rows:list, count:str # one of COUNTS
               ):                    # function of parameters -> cost of a token
@@ -236,14 +262,27 @@ def cost_curve(rows:list, count:str # one of COUNTS
     slope, level = np.polyfit(sizes, each, 1)
     return lambda params: np.exp(level + slope*np.log(params))
 
+@lru_cache(4096)
+def _law(runs): return fit_law(*zip(*runs))
+
 def law_from(rows:list) -> Law: # rows of one kind of model
-    return fit_law(*([row[k] for row in rows] for k in ('params', 'tokens', 'val_bpb')))
+    return _law(tuple((row['params'], row['tokens'], row['val_bpb']) for row in rows))
+
+def tokens_for(law:Law, params:float, loss:float) -> float: # size; to be reached
+    "The tokens that a model of one size needs"
+    rest = loss - law.E - law.A/params**law.a
+    if rest <= 0: raise ValueError(f'loss {loss:.4f} is out of reach of {human(params)} parameters')
+    return (law.B/rest)**(1/law.b)
 
 def worth(rows:list, ours:str, other:str, # patterns
-          count:str, budget:float         # one of COUNTS; of the same unit
+          count:str, # one of COUNTS
+          budget     # of the same unit; for tokens of a size: (parameters, tokens)
          ) -> float:
-    "The multiplier of a study"
+    "The multiplier of a study; by tokens at one size, else each kind at its own best size"
     mine, theirs = ([row for row in rows if row['pattern'] == kind] for kind in (ours, other))
+    if count == 'tokens':
+        size, tokens = budget
+        return tokens_for(law_from(theirs), size, law_from(mine)(size, tokens))/tokens
     return multiplier(law_from(mine), law_from(theirs), budget, cost_curve(mine, count), cost_curve(theirs, count))
 
 # %% ../nbs/71_scaling.ipynb #published
@@ -263,29 +302,76 @@ def optima(rows:list) -> list[dict]: # runs of one kind; one row a budget
     return out
 
 # %% ../nbs/71_scaling.ipynb #draw
+def _compared(rows, ours, other, draws): # the budget of each count is the largest that both have
+    rows = [row for row in rows if row['pattern'] in (ours, other)]
+    largest = min(max(row['budget'] for row in rows if row['pattern'] == kind) for kind in (ours, other))
+    top = [row for row in rows if row['budget'] == largest]
+    def middle(key): return float(np.exp(np.mean(np.log([row[key] for row in top]))))
+    size, tokens = middle('params'), middle('tokens')
+    at = dict(tokens=(size, tokens), flops=largest, flops_causal=largest,
+              seconds=float(np.median([row['seconds'] for row in top])))
+    def asked(count): return lambda drawn: worth(drawn, ours, other, count, at[count])
+    return {count: bootstrap(rows, asked(count), draws) for count in COUNTS}
+
 def study(rows:list,      # finished runs
-          draws:int=300   # of the bootstrap
+          draws:int=300,  # of the bootstrap
+          order:tuple=()  # of the kinds, first the one in question, then its control
          ) -> dict:       # optima, exponents, laws; multiplier of the first two kinds; refused: why not
-    "What the runs say, as plain numbers"
+    "What the runs say, as plain numbers; placebo: the multiplier of a kind and its other seeds"
     kinds = [*dict.fromkeys(row['pattern'] for row in rows)]
+    kinds.sort(key=lambda kind: order.index(kind) if kind in order else len(order) + ('@' in kind))
     of = {kind: [row for row in rows if row['pattern'] == kind] for kind in kinds}
-    found = dict(optima=[], exponents={}, laws={}, compared=kinds[:2], multiplier={}, refused='')
+    found = dict(optima=[], exponents={}, laws={}, compared=kinds[:2], multiplier={}, placebo={},
+                 refused='')
     for kind in kinds:
         best = optima(of[kind]); inside = [point for point in best if point['inside']]
         found['optima'] += [dict(pattern=kind, **point) for point in best]
         if len(inside) > 1:
             found['exponents'][kind] = [log_slope(*([point[k] for point in inside] for k in pair))
                                         for pair in (('budget', 'params'), ('budget', 'tokens'))]
-    top = max(row['budget'] for row in rows)
-    seconds = float(np.median([row['seconds'] for row in rows if row['budget'] == top]))
     try:
         found['laws'] = {kind: asdict(law_from(of[kind])) for kind in kinds}
-        for count in COUNTS*(len(kinds) > 1):
-            budget = seconds if count == 'seconds' else top
-            def asked(drawn): return worth(drawn, *kinds[:2], count, budget)
-            found['multiplier'][count] = bootstrap(rows, asked, draws)
+        if len(kinds) > 1: found['multiplier'] = _compared(rows, *kinds[:2], draws)
+        for kind in kinds[2:]:
+            if (same := kind.split('@')[0]) in kinds and same != kind:
+                found['placebo'][kind] = _compared(rows, kind, same, draws)
     except ValueError as error: found['refused'] = str(error)
     return found
+
+# %% ../nbs/71_scaling.ipynb #predict
+def predicted(rows:list,      # finished runs of one kind
+              params:float, tokens:float, # of a run to come
+              draws:int=300, seed:int=0
+             ) -> dict:       # value, low, high (95%)
+    "What the law says about a run"
+    law, random, found = law_from(rows), np.random.default_rng(seed), []
+    off = [row['val_bpb'] - law(row['params'], row['tokens']) for row in rows]
+    scatter = math.sqrt(sum(x*x for x in off)/max(1, len(rows) - 5))
+    for _ in range(draws):
+        try: one = law_from([rows[i] for i in random.integers(0, len(rows), len(rows))])
+        except ValueError: continue                      # too few different runs in this draw
+        found.append(float(one(params, tokens)) + scatter*random.standard_normal())
+    low, high = np.quantile(found, [.025, .975]) if found else (math.nan, math.nan)
+    return dict(value=float(law(params, tokens)), low=float(low), high=float(high))
+
+def write_down(runs:list, folder:str|Path, # of PretrainConfig, those that are to be trained; as in `do`
+               draws:int=300
+              ) -> list[dict]: # run, pattern, params, tokens; value, low, high; runs it is from; val_bpb
+    "Predict what is not done from what is, once; with what came out, where it did"
+    folder = Path(folder); file, rows = folder/'predicted.jsonl', results(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    there = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    done = {row['run']: row['val_bpb'] for row in rows if row.get('val_bpb')}
+    known, new = {one['run'] for one in there} | {*done}, []
+    for cfg in runs:
+        same = [row for row in rows if row.get('val_bpb') and row['pattern'] == kind_of(cfg)]
+        if cfg.run in known or len(same) < 8: continue
+        at = dict(params=costs(cfg)['params'], tokens=cfg.total_tokens)
+        try: told = predicted(same, **at, draws=draws)
+        except ValueError: continue                      # no law yet
+        new.append(dict(run=cfg.run, pattern=kind_of(cfg), runs=len(same)) | at | told)
+    if new: file.write_text(''.join(json.dumps(one) + '\n' for one in there + new))
+    return [one | dict(val_bpb=done.get(one['run'])) for one in there + new]
 
 # %% ../nbs/71_scaling.ipynb #plan
 def best_plan(law:Law, cost, budget:float # `cost` counts what the budget is given in
@@ -317,7 +403,7 @@ class FirstPass(DocTokens):
     "Documents in the order of the first pass, again and again"
     def locate(self, pos:int) -> tuple[int, int]: return super().locate(pos % self.n)
 
-class SameOrder(Trainer):
+class SameOrder(Kept):
     "Reads every pass in the order of the first: the control of a new order in each"
     def make_loader(self, split, rows):
         loader = super().make_loader(split, rows)
@@ -337,33 +423,43 @@ def same_order(cfg:PretrainConfig, emit=print): # as `pretrain`
 
 def repeated_runs(text_tokens:float,           # in the data
                   passes=(1, 2, 4, 8, 16), decays=(.28, .56, 1.12), # over it; weight decays
-                  kind:str='GGGL', depth:int=4, seeds=(0,), # as in `run_of`
+                  kind:str='GGGL', size:int|str=4, seeds=(0,), # as in `run_of`
                   name:str='repeat', **fields
                  ) -> list[PretrainConfig]:
     "Runs that read a text again and again; under another name for `same_order` in `do`"
-    return [run_for(text_tokens*times, kind, depth, seed, name, f'p{times:g}-wd{decay:g}',
+    return [run_for(text_tokens*times, kind, size, seed, name, f'p{times:g}-wd{decay:g}',
                     weight_decay=decay, **fields)
             for seed in seeds for times in passes for decay in decays]
 
 # %% ../nbs/71_scaling.ipynb #cards
 def do_on_all_cards(runs:list, folder:str|Path, text_tokens:float=math.inf, # as in `do`
-                    train:str='nano_dh.pretrain:pretrain'
+                    train:str='nano_dh.scaling:train'
                    ) -> list[dict]:
     "The list with a process for each GPU of this machine; without a GPU in one process"
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True); plan = folder/'runs.list'
     plan.write_text(json.dumps([asdict(cfg) for cfg in runs]))
     command = [sys.executable, '-m', 'nano_dh.scaling', str(folder), str(text_tokens), train]
-    started = [subprocess.Popen(command, env=os.environ | dict(CUDA_VISIBLE_DEVICES=str(i)))
-               for i in range(n_gpus())] or [subprocess.Popen(command)]
+    n = n_gpus()
+    def alone(i): return os.environ | dict(CUDA_VISIBLE_DEVICES=str(i), SHARE=f'{i}/{n}')
+    started = [subprocess.Popen(command, env=alone(i)) for i in range(n)] or [subprocess.Popen(command)]
     codes = [process.wait() for process in started]
     if any(codes): raise RuntimeError(f'processes ended with {codes}; what they said is above')
     return results(folder)
+
+def turned(runs:list, share:str # 'i/n': of n processes this is number i
+          ) -> list:
+    "The list, begun where the operations of the earlier processes end: each has shapes of its own"
+    i, n = map(int, share.split('/'))
+    total = np.cumsum([costs(cfg)['flops']*cfg.total_tokens for cfg in runs])
+    at = int(np.searchsorted(total, total[-1]*i/n))
+    return runs[at:] + runs[:at]
 
 def main(argv:list|None=None # default: the command line
         ):
     "FOLDER with a list of runs, the tokens of the data, and what every rank runs"
     folder, text_tokens, *train = sys.argv[1:] if argv is None else argv
     runs = [PretrainConfig(**fields) for fields in json.loads(Path(folder, 'runs.list').read_text())]
+    runs = turned(runs, os.environ.get('SHARE', '0/1'))
     do(runs, folder, float(text_tokens), float(os.environ.get('SECONDS_LEFT', math.inf)), *train)
 
 # %% ../nbs/71_scaling.ipynb #main-run

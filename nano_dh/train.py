@@ -370,11 +370,11 @@ class Trainer(Logbook):
         return build_optimizer(self.model, cfg.matrix_lr, cfg.embedding_lr, cfg.unembedding_lr,
                                cfg.scalar_lr, clip=cfg.clip, **cfg.scaling())
 
-    def make_loader(self, split, rows):
+    def make_loader(self, split, rows, **how): # of `Loader`
         cfg = self.cfg
         return Loader(self.mixture, self.tok, split, rows, cfg.max_seq_len, seed=cfg.seed,
                       rank=self.rank, world_size=self.world, device=self.device,
-                      documents=cfg.doc_mask)
+                      documents=cfg.doc_mask, **how)
 
     def borders(self, piece) -> dict: # of its documents, as the model takes them
         if not self.cfg.doc_mask: return {}

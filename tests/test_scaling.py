@@ -70,7 +70,7 @@ def test_what_left_no_record_is_not_trained_again(study, capsys):
     assert not capsys.readouterr().out and records(folder) == after and {**after, 'first': 0} == {**before, 'first': 0}
 
 STUDIES = dict(memory=dict(depths=1, seq_lens='32 64', batches='2 4', vocab_size=384), miniseries=dict(tokens=8192, flops=1e15, draws=20),
-               scaling_laws=dict(budgets='2e10 4e10', depths='1 2', fewest=4, passes=100, draws=20))
+               scaling_laws=dict(budgets='2e10 4e10', sizes='1 2', fewest=4, passes=100, draws=20))
 
 @pytest.mark.slow # three notebooks; each chapter trains its own
 @pytest.mark.parametrize('name', STUDIES)
