@@ -80,10 +80,15 @@ def test_the_notebook_of_a_study_and_its_record(name, tmp_path):
     from matplotlib.figure import Figure
     from nano_dh.figures import BLOCKS, HEAD, PICTURES
     common = {} if name == 'memory' else dict(data=tiny_data(tmp_path/'books'), vocab_size=384, max_seq_len=32, eval_tokens=1024)
-    r = subprocess.run([PAPERMILL, '--no-progress-bar', ROOT/'runs'/f'{name}.ipynb', tmp_path/'o.ipynb', *parameters(**common | STUDIES[name], out=tmp_path/'out', device='cpu')],
-                       env=environ(tmp_path/'base'), cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    assert r.returncode == 0, r.stderr[-2000:]
+    def run(base, **kw):
+        r = subprocess.run([PAPERMILL, '--no-progress-bar', ROOT/'runs'/f'{name}.ipynb', tmp_path/'o.ipynb', *parameters(**common | STUDIES[name] | kw, out=tmp_path/'out', device='cpu')],
+                           env=environ(tmp_path/base), cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        assert r.returncode == 0, r.stderr[-2000:]
+    run('base')
     kind = name.removesuffix('_laws'); [file] = (tmp_path/'out').rglob(f'{kind}.json'); rec = json.loads(file.read_text())
     assert rec['kind'] == kind and all(rec.get(k) for k in HEAD) and not any('error' in row for row in rec['rows'])
     assert BLOCKS[kind][0](rec).startswith('| ')
     fig = Figure(layout='constrained'); PICTURES[f'{kind}.png'][0](fig, rec); fig.savefig(io.BytesIO(), format='png')
+    file.write_text(json.dumps(rec | dict(commit='a'*40)))                  # as if the tree had no changes
+    run('empty', redraw=file, data='')                                       # drawn anew, nothing trained
+    assert not (tmp_path/'empty'/'runs').exists() and [file] == [*file.parent.glob(f'{kind}.json'), *file.parent.glob(f'{kind}-1.json')]
