@@ -796,7 +796,8 @@ def draw_worth(fig, rec:dict):
     found = rec['settings']; fig.set_size_inches(6.5, 2.8); ax = fig.subplots()
     counts = [count for count in COUNTED if count in (found.get('multiplier') or {})]
     fig.suptitle(_multiplied(found) or 'No multiplier was found', fontsize=10)
-    for i, (label, placebo, each) in enumerate(_worths(found) if counts else ()):
+    if not counts: return
+    for i, (label, placebo, each) in enumerate(_worths(found)):
         shown = [(k, each[count]) for k, count in enumerate(counts) if count in each]
         y, x = [k + .22*i for k, _ in shown], [one['value'] for _, one in shown]
         off = [[one['value'] - one['low'] for _, one in shown],

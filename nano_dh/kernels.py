@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BACKENDS', 'HALF', 'HAS_TRITON', 'tl', 'USES', 'Backend', 'register_backend', 'quiet', 'on_device', 'idle_kernels',
-           'opaque_backend', 'hopper_trap', 'available_backends', 'set_backend', 'current_backend', 'gated_delta_rule',
-           'lazy_jit', 'gated_delta_rule_step', 'check_inputs', 'outcome', 'yardstick', 'errors', 'limits',
-           'check_backends', 'gpu_ms', 'time_backend', 'Choice', 'Ahead', 'choose_backend', 'compile_ahead']
+           'opaque_backend', 'hopper_trap', 'even_heads', 'available_backends', 'set_backend', 'current_backend',
+           'gated_delta_rule', 'lazy_jit', 'gated_delta_rule_step', 'check_inputs', 'outcome', 'yardstick', 'errors',
+           'limits', 'check_backends', 'gpu_ms', 'time_backend', 'Choice', 'Ahead', 'choose_backend', 'compile_ahead']
 
 # %% ../nbs/21_kernels.ipynb #imports
 import hashlib, importlib.metadata, io, json, logging, math, os, platform, re, subprocess, sys
@@ -317,8 +317,26 @@ def _qla_bwd(q, k, v, G, beta, A, do, state, dS, docs, scale):
         cu_seqlens=plan and plan.cu_seqlens, cp_context=plan, auto_cp=False)
     return dq, dk, dv, dg, db, d0
 
+# %% ../nbs/21_kernels.ipynb #even
+def even_heads(fwd:Callable, bwd:Callable): # as for `opaque_backend`
+    "The same for an odd number of heads above one: with an empty head more"
+    def odd(q, v): return q.shape[2] == v.shape[2] > 1 and v.shape[2] % 2 == 1
+    def more(x, at=2): # zeros for one more along this dimension
+        return None if x is None else F.pad(x, (0, 0)*(x.ndim - 1 - at) + (0, 1))
+    def forward(q, k, v, g, beta, state, docs, scale, output_state):
+        if not odd(q, v): return fwd(q, k, v, g, beta, state, docs, scale, output_state)
+        xs, n = map(more, (q, k, v, g, beta)), v.shape[2]
+        o, S, G, A = fwd(*xs, more(state, 1), docs, scale, output_state)
+        return o[:, :, :n], S if S is None else S[:, :n], G[:, :, :n], A[:, :, :n]
+    def backward(q, k, v, G, beta, A, do, state, dS, docs, scale):
+        if not odd(q, v): return bwd(q, k, v, G, beta, A, do, state, dS, docs, scale)
+        xs, n = map(more, (q, k, v, G, beta, A, do)), v.shape[2]
+        *grads, d0 = bwd(*xs, more(state, 1), more(dS, 1), docs, scale)
+        return *(x[:, :, :n] for x in grads), d0 if d0 is None else d0[:, :n]
+    return forward, backward
+
 # %% ../nbs/21_kernels.ipynb #register
-opaque_backend('flash_qla', _qla_fwd, _qla_bwd, device='cuda', dtypes=HALF, head_dim=128,
+opaque_backend('flash_qla', *even_heads(_qla_fwd, _qla_bwd), device='cuda', dtypes=HALF, head_dim=128,
                ready=_qla_ready, rank=1)
 opaque_backend('fla', _fla_fwd, _fla_bwd, device='cuda', dtypes=HALF + (torch.float32,),
                max_dim=256, ready=_fla_ready, note=_fla_note, rank=2)
