@@ -6,8 +6,8 @@
 __all__ = ['PLACEBO', 'COUNTS', 'PUBLISHED', 'Law', 'costs', 'kind_of', 'run_of', 'run_for', 'isoflop_runs', 'tokens_in',
            'thinned', 'row_of', 'Kept', 'train', 'shape_of', 'do', 'best_size', 'log_slope', 'fit_law', 'bootstrap',
            'frontier', 'multiplier', 'cost_curve', 'law_from', 'tokens_for', 'worth', 'optima', 'study', 'predicted',
-           'write_down', 'best_plan', 'operations', 'needed', 'FirstPass', 'SameOrder', 'same_order', 'repeated_runs',
-           'do_on_all_cards', 'turned', 'main']
+           'unpack', 'write_down', 'best_plan', 'operations', 'needed', 'FirstPass', 'SameOrder', 'same_order',
+           'repeated_runs', 'do_on_all_cards', 'turned', 'main']
 
 # %% ../nbs/71_scaling.ipynb #imp
 import gc, itertools, json, math, os, re, subprocess, sys
@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 import numpy as np, torch
 from .beside import results, work
-from .core import human, print0
+from .core import atomic_write, human, print0
 from .dataloader import DocTokens
 from .dataset import open_data
 from .figures import provenance
@@ -353,6 +353,18 @@ def predicted(rows:list,      # finished runs of one kind
         found.append(float(one(params, tokens)) + scatter*random.standard_normal())
     low, high = np.quantile(found, [.025, .975]) if found else (math.nan, math.nan)
     return dict(value=float(law(params, tokens)), low=float(low), high=float(high))
+
+def unpack(record:dict, folder:str|Path): # of a study; as in `do`
+    "Let the runs of a record count as done, and its predictions as made"
+    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
+    for row in record['rows']:
+        file = folder/f"{row['run']}.json"
+        if not file.exists(): atomic_write(file, json.dumps([row]))
+    file = folder/'predicted.jsonl'
+    if file.exists(): return
+    told = [{k: v for k, v in one.items() if k != 'val_bpb'}
+            for one in record['settings'].get('predicted', ())]
+    atomic_write(file, ''.join(json.dumps(one) + '\n' for one in told))
 
 def write_down(runs:list, folder:str|Path, # of PretrainConfig, those that are to be trained; as in `do`
                draws:int=300
