@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PLACEBO', 'COUNTS', 'PUBLISHED', 'Law', 'costs', 'kind_of', 'run_of', 'run_for', 'isoflop_runs', 'tokens_in',
            'thinned', 'row_of', 'Kept', 'train', 'shape_of', 'do', 'best_size', 'log_slope', 'fit_law', 'bootstrap',
-           'frontier', 'multiplier', 'cost_curve', 'law_from', 'tokens_for', 'worth', 'optima', 'study', 'predicted',
-           'unpack', 'write_down', 'best_plan', 'operations', 'needed', 'FirstPass', 'SameOrder', 'same_order',
-           'repeated_runs', 'do_on_all_cards', 'turned', 'main']
+           'frontier', 'multiplier', 'cost_curve', 'law_from', 'tokens_for', 'worth', 'optima', 'seed_scatter',
+           'by_budget', 'study', 'predicted', 'unpack', 'write_down', 'best_plan', 'operations', 'needed', 'FirstPass',
+           'SameOrder', 'same_order', 'repeated_runs', 'do_on_all_cards', 'turned', 'main']
 
 # %% ../nbs/71_scaling.ipynb #imp
 import gc, itertools, json, math, os, re, subprocess, sys
@@ -301,6 +301,45 @@ def optima(rows:list) -> list[dict]: # runs of one kind; one row a budget
         out.append(dict(budget=budget, tokens=tokens, runs=len(same), **size))
     return out
 
+# %% ../nbs/71_scaling.ipynb #budget
+def seed_scatter(rows:list) -> float: # nan without a placebo
+    "Standard deviation of a loss from seed to seed, from runs that differ in nothing else"
+    at = {(row['pattern'], row['params'], row['budget']): row['val_bpb'] for row in rows}
+    gaps = [loss - at[same] for (kind, *rest), loss in at.items() if '@' in kind
+            and (same := (kind.split('@')[0], *rest)) in at]
+    return float(np.sqrt(np.mean(np.square(gaps))/2)) if gaps else math.nan
+
+def _bottoms(rows): # of one kind: budget -> (parameters, loss)
+    return {best['budget']: (best['params'], best['loss']) for best in optima(rows) if best['inside']}
+
+def _ratios(mine, other): # bottoms of each -> budget -> times the budget that the other takes
+    both = sorted(mine.keys() & other.keys()); x = np.log(both)
+    y = np.array([other[budget][1] for budget in both])
+    if len(both) < 2 or (np.diff(y) >= 0).any(): return {}
+    slopes = np.gradient(y, x)                         # of the control's best loss
+    return {budget: float(np.exp((mine[budget][1] - loss)/slope))
+            for budget, loss, slope in zip(both, y, slopes)}
+
+def by_budget(rows:list, ours:str, other:str, # as in `worth`
+              draws:int=300, seed:int=0
+             ) -> list[dict]: # count, budget; value, low, high (95%; None without a placebo)
+    "The multiplier at each budget, from the bottoms of the bowls"
+    both = [[row for row in rows if row['pattern'] == kind] for kind in (ours, other)]
+    ends = [_bottoms(kind) for kind in both]
+    scatter, random = seed_scatter(rows), np.random.default_rng(seed)
+    def shaken(kind):
+        return [row | dict(val_bpb=row['val_bpb'] + scatter*random.standard_normal()) for row in kind]
+    again = [_ratios(*(_bottoms(shaken(kind)) for kind in both)) for _ in range(draws*(scatter > 0))]
+    def dear(kind, end, count): # what an operation costs at a best size
+        return float(cost_curve(kind, count)(end[0])/cost_curve(kind, 'flops')(end[0]))
+    found = []
+    for count, (budget, value) in itertools.product(COUNTS[1:], _ratios(*ends).items()):
+        mine, theirs = (dear(kind, end[budget], count) for kind, end in zip(both, ends))
+        seen = [one[budget]*theirs/mine for one in again if budget in one]
+        low, high = map(float, np.quantile(seen, [.025, .975])) if seen else (None, None)
+        found.append(dict(count=count, budget=float(budget), value=value*theirs/mine, low=low, high=high))
+    return found
+
 # %% ../nbs/71_scaling.ipynb #draw
 def _compared(rows, ours, other, draws): # the budget of each count is the largest that both have
     rows = [row for row in rows if row['pattern'] in (ours, other)]
@@ -316,25 +355,28 @@ def _compared(rows, ours, other, draws): # the budget of each count is the large
 def study(rows:list,      # finished runs
           draws:int=300,  # of the bootstrap
           order:tuple=()  # of the kinds, first the one in question, then its control
-         ) -> dict:       # optima, exponents, laws; multiplier of the first two kinds; refused: why not
-    "What the runs say, as plain numbers; placebo: the multiplier of a kind and its other seeds"
+         ) -> dict:       # optima, exponents, laws; multiplier of the first two kinds; refused: why not, if so
+    "What the runs say, as plain numbers; placebo: the multiplier of a kind's other seeds"
     kinds = [*dict.fromkeys(row['pattern'] for row in rows)]
     kinds.sort(key=lambda kind: order.index(kind) if kind in order else len(order) + ('@' in kind))
     of = {kind: [row for row in rows if row['pattern'] == kind] for kind in kinds}
     found = dict(optima=[], exponents={}, laws={}, compared=kinds[:2], multiplier={}, placebo={},
-                 refused='')
+                 by_budget={})
     for kind in kinds:
         best = optima(of[kind]); inside = [point for point in best if point['inside']]
         found['optima'] += [dict(pattern=kind, **point) for point in best]
         if len(inside) > 1:
             found['exponents'][kind] = [log_slope(*([point[k] for point in inside] for k in pair))
                                         for pair in (('budget', 'params'), ('budget', 'tokens'))]
+    against = {kinds[0]: kinds[1]} if len(kinds) > 1 else {}
+    against |= {kind: same for kind in kinds[2:] if (same := kind.split('@')[0]) in kinds and same != kind}
+    found['by_budget'] = {kind: by_budget(rows, kind, other, draws) for kind, other in against.items()}
     try:
         found['laws'] = {kind: asdict(law_from(of[kind])) for kind in kinds}
-        if len(kinds) > 1: found['multiplier'] = _compared(rows, *kinds[:2], draws)
-        for kind in kinds[2:]:
-            if (same := kind.split('@')[0]) in kinds and same != kind:
-                found['placebo'][kind] = _compared(rows, kind, same, draws)
+        for kind, other in against.items():
+            worths = _compared(rows, kind, other, draws)
+            if kind == kinds[0]: found['multiplier'] = worths
+            else: found['placebo'][kind] = worths
     except ValueError as error: found['refused'] = str(error)
     return found
 
