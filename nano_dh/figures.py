@@ -733,8 +733,8 @@ def _multiplied(found): # text, '' if nothing was found
     if not found['compared'][1:]: return ''
     mine, other = map(plain, found['compared']); last = _at_budgets(found, mine, 'flops')[-1:]
     if not last: return ''
-    return (f'At {last[0][0]:.0e} operations {other} takes {_within(*last[0][1:])} times the '
-            f'operations of {mine} for the same loss')
+    return (f'At {last[0][0]:.0e} operations {other} takes {_within(*last[0][1:])} times '
+            f'those of {mine} for the same loss')
 
 def _against(found, kind): # what it is compared with
     return found['compared'][1] if kind == found['compared'][0] else kind.split('@')[0]
@@ -811,7 +811,7 @@ def draw_scaling(fig, rec:dict):
 @picture('worth.png', 'scaling', 'val_bpb')
 def draw_worth(fig, rec:dict):
     "What the control spends for the same loss, budget by budget; the placebo in grey"
-    found = rec['settings']; fig.set_size_inches(6.5, 3.2); ax = fig.subplots()
+    found = rec['settings']; fig.set_size_inches(7, 3.2); ax = fig.subplots()
     fig.suptitle(_multiplied(found) or 'No multiplier was found', fontsize=10)
     mine, *other = found['compared']
     lines = [(mine, count, COUNTED[count], f'C{i}') for i, count in enumerate(list(COUNTED)[1:])]
@@ -823,6 +823,8 @@ def draw_worth(fig, rec:dict):
         ax.errorbar(x, y, yerr=off, fmt='o-', ms=4, lw=1, capsize=3, label=label, color=color)
     if not ax.containers: return
     ax.axhline(1, color='k', lw=1, ls=':'); ax.set_xscale('log'); ax.legend(fontsize=7)
+    ticks = sorted(values(found['by_budget'][mine], 'budget'))
+    ax.set_xticks(ticks, [f'{tick:.0e}' for tick in ticks]); ax.set_xticks([], minor=True)
     ax.set(xlabel='operations of a run', ylabel=f"{plain(other[0])}: times as much as {plain(mine)}")
 
 # %% ../nbs/70_figures.ipynb #fill
