@@ -91,8 +91,7 @@ def begin(job, std):
     for own, given in enumerate(std): os.dup2(given, own); os.close(given)
     if how := job['env'].get('PYTHONIOENCODING'):
         encoding, _, errors = how.partition(':')
-        for stream in (sys.stdin, sys.stdout): stream.reconfigure(encoding=encoding or None, errors=errors or None)
-        sys.stderr.reconfigure(encoding=encoding or None)
+        sys.stdin, sys.stdout = (open(n, mode, encoding=encoding, errors=errors or None, closefd=False) for n, mode in ((0, 'r'), (1, 'w')))
     servers = {os.path.abspath(p) for p in (*path_of(os.environ), os.path.dirname(__file__))}
     os.environ.clear(); os.environ.update(job['env']); os.chdir(job['cwd'])
     what, *argv = job['args']

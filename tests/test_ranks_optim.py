@@ -2,7 +2,7 @@
 import datetime, os, pytest, torch, torch.distributed as dist, torch.multiprocessing as mp
 from nano_dh.launch import _context
 
-STEPS, ROWS, T = 12, 4, 64
+STEPS, ROWS, T = 20, 4, 64
 
 def make(dtype, **kw):
     from nano_dh.hybrid_model import HybridConfig, HybridModel
@@ -18,7 +18,7 @@ def batch(i):
     return x[:, :-1], x[:, 1:]
 
 def train(rank, world, dtype, steps=STEPS, **kw):
-    "Steps of the default schedule; -> losses, parameters, optimizer state bytes"
+    "20 steps of the default schedule; -> losses, parameters, optimizer state bytes"
     torch.set_num_threads(1)
     model, opt = make(dtype, **kw); losses = []
     for i in range(steps):
