@@ -132,7 +132,7 @@ def test_refusals(base, tmp_path, monkeypatch):
 
 # ---- what is refused before it costs anything, and what a late error may not take along
 
-def fresh(base, *args, **kw):
+def command(base, *args, **kw):
     "The command line; what it says, whether it ends well or not"
     return fresh.run([PY, '-m', 'nano_dh.train', *args, *options(**kw)], env=environ(base), capture_output=True, text=True)
 
@@ -252,9 +252,9 @@ def test_the_command_line_says_which_values_were_given(base, data):
     here(run='said', resume=True, num_iterations=3, matrix_lr=.02)
     assert (config()['matrix_lr'], config()['clip']) == (.05, 1.)
     assert 'keeps matrix_lr 0.05, clip 1.0: python -m nano_dh.train' in str(plan(PretrainConfig(run='said', resume=True, device='cpu')))
-    r = fresh(base, run='said', resume=True, num_iterations=4, matrix_lr=.02, clip=0, device='cpu'); assert r.returncode == 0, r.stderr
+    r = command(base, run='said', resume=True, num_iterations=4, matrix_lr=.02, clip=0, device='cpu'); assert r.returncode == 0, r.stderr
     assert (config()['matrix_lr'], config()['clip'], config()['num_iterations']) == (.02, 0., 4)
-    r = fresh(base, run='said', resume=True, depth=4, device='cpu')
+    r = command(base, run='said', resume=True, depth=4, device='cpu')
     assert r.returncode == 1 and 'depth 4 differs from 2 of run said' in r.stderr
 
 def test_a_run_that_never_began_is_announced(base, data):
