@@ -7,15 +7,23 @@ __all__ = ['LIB', 'n_gpus', 'n_cores', 'join_group', 'RankError', 'Leave', 'Mark
            'InPlace', 'LiveFigure', 'LiveCurve']
 
 # %% ../nbs/41_launch.ipynb #imp
-import atexit, base64, ctypes, faulthandler, io, math, os, shutil, signal, sys, tempfile, threading
-import time, traceback, warnings
+import atexit, base64, ctypes, faulthandler, io, math, os, pickle, shutil, signal, sys, tempfile
+import threading, time, traceback, warnings
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
-from multiprocessing import connection
+from multiprocessing import connection, forkserver, parent_process
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 import torch, torch.distributed as dist, torch.multiprocessing as mp
 from .core import DistInfo, dist_info, load_imports
+
+# %% ../nbs/41_launch.ipynb #how
+def _context():
+    "How ranks start: forked from a server that has imported torch and done nothing else"
+    if sys.platform != 'linux': return mp.get_context('spawn')
+    ctx = mp.get_context('forkserver'); ctx.set_forkserver_preload(['torch'])
+    return ctx
 
 # %% ../nbs/41_launch.ipynb #counts
 def n_gpus() -> int:
@@ -51,12 +59,12 @@ def join_group(device:str='',        # 'cuda', 'cpu', '' for the best there is
 def _with_parent(): # Linux kills this process when its parent ends
     if sys.platform == 'linux': ctypes.CDLL(None).prctl(1, signal.SIGKILL)   # PR_SET_PDEATHSIG
 
-def _die_with(parent):
-    "Have this process killed when its parent ends"
-    _with_parent()
-    def watch():
-        while os.getppid() == parent: time.sleep(1)
-        os.kill(os.getpid(), signal.SIGKILL)
+def _die_with_notebook():
+    "Have this rank killed when the process that asked for it ends"
+    _with_parent(); server = forkserver._forkserver
+    if server._forkserver_alive_fd is not None:
+        os.close(server._forkserver_alive_fd); server._forkserver_alive_fd = None
+    def watch(): parent_process().join(); os.kill(os.getpid(), signal.SIGKILL)
     threading.Thread(target=watch, daemon=True).start()
 
 # %% ../nbs/41_launch.ipynb #sender
@@ -72,17 +80,21 @@ def _sender(pipe):
 def _silent(rec): return None     # emit for the others
 
 # %% ../nbs/41_launch.ipynb #rank
-def _rank(rank, world, fn, cfg, device, home, parent, out, rec, pulse, step, asked):
-    "What a spawned process runs"
-    _die_with(parent); Leave.asked = asked
+def _rank(rank, world, job, device, home, environ, out, rec, pulse, step, asked):
+    "What the process of a rank runs"
+    _die_with_notebook(); Leave.asked = asked
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for number in (1, 2): os.dup2(out.fileno(), number)
     for stream in (sys.stdout, sys.stderr): stream.reconfigure(line_buffering=True)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank),
+    os.environ.clear()
+    os.environ.update(environ, RANK=str(rank), LOCAL_RANK=str(rank),
                       WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
+    if (threads := os.environ.get('OMP_NUM_THREADS', '')).isdigit():
+        torch.set_num_threads(int(threads))
     if sys.platform == 'linux': os.environ.setdefault('GLOO_SOCKET_IFNAME', 'lo')
     pulse.start(rank, f'{home}/stacks{rank}', _cuda(device), step); code = 0
     try:
+        fn, cfg = pickle.loads(job)
         load_imports(getattr(cfg, 'imports', ''))
         join_group(device, dist.FileStore(f'{home}/store', world) if world > 1 else None,
                    max(1800, 3*step))
@@ -302,15 +314,16 @@ def run_ranks(fn,                  # fn(cfg, emit), importable from a module
     if fn.__module__ == '__main__':
         raise ValueError(f'{fn.__name__} is defined in this notebook, but ranks import it by name; '
                          'put it in a module')
-    world, ctx, procs = _world(nproc, device), mp.get_context('spawn'), []
+    world, ctx, procs = _world(nproc, device), _context(), []
     start, step = _seconds('start', start, 600.), _seconds('step', step, 1800.)
     home, pulse = tempfile.mkdtemp(prefix='nano_dh-'), Pulse(ctx, world)
     asked, stop = ctx.RawArray('b', 2), partial(_stop, procs)
+    job = bytes(ForkingPickler.dumps((fn, cfg)))
     rec, *outs = [ctx.Pipe(duplex=False) for _ in range(world + 1)]
     atexit.register(stop)
     try:
         for rank, (_, out) in enumerate(outs):
-            args = (rank, world, fn, cfg, device, home, os.getpid(), out,
+            args = (rank, world, job, device, home, dict(os.environ), out,
                     None if rank else rec[1], pulse, step, asked)
             procs.append(ctx.Process(target=_rank, args=args)); procs[-1].start()
         for _, sends in (rec, *outs): sends.close()

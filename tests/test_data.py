@@ -1,7 +1,7 @@
 "Data on a bad day: servers that fail, processes that are killed, ranks that arrive together. Loopback only."
 import hashlib, http.server, json, os, random, re, shutil, signal, subprocess, sys, threading, time
 from pathlib import Path
-import pyarrow as pa, pyarrow.parquet as pq, pytest
+import fresh, pyarrow as pa, pyarrow.parquet as pq, pytest
 from nano_dh import dataset
 from nano_dh.core import package_data
 from nano_dh.dataset import Source, download_hub, fetch, footer, open_data, repackage
@@ -77,7 +77,7 @@ def docs(): return pq.read_table(package_data('sample_val.parquet'))['text'].to_
 
 def shard(path, texts): pq.write_table(pa.table({'text': texts}), path, 16); return path.read_bytes()
 def run(code, *args, **env): # a fresh process
-    return subprocess.Popen([sys.executable, '-c', code, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    return fresh.Popen([sys.executable, '-c', code, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             text=True, env=os.environ | {'PYTHONPATH': str(ROOT)} | env)
 
 # ---- one file

@@ -2,7 +2,7 @@ import json, os, subprocess, sys, tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
-import pytest, torch, torch.nn.functional as F
+import fresh, pytest, torch, torch.nn.functional as F
 import nano_dh.kernels as N
 from nano_dh.chunked import doc_ids_from
 from nano_dh.short_conv import conv_split_norm
@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def python(code, **env):
     env = {**os.environ, 'PYTHONPATH': os.pathsep.join(filter(None, (str(ROOT), os.environ.get('PYTHONPATH')))), 'OMP_NUM_THREADS': '1', **env}
-    return subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+    return fresh.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
 
 def finish(p):
     out = p.communicate(timeout=120)[0]

@@ -1,6 +1,6 @@
 "Ranks as processes: who is left when the notebook goes, what its standard output holds, how an error and an interrupt end."
 import os, signal, subprocess, sys, time
-import pytest
+import fresh, pytest
 from tiny_run import PY, environ
 
 JOBS = '''
@@ -30,8 +30,7 @@ def start(tmp_path):
     (tmp_path/'jobs.py').write_text(JOBS)
     def go(job):
         (tmp_path/'s.py').write_text(SCRIPT.format(folder=str(tmp_path), job=job))
-        return subprocess.Popen([PY, tmp_path/'s.py'], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environ(tmp_path), start_new_session=True,
-                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) # a background shell ignores it
+        return fresh.Popen([PY, tmp_path/'s.py'], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environ(tmp_path), start_new_session=True)
     return go
 
 def gone(pid, wait=5.):
@@ -123,7 +122,7 @@ if __name__ == '__main__':
 
 def hang(tmp_path, job, cfg, slow=0, **kw):
     (tmp_path/'hangs.py').write_text(HANGS)
-    p = subprocess.run([PY, '-c', HANG_SCRIPT.format(folder=str(tmp_path), job=job, cfg=cfg, kw=kw, slow=slow)], capture_output=True, text=True, timeout=150, env=environ(tmp_path))
+    p = fresh.run([PY, '-c', HANG_SCRIPT.format(folder=str(tmp_path), job=job, cfg=cfg, kw=kw, slow=slow)], capture_output=True, text=True, timeout=150, env=environ(tmp_path))
     assert not p.stderr.strip() or 'Error' not in p.stderr, p.stderr
     return p.stdout
 
@@ -156,7 +155,7 @@ if __name__ == '__main__':
     try: list(run_ranks(late.job, None, nproc=2, device='cpu', start=12))
     except Exception as e: print(type(e).__name__, e)
 ''')
-    p = subprocess.run([PY, tmp_path/'s.py'], capture_output=True, text=True, timeout=150, env=environ(tmp_path))
+    p = fresh.run([PY, tmp_path/'s.py'], capture_output=True, text=True, timeout=150, env=environ(tmp_path))
     assert p.stdout.startswith('RankError a rank hangs: rank ') and 'has not joined the others within 12 s' in p.stdout, p.stdout + p.stderr
 
 @pytest.mark.parametrize('job,cfg,slow', [slow('busy', 0, 0), slow('busy', 0, 3), ('big', 2500, 0)])

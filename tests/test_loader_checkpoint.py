@@ -2,12 +2,13 @@
 import hashlib, json, os, signal, subprocess, sys, time
 from pathlib import Path
 from types import SimpleNamespace
-import numpy as np, pytest, torch, torch.distributed as dist, torch.multiprocessing as mp
+import fresh, numpy as np, pytest, torch, torch.distributed as dist, torch.multiprocessing as mp
 from nano_dh.checkpoint import (CheckpointError, checkpoints, find_checkpoint, latest_step,
                                 load_checkpoint, save_checkpoint)
 from nano_dh.dataloader import Loader, Packer, gather_state
 from nano_dh.dataset import open_data
 from nano_dh.hybrid_model import HybridConfig, HybridModel
+from nano_dh.launch import _context
 from nano_dh.optim import build_optimizer
 from nano_dh.tokenizer import Tokenizer
 
@@ -24,7 +25,7 @@ def loader(rank=0, world=1, state=None): # short rows, three sources, borders
 def digest(b): return hashlib.sha256(b''.join(t.numpy().tobytes() for t in (b.x, b.y, b.cu_seqlens))).hexdigest()
 
 def python(code, *args, **kw): # in a fresh interpreter
-    return subprocess.run([sys.executable, '-c', f'from test_loader_checkpoint import *\n{code}', *map(str, args)],
+    return fresh.run([sys.executable, '-c', f'from test_loader_checkpoint import *\n{code}', *map(str, args)],
                           env=ENV, capture_output=True, text=True, timeout=120, **kw)
 
 def test_same_batches_after_a_kill(tmp_path):
@@ -96,7 +97,7 @@ def test_one_rank_becomes_two_becomes_one(tmp_path):
     save_checkpoint(d/'run', 3, m, opt, TOK(), l.state_dict())
     torch.save(dict(model=m.state_dict(), optim=whole(opt)), d/'ref.pt')
     straight = [next(l).x for _ in range(6)]; l.close()
-    mp.spawn(group, (2, two_ranks, str(d), 'rendezvous'), 2)
+    _context(); mp.start_processes(group, (2, two_ranks, str(d), 'rendezvous'), 2, start_method='forkserver')
     ref = torch.load(d/'ref2.pt'); m, opt = model(7); meta = load_checkpoint(d/'run', m, opt)
     assert (meta['mark'], meta['step'], meta['world_size']) == (0, 6, 2)
     same(m, opt, ref)
@@ -117,7 +118,7 @@ def test_kill_during_save(tmp_path):
     "kill -9 at moments spread over many saves: what is found is complete, and of the last saves"
     run, last, unfinished = tmp_path/'run', 0, 0
     for i in range(3):
-        p = subprocess.Popen([sys.executable, '-c', f'from test_loader_checkpoint import *\n{SAVER}', str(run)],
+        p = fresh.Popen([sys.executable, '-c', f'from test_loader_checkpoint import *\n{SAVER}', str(run)],
                              env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         line = p.stdout.readline(); assert line, p.stderr.read()
         assert int(line) == last
@@ -154,7 +155,7 @@ def test_thread_ends_with_its_loader():
 def test_console_command(tmp_path):
     env = dict(ENV, NANO_DH_BASE_DIR=str(tmp_path))
     m, _ = model(); save_checkpoint(tmp_path/'runs'/'alpha', 12, m)
-    out = subprocess.run([sys.executable, '-c', 'from nano_dh.checkpoint import dh_runs; dh_runs()'], env=env,
+    out = fresh.run([sys.executable, '-c', 'from nano_dh.checkpoint import dh_runs; dh_runs()'], env=env,
                          capture_output=True, text=True)
     assert out.returncode == 0 and 'alpha' in out.stdout and '12' in out.stdout and str(tmp_path) in out.stdout, out
     with pytest.raises(CheckpointError, match='no checkpoint of step 3'): find_checkpoint(tmp_path/'runs'/'alpha', 3)
@@ -216,7 +217,7 @@ def test_the_checkpoint_before_a_damaged_one_is_one_command_away(saved):
     run, m, opt = saved; f = next((run/'000002'/'state').glob('*.distcp')); b = bytearray(f.read_bytes()); b[len(b)//2] ^= 1; f.write_bytes(b)
     with pytest.raises(CheckpointError, match='wrong checksum') as e: load_checkpoint(run, *model(1))
     cmd = str(e.value).split('python -c ')[1].strip('"')
-    assert subprocess.run([sys.executable, '-c', cmd], env=ENV, capture_output=True).returncode == 0
+    assert fresh.run([sys.executable, '-c', cmd], env=ENV, capture_output=True).returncode == 0
     assert load_checkpoint(run, *model(1))['step'] == 1 and (run/'damaged-000002'/'manifest.json').exists()
     save_checkpoint(run, 2, m, opt); assert latest_step(run) == 2 and (run/'damaged-000002'/'manifest.json').exists()
 
@@ -257,7 +258,7 @@ import shutil; run = Path(sys.argv[1]); m, opt = model()
 def rmtree(p, **kw): print('removing', flush=True); time.sleep(60)
 shutil.rmtree = rmtree                                   # the moment of the kill
 save_checkpoint(run, 3, m, opt, keep=1)'''
-    p = subprocess.Popen([sys.executable, '-c', f'from test_loader_checkpoint import *\n{code}', str(run)], env=ENV, stdout=subprocess.PIPE, text=True)
+    p = fresh.Popen([sys.executable, '-c', f'from test_loader_checkpoint import *\n{code}', str(run)], env=ENV, stdout=subprocess.PIPE, text=True)
     assert p.stdout.readline(); p.kill(); p.wait()
     left = list(run.glob('.unfinished*')); assert left
     for l in left: # as if its number belonged to this process now
@@ -298,5 +299,5 @@ def test_errors_of_the_base_folder_name_its_variable(tmp_path, what):
     (tmp_path/'file').write_text(''); base = dict(missing='/proc/none/b', file=str(tmp_path/'file')).get(what, str(tmp_path))
     do = dict(lock='file_lock(base_dir()/"x"/"y").__enter__()', write='atomic_write(base_dir()/"x.json", "")', rights='runs_dir()').get(what, 'base_dir()')
     code = f'import os; from nano_dh.core import *; from nano_dh.checkpoint import runs_dir\nif os.geteuid() == 0: os.setegid(65534); os.seteuid(65534)\ntry: {do}\nexcept OSError as e: print(type(e).__name__, e)'
-    r = subprocess.run([sys.executable, '-c', code], env=ENV | dict(NANO_DH_BASE_DIR=base), capture_output=True, text=True)
+    r = fresh.run([sys.executable, '-c', code], env=ENV | dict(NANO_DH_BASE_DIR=base), capture_output=True, text=True)
     assert 'NANO_DH_BASE_DIR can name another base folder' in r.stdout and base in r.stdout, r.stdout + r.stderr

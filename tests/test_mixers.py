@@ -1,7 +1,7 @@
 "Kimi Delta Attention, the delta rule without a gate and Mamba-2 as layers of a model: what every mixer has to do"
 import os, subprocess, sys
 from pathlib import Path
-import pytest, torch
+import fresh, pytest, torch
 from nano_dh import hybrid_model as hm
 from nano_dh.train import _overrides
 from nano_dh.mixers import LETTERS, KimiDelta, chunk_kda, chunk_linear, memory_loop, mixer_variants
@@ -74,7 +74,7 @@ def test_learns_saved_and_loaded(pattern, tmp_path, monkeypatch):
             "print(m.cfg.pattern, m(torch.arange(9)[None]).double().sum().item())")
     if pattern == 'KKKL': # a process that has never heard of the letter
         env = os.environ | dict(PYTHONPATH=str(HERE), OMP_NUM_THREADS='1')
-        p = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=env, cwd=tmp_path)
+        p = fresh.run([sys.executable, '-c', code], capture_output=True, text=True, env=env, cwd=tmp_path)
         assert p.returncode == 0, p.stderr[-1500:]
         said = p.stdout.split()[-2:]
         assert said[0] == pattern and abs(float(said[1]) - m(torch.arange(9)[None]).double().sum().item()) < 1e-3
@@ -104,7 +104,7 @@ def test_a_letter_of_ones_own_stays_ones_own(tmp_path):
             "m = HybridModel(HybridConfig.from_depth(2, 'KD', d_model=128, vocab_size=64)); print([type(b.mixer).__name__ for b in m.blocks])\n"
             "from nano_dh.safe_checkpoint import _letters\n"
             "meta = dict(model=dict(pattern='KL'), imports=list(OWN.values())); _letters(meta, 'here'); OWN.clear(); _letters(meta, 'here')")
-    p = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=str(HERE)), cwd=tmp_path)
+    p = fresh.run([sys.executable, '-c', code], capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=str(HERE)), cwd=tmp_path)
     assert p.stdout.strip() == "['Mine', 'GatedAttention']" and 'nobody here has registered K' in p.stderr and 'mine.py' in p.stderr, p.stderr[-800:]
 
 @pytest.mark.parametrize('depth', [4, 8, 12])

@@ -1,5 +1,6 @@
 "Two gloo ranks against one: same global batch, same losses, same parameters, half the optimizer state."
 import datetime, os, pytest, torch, torch.distributed as dist, torch.multiprocessing as mp
+from nano_dh.launch import _context
 
 STEPS, ROWS, T = 20, 4, 64
 
@@ -93,7 +94,7 @@ def worker(rank, world, path):
 @pytest.fixture(scope='module')
 def two(tmp_path_factory):
     path = tmp_path_factory.mktemp('ranks'); os.environ.setdefault('OMP_NUM_THREADS', '1')
-    mp.spawn(worker, (2, str(path)), nprocs=2)
+    _context(); mp.start_processes(worker, (2, str(path)), nprocs=2, start_method='forkserver')
     return path, [torch.load(path/f'out{r}.pt') for r in range(2)]
 
 def off(a, b): return max(((a[n] - b[n]).norm()/(b[n].norm() + 1e-12)).item() for n in b)

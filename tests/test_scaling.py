@@ -1,7 +1,7 @@
 "The queue of a study: killed in the middle of a run and started again, by two processes at once."
 import json, os, re, subprocess, time
 from dataclasses import asdict
-import pytest
+import fresh, pytest
 from tiny_run import PAPERMILL, PY, ROOT, TINY, environ, parameters, tiny_data
 
 STEPS = 40
@@ -20,7 +20,7 @@ def study(tmp_path_factory):
     else: os.environ['NANO_DH_BASE_DIR'] = old
 
 def queue(base, folder): # a process that works on the list, as there is one for each card
-    return subprocess.Popen([PY, '-m', 'nano_dh.scaling', str(folder), '1e6'], env=environ(base, CUDA_VISIBLE_DEVICES=''), text=True,
+    return fresh.Popen([PY, '-m', 'nano_dh.scaling', str(folder), '1e6'], env=environ(base, CUDA_VISIBLE_DEVICES=''), text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 def names(text): return re.findall(r'^(\w+) \d+ s', text, re.M)     # of the runs that were done

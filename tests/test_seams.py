@@ -1,7 +1,7 @@
 "A mixer, a task and a metric in a file of one's own: trained on two ranks, resumed, evaluated, talked to; no line of the package touched"
 import json, os, subprocess, sys
 from pathlib import Path
-import pytest, torch
+import fresh, pytest, torch
 
 HERE = Path(__file__).parent.parent
 KDA = '''
@@ -61,9 +61,9 @@ def test_a_mixer_of_ones_own_from_training_to_chat(work, monkeypatch):
     assert "{'recurrent_layers': 1}" in said and 'step     4/4' in said
     env = os.environ | dict(NANO_DH_BASE_DIR=str(work/'base'), OMP_NUM_THREADS='1', PYTHONPATH=str(HERE))
     ask = [sys.executable, '-c', 'from nano_dh.serve import dh_chat; dh_chat()', '--model', 'kda', '-p', 'Hello', '--max-tokens', '4', '--device', 'cpu']
-    bad = subprocess.run(ask, capture_output=True, text=True, env=env, cwd=work)
+    bad = fresh.run(ask, capture_output=True, text=True, env=env, cwd=work)
     assert bad.returncode and "'stored'" in bad.stderr + bad.stdout and 'my_kda.py' in bad.stderr + bad.stdout
-    good = subprocess.run([*ask, '--imports', 'stored'], capture_output=True, text=True, env=env, cwd=work)
+    good = fresh.run([*ask, '--imports', 'stored'], capture_output=True, text=True, env=env, cwd=work)
     assert good.returncode == 0, good.stderr[-1000:]
 
 @pytest.mark.slow # test_a_schedule_of_ones_own_in_every_stage resumes on two ranks, chapter 00 refuses what is not told
@@ -110,7 +110,7 @@ def test_the_chapters_mixer_works_from_a_file(tmp_path):
     code = ("from nano_dh.core import load_imports; load_imports('my_mixer.py')\nimport torch\nfrom nano_dh.hybrid_model import HybridConfig, HybridModel\n"
             "m = HybridModel(HybridConfig.from_depth(2, 'EL', vocab_size=64, sequence_len=32, d_model=64, head_dim=32))\n"
             "print(m(torch.zeros(1, 4, dtype=torch.long)).shape, len(m.generate([1, 2], 3)))")
-    p = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=tmp_path, env=os.environ | dict(PYTHONPATH=str(HERE)))
+    p = fresh.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=tmp_path, env=os.environ | dict(PYTHONPATH=str(HERE)))
     assert p.returncode == 0 and p.stdout.strip() == 'torch.Size([1, 4, 64]) 3', p.stderr[-1000:]
 
 STAIRS = '''

@@ -2,7 +2,7 @@
 `--slow`: the whole site, built as `make docs` builds it, checked and looked at in a real Chromium without a network."""
 import json, os, re, shutil, subprocess, sys
 from pathlib import Path
-import pytest
+import fresh, pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 CHROMIUM = shutil.which('chromium')
@@ -88,7 +88,7 @@ def test_nbdev_docs_says_what_to_use():
     scripts = tomllib.loads((ROOT/'pyproject.toml').read_text())['project']['scripts']
     for name in ('nbdev_docs', 'nbdev_preview'):
         module, function = scripts[name].split(':')
-        r = subprocess.run([sys.executable, '-c', f'from {module} import {function}; {function}()'], capture_output=True, text=True, cwd=ROOT)
+        r = fresh.run([sys.executable, '-c', f'from {module} import {function}; {function}()'], capture_output=True, text=True, cwd=ROOT)
         assert r.returncode == 0 and r.stdout.count('\n') == 1 and '`make docs`' in r.stdout, r.stdout + r.stderr
 
 def test_the_table_of_public_sets_is_that_of_the_command():

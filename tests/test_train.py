@@ -2,7 +2,7 @@
 import json, os, shutil, signal, subprocess, time
 from dataclasses import replace
 from pathlib import Path
-import pytest, torch
+import fresh, pytest, torch
 from tiny_run import PY, TINY, environ, options, tiny_data
 
 @pytest.fixture(scope='module')
@@ -30,7 +30,7 @@ def here(nproc=0, **kw):
 
 def train(base, **kw):
     "A run in a fresh process, as the command line starts it"
-    r = subprocess.run([PY, '-m', 'nano_dh.train', *options(**TINY | kw)], env=environ(base), capture_output=True, text=True)
+    r = fresh.run([PY, '-m', 'nano_dh.train', *options(**TINY | kw)], env=environ(base), capture_output=True, text=True)
     assert r.returncode == 0, r.stderr
     return r.stdout
 
@@ -47,7 +47,7 @@ def straight(base, data):
 
 def test_killed_and_resumed_is_bitwise_the_same(base, data, straight):
     cmd = [PY, '-m', 'nano_dh.train', *options(**TINY | dict(data=data, run='killed', num_iterations=40, save_every=20, keep=0, eval_every=0))]
-    p, end = subprocess.Popen(cmd, env=environ(base), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), time.time() + 60
+    p, end = fresh.Popen(cmd, env=environ(base), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), time.time() + 60
     while len(losses(base, 'killed')) < 24 and time.time() < end: time.sleep(.02)
     p.kill(); p.wait()
     assert 24 <= len(losses(base, 'killed')) < 40
@@ -132,9 +132,9 @@ def test_refusals(base, tmp_path, monkeypatch):
 
 # ---- what is refused before it costs anything, and what a late error may not take along
 
-def fresh(base, *args, **kw):
+def command(base, *args, **kw):
     "The command line; what it says, whether it ends well or not"
-    return subprocess.run([PY, '-m', 'nano_dh.train', *args, *options(**kw)], env=environ(base), capture_output=True, text=True)
+    return fresh.run([PY, '-m', 'nano_dh.train', *args, *options(**kw)], env=environ(base), capture_output=True, text=True)
 
 def test_a_negative_keep_is_refused(base, tmp_path):
     from nano_dh.checkpoint import checkpoints, save_checkpoint
@@ -196,7 +196,7 @@ def test_one_process_trains_a_run(base, data, monkeypatch):
     from nano_dh import pretrain as T
     monkeypatch.setattr(T, 'LOCK_WAIT', .2)
     cmd = [PY, '-m', 'nano_dh.train', *options(**TINY | dict(data=data, run='mine', num_iterations=4000, save_every=5, eval_every=0))]
-    p, end = subprocess.Popen(cmd, env=environ(base), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), time.time() + 60
+    p, end = fresh.Popen(cmd, env=environ(base), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), time.time() + 60
     while len(losses(base, 'mine')) < 12 and time.time() < end: time.sleep(.02)
     again = T.PretrainConfig(run='mine', resume=True, device='cpu', num_iterations=4000, prompts='')
     with pytest.raises(T.PlanError, match='run mine is being trained by another process'): T.pretrain(again, [].append)
@@ -252,9 +252,9 @@ def test_the_command_line_says_which_values_were_given(base, data):
     here(run='said', resume=True, num_iterations=3, matrix_lr=.02)
     assert (config()['matrix_lr'], config()['clip']) == (.05, 1.)
     assert 'keeps matrix_lr 0.05, clip 1.0: python -m nano_dh.train' in str(plan(PretrainConfig(run='said', resume=True, device='cpu')))
-    r = fresh(base, run='said', resume=True, num_iterations=4, matrix_lr=.02, clip=0, device='cpu'); assert r.returncode == 0, r.stderr
+    r = command(base, run='said', resume=True, num_iterations=4, matrix_lr=.02, clip=0, device='cpu'); assert r.returncode == 0, r.stderr
     assert (config()['matrix_lr'], config()['clip'], config()['num_iterations']) == (.02, 0., 4)
-    r = fresh(base, run='said', resume=True, depth=4, device='cpu')
+    r = command(base, run='said', resume=True, depth=4, device='cpu')
     assert r.returncode == 1 and 'depth 4 differs from 2 of run said' in r.stderr
 
 def test_a_run_that_never_began_is_announced(base, data):
@@ -294,7 +294,7 @@ def test_wandb_offline_resumes_the_same_run(base, data):
     kw = TINY | dict(data=data, run='w b', wandb='proj', num_iterations=4, save_every=2, eval_every=0, prompts='')
     for extra in ({}, dict(resume=True, num_iterations=8)):
         args = kw | extra if not extra else dict(run='w b') | extra
-        r = subprocess.run([PY, '-m', 'nano_dh.train', *options(**args)], env=env, capture_output=True, text=True)
+        r = fresh.run([PY, '-m', 'nano_dh.train', *options(**args)], env=env, capture_output=True, text=True)
         assert r.returncode == 0, r.stderr
     runs = list((base/'runs'/'w b').glob('wandb/offline-run-*'))
     assert len(runs) == 2 and {r.name.split('-', 3)[-1] for r in runs} == {'w-b'}

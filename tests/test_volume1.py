@@ -1,7 +1,7 @@
 "Volume 1 alone: its modules in a folder of their own train a model and sample from it, and compute what the whole package computes."
 import ast, os, shutil, subprocess, sys
 from pathlib import Path
-import pyarrow.parquet as pq, pytest, torch
+import fresh, pyarrow.parquet as pq, pytest, torch
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = 'core delta_rule chunked deltanet gated_attn hybrid_model generate'.split()      # what a model needs of volume 1
@@ -53,7 +53,7 @@ def run(where, tmp, name):
         books = pq.read_table(ROOT/'nano_dh/data/sample_train.parquet', columns=['text'])['text']
         text.write_text(''.join(books[:5].to_pylist()))
     env = os.environ | dict(PYTHONPATH=str(where), OMP_NUM_THREADS='1')
-    p = subprocess.run([sys.executable, '-c', PROGRAM, str(where), str(text), str(out)], capture_output=True, text=True, env=env, cwd=tmp)
+    p = fresh.run([sys.executable, '-c', PROGRAM, str(where), str(text), str(out)], capture_output=True, text=True, env=env, cwd=tmp)
     assert p.returncode == 0, p.stderr[-3000:]
     return torch.load(out)
 

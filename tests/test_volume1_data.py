@@ -1,7 +1,7 @@
 "Volume 1 alone: its modules, copied to an empty folder, open data, train a tokenizer and pack the batches that the whole package packs."
 import json, os, shutil, subprocess, sys
 from pathlib import Path
-import pytest
+import fresh, pytest
 
 ROOT = Path(__file__).parent.parent
 MODULES = 'core tokenizer dataset dataloader'.split()
@@ -31,7 +31,7 @@ print(json.dumps(out))'''
 
 def result(root, home, base):
     env = {k: v for k, v in os.environ.items() if k != 'NANO_DH_DATA'} | {'PYTHONPATH': str(root), 'NANO_DH_BASE_DIR': str(base)}
-    p = subprocess.run([sys.executable, '-c', CODE, home], capture_output=True, text=True, env=env, cwd=root, timeout=300)
+    p = fresh.run([sys.executable, '-c', CODE, home], capture_output=True, text=True, env=env, cwd=root, timeout=300)
     assert p.returncode == 0, p.stderr[-3000:]
     return json.loads(p.stdout.splitlines()[-1])
 

@@ -1,7 +1,7 @@
 "Volume 1's optimizer, loss and checkpoint without volume 2: five steps, saved, loaded in another process, continued; and the same weights as the whole package makes."
 import os, shutil, subprocess, sys
 from pathlib import Path
-import pytest, torch
+import fresh, pytest, torch
 
 ROOT = Path(__file__).parents[1]
 VOLUME1 = 'core delta_rule chunked deltanet gated_attn hybrid_model tokenizer optim loss_eval checkpoint'.split()
@@ -50,7 +50,7 @@ def alone(tmp_path_factory):
 
 def ran(package, run, first, last, out): # in a fresh process; -> what it left
     env = os.environ | dict(PYTHONPATH=str(package), NANO_DH_BASE_DIR=str(run.parent/'base'))
-    r = subprocess.run([sys.executable, '-c', RUN, str(run), str(first), str(last), str(out)], env=env, cwd=run.parent, capture_output=True, text=True)
+    r = fresh.run([sys.executable, '-c', RUN, str(run), str(first), str(last), str(out)], env=env, cwd=run.parent, capture_output=True, text=True)
     assert r.returncode == 0, r.stderr
     return torch.load(out)
 

@@ -1,6 +1,6 @@
 "Volume 1 alone: its modules in a folder of their own, without the rest of the package, train on the sample, go on from a checkpoint and write."
 import json, os, shutil, subprocess, sys
-import pytest
+import fresh, pytest
 from tiny_run import PY, ROOT, TINY, environ
 
 VOLUME1 = '''core delta_rule chunked deltanet gated_attn hybrid_model tokenizer dataset dataloader optim loss_eval checkpoint generate train'''.split()
@@ -27,7 +27,7 @@ def train_alone(tmp_path):
     for name in ['__init__', *VOLUME1]: shutil.copy(ROOT/'nano_dh'/f'{name}.py', site)
     shutil.copytree(ROOT/'nano_dh'/'data', site/'data')
     env = environ(tmp_path/'base') | dict(PYTHONPATH=str(site.parent))
-    p = subprocess.run([PY, '-c', ALONE], env=env, capture_output=True, text=True, cwd=tmp_path)
+    p = fresh.run([PY, '-c', ALONE], env=env, capture_output=True, text=True, cwd=tmp_path)
     assert p.returncode == 0, p.stderr
     return json.loads(p.stdout.splitlines()[-1])
 

@@ -3,7 +3,7 @@
 import base64, hashlib, json, re, shutil, socket, subprocess, sys, time, urllib.request
 from contextlib import contextmanager
 from pathlib import Path
-import pytest
+import fresh, pytest
 from tiny_run import environ, talker
 
 PAGE = Path(__file__).resolve().parent.parent/'nano_dh'/'web'/'index.html'
@@ -63,7 +63,7 @@ def serving(base, port=None): # -> its address
     if port is None:
         with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
     log = open(Path(base)/'server.log', 'a')
-    p = subprocess.Popen([sys.executable, '-m', 'nano_dh.serve', '--port', str(port)], env=environ(base), stdout=log, stderr=log)
+    p = fresh.Popen([sys.executable, '-m', 'nano_dh.serve', '--port', str(port)], env=environ(base), stdout=log, stderr=log)
     url = f'http://127.0.0.1:{port}'
     try:
         for _ in range(300):
