@@ -4,7 +4,7 @@ A server imports torch once, and nothing of the package, and forks itself for ea
 process that wants other such settings than the server has is started as usual."""
 import atexit, gc, json, os, runpy, select, signal, socket, subprocess, sys, threading, types
 
-EARLY = 'PYTHON', 'MALLOC', 'LD_', 'OMP', 'MKL', 'TORCH'       # variables that a process reads as it begins
+EARLY = 'PYTHON', 'MALLOC', 'LD_', 'OMP', 'MKL'       # variables that a process reads as it begins
 early = lambda env: {k: v for k, v in env.items() if k.startswith(EARLY) and k not in ('PYTHONPATH', 'PYTHONIOENCODING')}
 
 class Server:
