@@ -4,7 +4,7 @@ A server imports torch once, and nothing of the package, and forks itself for ea
 process that wants other such settings than the server has is started as usual."""
 import atexit, gc, json, os, runpy, select, signal, socket, subprocess, sys, threading, types
 
-EARLY = 'PYTHON', 'MALLOC', 'LD_', 'OMP', 'MKL'       # variables that a process reads as it begins
+EARLY = 'PYTHON', 'MALLOC', 'LD_', 'OMP', 'MKL', 'TRITON_INTERPRET'       # variables that a process reads as it begins
 early = lambda env: {k: v for k, v in env.items() if k.startswith(EARLY) and k not in ('PYTHONPATH', 'PYTHONIOENCODING')}
 
 class Server:
@@ -75,8 +75,9 @@ def serve(fd:int):
                 except OSError: pass                       # nobody waits for it
                 link.close()
         if ask not in ready: continue
-        job, (link, *std), *_ = socket.recv_fds(ask, 1 << 20, 4)
+        job, given, *_ = socket.recv_fds(ask, 1 << 20, 4)
         if not job: os._exit(0)                            # the tests are over
+        link, *std = given
         link = socket.socket(fileno=link); pid = os.fork()
         if not pid: break
         for f in std: os.close(f)
