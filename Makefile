@@ -48,7 +48,7 @@ test: .venv/.ready         ## every chapter and every test
 	$(V)/python -m pytest -n auto -rsfE $(P)
 
 weekly: .venv/.ready       ## the long tests too (NANO_DH_DATA=FOLDER: on the full sets), and each test against the mutant it is to notice
-	$(V)/python -m pytest -n auto -rsfE --slow $(P)
+	NO_FORK=1 $(V)/python -m pytest -n auto -rsfE --slow $(P)
 	$(V)/python tests/mutants.py
 
 docs: .venv/.docs          ## the book as a site in _docs/ that needs no network; fails with a dead link

@@ -1,7 +1,7 @@
 """Fresh Python processes that need not import torch first: `fresh.Popen` and `fresh.run` are those of subprocess, for a Python with `-c`, `-m` or a file.
 
 A server imports torch once, and nothing of the package, and forks itself for each of them. What is set before a process begins it cannot change, so a
-process that wants other such settings than the server has is started as usual."""
+process that wants other such settings than the server has is started as usual; NO_FORK=1 starts all as usual (`make weekly`)."""
 import atexit, gc, json, os, runpy, select, signal, socket, subprocess, sys, threading, types
 
 EARLY = 'PYTHON', 'MALLOC', 'LD_', 'OMP', 'MKL', 'TRITON_INTERPRET'       # variables that a process reads as it begins
@@ -23,7 +23,7 @@ class Server:
 class Popen(subprocess.Popen):
     def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest):
         args, server = [os.fspath(a) for a in args] if not isinstance(args, str) else args, Server.here()
-        ours = args[0] == sys.executable and preexec_fn is None and not pass_fds and early(os.environ if env is None else env) == early(server.env)
+        ours = 'NO_FORK' not in os.environ and args[0] == sys.executable and preexec_fn is None and not pass_fds and early(os.environ if env is None else env) == early(server.env)
         if not ours: self.link = None; return super()._execute_child(args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest)
         p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite = rest[3:9]
         self.link, theirs = socket.socketpair()
