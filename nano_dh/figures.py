@@ -723,7 +723,7 @@ COUNTED = dict(tokens='tokens, at one size', flops='operations', flops_causal='o
 ENDS = 'value', 'low', 'high'
 
 def _at_budgets(found, kind, count): # of a study -> [budget, value, low, high], the smallest first
-    rows = [row for row in found.get('by_budget', {}).get(kind, ()) if row['count'] == count]
+    rows = [row for row in found['by_budget'].get(kind, ()) if row['count'] == count]
     return sorted((row['budget'], row['value'], row['low'], row['high']) for row in rows)
 
 def _within(value, low, high): # the interval may be unknown
@@ -748,6 +748,7 @@ def _foretold(runs): # of chapter 71's `write_down`
     return (f'\n\nWritten down before the runs; {held} of {len(runs)} came out inside:\n\n'
             + table('run|size|tokens|predicted|from|to|val bpb', lines))
 
+# %% ../nbs/70_figures.ipynb #scaling-block
 @block('scaling')
 def scaling(rec:dict) -> str: # rows of chapter 71; settings: its `study`
     "Best size of each budget, exponents, and the multiplier"

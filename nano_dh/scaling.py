@@ -27,7 +27,7 @@ from .tokenizer import get_tokenizer
 from .plan import PretrainConfig
 from .pretrain import pretrain
 from .progress import once
-from .train import Trainer, named
+from .train import Trainer, named, read_metrics
 
 # %% ../nbs/71_scaling.ipynb #law
 @dataclass
@@ -83,6 +83,7 @@ def run_for(tokens:float, kind:str, size:int|str, seed:int, # to be trained on; 
     each = costs(run_of(kind, size, seed, name, last, **fields))['flops']
     return run_of(kind, size, seed, name, last, **fields | dict(target_flops=tokens*each))
 
+# %% ../nbs/71_scaling.ipynb #isoflop
 def isoflop_runs(budgets, sizes, kinds=('GGGL', 'L'), seeds=(0,), # operations; as in `run_of`
                  text_tokens:float=math.inf, # in the data, so that passes can be counted
                  passes:float=4.,            # over the data, at most
@@ -135,7 +136,7 @@ def row_of(cfg:PretrainConfig, records:list, # nothing left open; what the run s
                 core=last('core'), core_stderr=last('core_stderr'),
                 loss=thinned(every('loss')), grad_norm=thinned(every('grad_norm')))
 
-# %% ../nbs/71_scaling.ipynb #queue
+# %% ../nbs/71_scaling.ipynb #kept
 class Kept(Trainer):
     "Keeps the tokens of the data on disk: the next run reads them again"
     def make_loader(self, split, rows): return super().make_loader(split, rows, token_cache=True)
@@ -144,9 +145,11 @@ def train(cfg:PretrainConfig, emit=print): # as `pretrain`
     "What every rank runs"
     pretrain(cfg, emit, Kept)
 
+# %% ../nbs/71_scaling.ipynb #queue
 def shape_of(cfg:PretrainConfig) -> tuple: # nothing left open
     "What is compiled anew when it changes"
-    return json.dumps(cfg.model_config().to_dict()), cfg.device_batch_size
+    return (json.dumps(cfg.model_config().to_dict()), cfg.device_batch_size, cfg.max_seq_len,
+            cfg.doc_mask, cfg.compile)
 
 def do(runs:list,           # of PretrainConfig; nproc=0 trains in this process
        folder:str|Path,     # a file for each run
@@ -154,12 +157,13 @@ def do(runs:list,           # of PretrainConfig; nproc=0 trains in this process
        train:str='nano_dh.scaling:train' # what every rank runs
       ) -> list[dict]:      # rows of all finished runs
     "Train what has not been trained"
-    compiled, main = None, named(train)
+    checked, main = None, named(train)                   # the shape that is compiled here, and right
     def rows(cfg):
-        nonlocal compiled; before, compiled = compiled, None
-        if shape_of(cfg) != before: torch._dynamo.reset()
-        said = once(cfg if shape_of(cfg) != before else replace(cfg, check_gradients=False), main)
-        compiled = shape_of(cfg)                         # it ended well
+        nonlocal checked; before, checked, shape = checked, None, shape_of(cfg)
+        trained = not any(row.get('done') for row in read_metrics(cfg.run_dir))
+        if shape != before: torch._dynamo.reset()
+        said = once(replace(cfg, check_gradients=cfg.check_gradients and shape != before), main)
+        checked = shape if trained else None
         return [row_of(cfg, said, text_tokens) | provenance('see study')]
     def job(cfg): return lambda: rows(cfg)
     work([(cfg.run, job(cfg)) for cfg in runs], folder, limit, after=gc.collect)
@@ -320,6 +324,7 @@ def _ratios(mine, other): # bottoms of each -> budget -> times the budget that t
     return {budget: float(np.exp((mine[budget][1] - loss)/slope))
             for budget, loss, slope in zip(both, y, slopes)}
 
+# %% ../nbs/71_scaling.ipynb #by-budget
 def by_budget(rows:list, ours:str, other:str, # as in `worth`
               draws:int=300, seed:int=0
              ) -> list[dict]: # count, budget; value, low, high (95%; None without a placebo)
@@ -352,6 +357,7 @@ def _compared(rows, ours, other, draws): # the budget of each count is the large
     def asked(count): return lambda drawn: worth(drawn, ours, other, count, at[count])
     return {count: bootstrap(rows, asked(count), draws) for count in COUNTS}
 
+# %% ../nbs/71_scaling.ipynb #study-fn
 def study(rows:list,      # finished runs
           draws:int=300,  # of the bootstrap
           order:tuple=()  # of the kinds, first the one in question, then its control
@@ -384,18 +390,15 @@ def study(rows:list,      # finished runs
 def predicted(rows:list,      # finished runs of one kind
               params:float, tokens:float, # of a run to come
               draws:int=300, seed:int=0
-             ) -> dict:       # value, low, high (95%)
+             ) -> dict:       # value, low, high (95%), failed: draws without a law
     "What the law says about a run"
-    law, random, found = law_from(rows), np.random.default_rng(seed), []
+    law, random = law_from(rows), np.random.default_rng(seed)
     off = [row['val_bpb'] - law(row['params'], row['tokens']) for row in rows]
     scatter = math.sqrt(sum(x*x for x in off)/max(1, len(rows) - 5))
-    for _ in range(draws):
-        try: one = law_from([rows[i] for i in random.integers(0, len(rows), len(rows))])
-        except ValueError: continue                      # too few different runs in this draw
-        found.append(float(one(params, tokens)) + scatter*random.standard_normal())
-    low, high = np.quantile(found, [.025, .975]) if found else (math.nan, math.nan)
-    return dict(value=float(law(params, tokens)), low=float(low), high=float(high))
+    def a_run(drawn): return law_from(drawn)(params, tokens) + scatter*random.standard_normal()
+    return bootstrap(rows, a_run, draws, seed) | dict(value=float(law(params, tokens)))
 
+# %% ../nbs/71_scaling.ipynb #unpack
 def unpack(record:dict, folder:str|Path): # of a study; as in `do`
     "Let the runs of a record count as done, and its predictions as made"
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
@@ -408,6 +411,7 @@ def unpack(record:dict, folder:str|Path): # of a study; as in `do`
             for one in record['settings'].get('predicted', ())]
     atomic_write(file, ''.join(json.dumps(one) + '\n' for one in told))
 
+# %% ../nbs/71_scaling.ipynb #write-down
 def write_down(runs:list, folder:str|Path, # of PretrainConfig, those that are to be trained; as in `do`
                draws:int=300
               ) -> list[dict]: # run, pattern, params, tokens; value, low, high; runs it is from; val_bpb
@@ -419,12 +423,13 @@ def write_down(runs:list, folder:str|Path, # of PretrainConfig, those that are t
     known, new = {one['run'] for one in there} | {*done}, []
     for cfg in runs:
         same = [row for row in rows if row.get('val_bpb') and row['pattern'] == kind_of(cfg)]
-        if cfg.run in known or len(same) < 8: continue
+        begun = (cfg.run_dir/'config.json').exists()
+        if cfg.run in known or begun or len(same) < 8: continue
         at = dict(params=costs(cfg)['params'], tokens=cfg.total_tokens)
         try: told = predicted(same, **at, draws=draws)
         except ValueError: continue                      # no law yet
         new.append(dict(run=cfg.run, pattern=kind_of(cfg), runs=len(same)) | at | told)
-    if new: file.write_text(''.join(json.dumps(one) + '\n' for one in there + new))
+    if new: atomic_write(file, ''.join(json.dumps(one) + '\n' for one in there + new))
     return [one | dict(val_bpb=done.get(one['run'])) for one in there + new]
 
 # %% ../nbs/71_scaling.ipynb #plan

@@ -1,11 +1,14 @@
 """Fresh Python processes that need not import torch first: `fresh.Popen` and `fresh.run` are those of subprocess, for a Python with `-c`, `-m` or a file.
 
 A server imports torch once, and nothing of the package, and forks itself for each of them. What is set before a process begins it cannot change, so a
-process that wants other such settings than the server has is started as usual; NO_FORK=1 starts all as usual (`make weekly`)."""
+process that wants other such settings than the server has is started as usual; NO_FORK=1 starts all as usual (`make weekly`), and so do
+other systems and other versions of Python, whose private methods may be others."""
 import atexit, gc, json, os, runpy, select, signal, socket, subprocess, sys, threading, types
 
 EARLY = 'PYTHON', 'MALLOC', 'LD_', 'OMP', 'MKL', 'TRITON_INTERPRET'       # variables that a process reads as it begins
 early = lambda env: {k: v for k, v in env.items() if k.startswith(EARLY) and k not in ('PYTHONPATH', 'PYTHONIOENCODING')}
+
+TRIED = sys.platform == 'linux' and sys.version_info[:2] == (3, 11)
 
 class Server:
     "Of one test process, started when it is wanted first"
@@ -22,9 +25,11 @@ class Server:
 
 class Popen(subprocess.Popen):
     def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest):
-        args, server = [os.fspath(a) for a in args] if not isinstance(args, str) else args, Server.here()
-        ours = 'NO_FORK' not in os.environ and args[0] == sys.executable and preexec_fn is None and not pass_fds and early(os.environ if env is None else env) == early(server.env)
-        if not ours: self.link = None; return super()._execute_child(args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest)
+        args = [os.fspath(a) for a in args] if not isinstance(args, str) else args
+        ours = TRIED and 'NO_FORK' not in os.environ and args[0] == sys.executable and preexec_fn is None and not pass_fds
+        server = Server.here() if ours else None
+        if not ours or early(os.environ if env is None else env) != early(server.env):
+            self.link = None; return super()._execute_child(args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest)
         p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite = rest[3:9]
         self.link, theirs = socket.socketpair()
         env = {k: str(v) for k, v in (os.environ if env is None else env).items()}

@@ -995,7 +995,7 @@ def schemas(): # small ones, nested
         return lists | objects.map(lambda o: dict(type='object', properties=o[0], required=sorted(o[1]), additionalProperties=False))
     return st.recursive(leaf, deeper, max_leaves=4)
 
-@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(schemas(), st.integers(0, 2**32), st.sampled_from([dict(temperature=0.), dict(), dict(temperature=2.), dict(top_k=3), dict(top_p=.5), dict(min_p=.5, bias={34: 100., 123: -100., 256: 100.}), dict(presence=2., frequency=-1.)]))
 def test_json_fits_any_schema(schema, seed, how):
     e = json_engine()
@@ -1020,7 +1020,7 @@ def test_json_ends_right_and_disturbs_nobody():
         b = got[len(ask) + i]; assert (a.tokens, a.logprobs, a.tops) == (b.tokens, b.logprobs, b.tops)
     ended = [fits(got[k], SCHEMAS[k//3]) for k in range(len(ask))]
     assert sum(ended) > .6*len(ended) and all(any(ended[3*i:3*i + 3]) for i in range(n)), ended
-    for k in range(0, len(ask), 10): assert e.run([e.submit(replace(ask[k]))])[0].tokens == got[k].tokens    # and they are the same alone
+    for k in range(0, len(ask), 5): assert e.run([e.submit(replace(ask[k]))])[0].tokens == got[k].tokens    # and they are the same alone
 
 def test_json_cut_says_length():
     e = json_engine(); g = e.grammar(SCHEMAS[14]); whole = e.run([e.submit(Request([3], 400, seed=1, grammar=g))])[0]
