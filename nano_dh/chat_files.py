@@ -54,6 +54,7 @@ def _value(path, text): # rows of a JSON value, or of lines after all
         raise FileError(f'{path} is no JSON; fetch or write it again') from None
     return _numbered(_inside(value))
 
+# %% ../nbs/29_chat_files.ipynb #rows-2
 def _inside(value): # rows of a list, or of the one list in a dictionary
     if isinstance(value, list):
         chat = value and isinstance(value[0], dict) and {'role', 'content'} <= value[0].keys()

@@ -109,6 +109,7 @@ def _quietly(transfer, state, **kw): # torch.distributed.checkpoint without rank
         warnings.filterwarnings('ignore', 'torch.distributed is disabled')
         transfer(state, no_dist=True, **kw)
 
+# %% ../nbs/11_checkpoint.ipynb #save-2
 @Replaceable
 def write_checkpoint(run, step, state, about, loader_state, tokenizer, keep) -> Path:
     "A folder beside the others, which gets its name last"

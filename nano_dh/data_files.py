@@ -34,6 +34,7 @@ def _text(row, column, place): # the text of a record; a bare string is its own
         raise ValueError(f'{place}: {column!r} is {type(row[column]).__name__}, not text; {way}')
     return row[column] or ''
 
+# %% ../nbs/31_data_files.ipynb #read-jsonl-2
 def _records(path, rows, column): # rows: (which, value) -> yields text
     first = [*islice(rows, 1)]; rows = chain(first, rows)
     for _, row in first:
@@ -104,6 +105,7 @@ def _utf16(path): # is it in another Unicode than UTF-8? Half of its bytes would
     if head[:2] in (b'\xff\xfe', b'\xfe\xff'): return 'utf-16'
     if max(even, odd) > len(head)//5: return 'utf-16-be' if even > odd else 'utf-16-le'
 
+# %% ../nbs/31_data_files.ipynb #read-texts-2
 @documents.replace
 def read_file(path:str|Path,       # one of KINDS; all but parquet also as .gz, .bz2, .xz, .zst
               column:str='text',   # field of a JSON record, column of a table

@@ -97,6 +97,7 @@ def _cores(): # of this rank
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     return max(1, cores//int(os.environ.get('LOCAL_WORLD_SIZE', dist_info().world_size)))
 
+# %% ../nbs/08_dataloader.ipynb #docscls-2
 class DocTokens:
     "Documents of one source as token arrays, by position in an endless sequence"
     block = 128        # positions tokenized in one call
@@ -246,6 +247,7 @@ class Packed:
     "A batch before it becomes tensors, with the state after it"
     rows: np.ndarray; used: list; starts: list; source: list; state: dict; row: int; index: int
 
+# %% ../nbs/08_dataloader.ipynb #packer-2
 class Packer:
     "One rank's share of the training batches, computed when asked"
     n_streams, once = N_STREAMS, False     # parameters: see Loader
@@ -299,6 +301,7 @@ def batches_of(packer,      # has next_batch()
     "Batches, each computed when it is asked for"
     return iter(packer.next_batch, None)
 
+# %% ../nbs/08_dataloader.ipynb #loader-2
 class Loader:
     "Iterator over this rank's share of the batches"
     _batches = iter(())

@@ -120,6 +120,7 @@ def add_embedded(v:Tensor,       # (B, T, H, V) values
     share = 3*torch.sigmoid(gate(x[..., :gate.in_features]))
     return v + share[..., None] * ve.view(v.shape)
 
+# %% ../nbs/03_deltanet.ipynb #layer-2
 class GatedDeltaNet(nn.Module):
     "Gated DeltaNet (Yang et al., 2024, arXiv:2412.06464) with a sigmoid output gate"
     adamw = ('a_proj', 'b_proj', 've_gate') # too thin for an optimizer of matrices

@@ -292,6 +292,7 @@ def _empty(folder): # the folder may be written
     if Path(folder).exists() and (not Path(folder).is_dir() or any(Path(folder).iterdir())):
         raise FileError(f'{folder} exists and is not empty; give another folder')
 
+# %% ../nbs/74_exchange.ipynb #save-2
 @patch
 def save_pretrained(self:HybridModel,
                     folder:str|Path,           # must be new or empty

@@ -543,6 +543,7 @@ def _by_depth(fig, rec, tokens_of, text): # a panel a depth
         part.suptitle(f'depth {depth}', fontsize=9)
         _losses(part, of(rows, depth=depth), tokens_of)
 
+# %% ../nbs/70_figures.ipynb #pictures-3
 @picture('learning.png', 'learning', 'loss')
 def draw_learning(fig, rec:dict):
     _by_depth(fig, rec, lambda row: row['steps']*row['batch'],

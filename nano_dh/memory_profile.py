@@ -94,6 +94,7 @@ def counted(cfg:PretrainConfig, # resolved
     whole = kept_by(cfg, plain_loss() if 'plain' in way else as_it_is)
     return total + (whole - kept)//cfg.depth
 
+# %% ../nbs/77_memory_profile.ipynb #measure-2
 def measure(cfg:PretrainConfig, # resolved, as from `job`; compile 'off' or 'on'
             way:str='default',  # one of WAYS
             pieces:int=2        # micro-batches of the step
@@ -148,6 +149,7 @@ def measure_all(asked, # (cases, fields of PretrainConfig)
         torch._dynamo.reset(); gc.collect()                # what was compiled holds the model
         if cfg.device == 'cuda': torch.cuda.empty_cache()
 
+# %% ../nbs/77_memory_profile.ipynb #cases-2
 def _measured(file): # key -> row, of a file that a kill may have cut short
     for line in file.read_text().splitlines() if file.exists() else ():
         try: yield json.loads(line)

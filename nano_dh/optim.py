@@ -290,6 +290,7 @@ def make_optimizer(groups:list, clip:float, shard_numel:int, **ranks) -> MuonAda
     "Of one process; chapter 38 has a class for many, which knows what to do with `ranks`"
     return MuonAdamW(groups, clip, shard_numel)
 
+# %% ../nbs/09_optim.ipynb #table-2
 def build_optimizer(model:nn.Module, # with `param_roles()`
                     matrix_lr:float=.02, # Muon's; learning rates are for REF_BATCH tokens a step
                     embedding_lr:float=.3, unembedding_lr:float=.008, scalar_lr:float=.5,

@@ -218,6 +218,7 @@ def sampling(self:Service, body, prompts): # -> tokens, choices, stop strings, f
     if body.logit_bias: how['bias'] = {int(name): x for name, x in body.logit_bias.items()}
     return tokens, n, stop, {name: x for name, x in how.items() if x is not None}
 
+# %% ../nbs/67_serve.ipynb #ask-b-2
 @patch
 def right_model(self:Service, name):
     if name not in (None, '', self.name):
@@ -474,6 +475,7 @@ async def drain(self:Service, seconds:float):
     end = time.monotonic() + 1
     while self.answers and time.monotonic() < end: await asyncio.sleep(.02)
 
+# %% ../nbs/67_serve.ipynb #server-2
 class Server(uvicorn.Server):
     "Finishes what it has begun"
     def __init__(self, app, **kw):
@@ -504,6 +506,7 @@ class Server(uvicorn.Server):
     def unread(self):
         return [c for c in self.server_state.connections if c.transport.get_write_buffer_size()]
 
+# %% ../nbs/67_serve.ipynb #server-2-2
 @contextmanager
 def serving(engines, cfg:ServeConfig|None=None): # gives the address
     "A server in a thread of this process, on a free port: for notebooks and tests"

@@ -38,6 +38,7 @@ def _read(answer, got, leave): # one stream; leave: hang up after so many charac
         if leave is not None and len(got.text) >= leave: got.left = True; return
     got.error = 'the stream broke'
 
+# %% ../nbs/66_serve_load.ipynb #load-2
 def _ask(url, body, leave, key):
     body = dict(body, stream=True, stream_options=dict(include_usage=True))
     head = {'Authorization': f'Bearer {key}', 'Content-Type': 'application/json'}

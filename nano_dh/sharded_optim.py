@@ -184,6 +184,7 @@ def checkpoint_state(self:ShardedMuonAdamW,
                     if shard.tensor.numel() and (first or bucket.sharded)}
     return out
 
+# %% ../nbs/38_sharded_optim.ipynb #checkpoint-2
 @patch
 @torch.no_grad()
 def load_checkpoint_state(self:ShardedMuonAdamW,

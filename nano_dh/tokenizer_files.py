@@ -136,6 +136,7 @@ def _lost(tok, name, text): # what is wrong with one text; '' if nothing
     return (f'{name}: {_cut(text[at:at+12])!r} comes back as {_cut(back[at:at+12])!r}'
             + f', {share:.0%} of the bytes are gone'*(share > .01))
 
+# %% ../nbs/28_tokenizer_files.ipynb #sample-2
 def faults(tok,             # has encode, decode, special, and the bytes of each token in _bytes
            document:str=''  # text that it will read
           ) -> list[str]:   # [] if it can be believed
