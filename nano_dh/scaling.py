@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PLACEBO', 'COUNTS', 'PUBLISHED', 'Law', 'costs', 'kind_of', 'run_of', 'run_for', 'isoflop_runs', 'tokens_in',
            'thinned', 'row_of', 'Kept', 'train', 'shape_of', 'do', 'best_size', 'log_slope', 'fit_law', 'bootstrap',
-           'frontier', 'multiplier', 'cost_curve', 'law_from', 'tokens_for', 'worth', 'optima', 'seed_scatter',
-           'by_budget', 'study', 'predicted', 'unpack', 'write_down', 'best_plan', 'operations', 'needed', 'FirstPass',
-           'SameOrder', 'same_order', 'repeated_runs', 'do_on_all_cards', 'turned', 'main']
+           'frontier', 'multiplier', 'cost_curve', 'law_from', 'tokens_for', 'worth', 'optima', 'seed_gaps',
+           'seed_scatter', 'by_budget', 'study', 'predicted', 'unpack', 'write_down', 'best_plan', 'operations',
+           'needed', 'FirstPass', 'SameOrder', 'same_order', 'repeated_runs', 'do_on_all_cards', 'turned', 'main']
 
 # %% ../nbs/71_scaling.ipynb #imp
 import gc, itertools, json, math, os, re, subprocess, sys
@@ -306,23 +306,27 @@ def optima(rows:list) -> list[dict]: # runs of one kind; one row a budget
     return out
 
 # %% ../nbs/71_scaling.ipynb #budget
-def seed_scatter(rows:list) -> float: # nan without a placebo
-    "Standard deviation of a loss from seed to seed, from runs that differ in nothing else"
+def seed_gaps(rows:list) -> list: # empty without a placebo
+    "Differences of two losses from seed to seed, of runs that differ in nothing else"
     at = {(row['pattern'], row['params'], row['budget']): row['val_bpb'] for row in rows}
-    gaps = [loss - at[same] for (kind, *rest), loss in at.items() if '@' in kind
+    return [loss - at[same] for (kind, *rest), loss in at.items() if '@' in kind
             and (same := (kind.split('@')[0], *rest)) in at]
-    return float(np.sqrt(np.mean(np.square(gaps))/2)) if gaps else math.nan
+
+def seed_scatter(gaps:list) -> float: # as of `seed_gaps`
+    "Standard deviation of one loss"
+    return float(np.sqrt(np.mean(np.square(gaps))/2))
 
 def _bottoms(rows): # of one kind: budget -> (parameters, loss)
     return {best['budget']: (best['params'], best['loss']) for best in optima(rows) if best['inside']}
 
 def _ratios(mine, other): # bottoms of each -> budget -> times the budget that the other takes
-    both = sorted(mine.keys() & other.keys()); x = np.log(both)
-    y = np.array([other[budget][1] for budget in both])
-    if len(both) < 2 or (np.diff(y) >= 0).any(): return {}
-    slopes = np.gradient(y, x)                         # of the control's best loss
-    return {budget: float(np.exp((mine[budget][1] - loss)/slope))
-            for budget, loss, slope in zip(both, y, slopes)}
+    budgets = np.array(sorted(other)); losses = np.array([other[budget][1] for budget in budgets])
+    if len(budgets) < 2 or (np.diff(losses) >= 0).any(): return {}
+    def taken(budget): # by the other, for our loss: its three bottoms nearby, budget as a function of loss
+        near = np.argsort(np.abs(np.log(budgets/budget)))[:3]; loss = mine[budget][1]
+        curve = np.polyfit(losses[near] - loss, np.log(budgets[near]/budget), len(near) - 1)
+        return float(np.exp(curve[-1]))
+    return {float(budget): taken(budget) for budget in budgets if budget in mine}
 
 # %% ../nbs/71_scaling.ipynb #by-budget
 def by_budget(rows:list, ours:str, other:str, # as in `worth`
@@ -331,10 +335,12 @@ def by_budget(rows:list, ours:str, other:str, # as in `worth`
     "The multiplier at each budget, from the bottoms of the bowls"
     both = [[row for row in rows if row['pattern'] == kind] for kind in (ours, other)]
     ends = [_bottoms(kind) for kind in both]
-    scatter, random = seed_scatter(rows), np.random.default_rng(seed)
-    def shaken(kind):
-        return [row | dict(val_bpb=row['val_bpb'] + scatter*random.standard_normal()) for row in kind]
-    again = [_ratios(*(_bottoms(shaken(kind)) for kind in both)) for _ in range(draws*(scatter > 0))]
+    gaps, random, again = seed_gaps(rows), np.random.default_rng(seed), []
+    for _ in range(draws*bool(gaps)): # the scatter is known from so many pairs only
+        scatter = seed_scatter(gaps)*math.sqrt(len(gaps)/random.chisquare(len(gaps)))
+        def shaken(kind):
+            return [row | dict(val_bpb=row['val_bpb'] + scatter*random.standard_normal()) for row in kind]
+        again.append(_ratios(*(_bottoms(shaken(kind)) for kind in both)))
     def dear(kind, end, count): # what an operation costs at a best size
         return float(cost_curve(kind, count)(end[0])/cost_curve(kind, 'flops')(end[0]))
     found = []
@@ -342,7 +348,7 @@ def by_budget(rows:list, ours:str, other:str, # as in `worth`
         mine, theirs = (dear(kind, end[budget], count) for kind, end in zip(both, ends))
         seen = [one[budget]*theirs/mine for one in again if budget in one]
         low, high = map(float, np.quantile(seen, [.025, .975])) if seen else (None, None)
-        found.append(dict(count=count, budget=float(budget), value=value*theirs/mine, low=low, high=high))
+        found.append(dict(count=count, budget=budget, value=value*theirs/mine, low=low, high=high))
     return found
 
 # %% ../nbs/71_scaling.ipynb #draw
