@@ -813,7 +813,7 @@ def draw_scaling(fig, rec:dict):
 @picture('worth.png', 'scaling', 'val_bpb')
 def draw_worth(fig, rec:dict):
     "What the control spends for the same loss, budget by budget; the placebo in grey"
-    found = rec['settings']; fig.set_size_inches(7, 3.2); ax = fig.subplots()
+    found = rec['settings']; fig.set_size_inches(8.5, 3.2); ax = fig.subplots()
     fig.suptitle(_multiplied(found) or 'No multiplier was found', fontsize=10)
     mine, *other = found['compared']
     lines = [(mine, count, COUNTED[count], f'C{i}') for i, count in enumerate(list(COUNTED)[1:])]
@@ -824,7 +824,8 @@ def draw_worth(fig, rec:dict):
         off = None if low[0] is None else [[a - b for a, b in zip(y, low)], [b - a for a, b in zip(y, high)]]
         ax.errorbar(x, y, yerr=off, fmt='o-', ms=4, lw=1, capsize=3, label=label, color=color)
     if not ax.containers: return
-    ax.axhline(1, color='k', lw=1, ls=':'); ax.set_xscale('log'); ax.legend(fontsize=7)
+    ax.axhline(1, color='k', lw=1, ls=':'); ax.set_xscale('log')
+    ax.legend(fontsize=7, loc='upper left', bbox_to_anchor=(1.01, 1.))
     ticks = sorted(values(found['by_budget'][mine], 'budget'))
     ax.set_xticks(ticks, [f'{tick:.0e}' for tick in ticks]); ax.set_xticks([], minor=True)
     ax.set(xlabel='operations of a run', ylabel=f"{plain(other[0])}: times as much as {plain(mine)}")
