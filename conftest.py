@@ -9,8 +9,10 @@ sys.path.insert(0, str(Path(__file__).parent/"tests"))      # outputs.py
 ALONE = ("nbs/65_serve_limits", "nbs/66_serve_load") + tuple("tests/test_" + t for t in """
     engine.py::test_long_streams sandbox.py::test_hostile sandbox.py::test_all_hostile
     serve.py::test_heavy_bodies serve.py::test_silent_connections serve.py::test_leaving serve.py::test_key_queue
-    serve.py::test_two_hundred serve.py::test_kill_and_start_again web.py""".split())
-LONG = tuple("nbs/" + c for c in "41 79 26 13 71 60 68 69 67 05 52 27 12 09 04".split())   # chapters that begin before the others, so that none ends alone
+    serve.py::test_two_hundred serve.py::test_kill_and_start_again""".split())
+LONG = tuple("""tests/test_serve tests/test_engine tests/test_papermill tests/test_train tests/test_launch tests/test_model tests/test_web nbs/71 tests/test_kernels
+    tests/test_ranks_optim tests/test_data tests/test_seams nbs/79 tests/test_exchange nbs/26 nbs/13 tests/test_delta tests/test_loader nbs/60 tests/test_mechanisms nbs/68
+    nbs/70 nbs/77 nbs/69 tests/test_rl nbs/05 tests/test_chat tests/test_eval nbs/09 nbs/78 nbs/43 nbs/67 nbs/52 nbs/41""".split())   # begin first, so that none ends alone
 alone = lambda nodeid: nodeid.startswith(ALONE)
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0))    # 0: this process runs the tests itself, or hands them out
@@ -22,7 +24,9 @@ def pytest_addoption(parser):
     parser.addoption("--flags", default="", help="nbdev flags of cells to run too, e.g. 'cuda slow'")
     parser.addoption("--slow", action="store_true", help="run the long tests as well")
 
-def pytest_configure(config): config.addinivalue_line("markers", "slow: long test, runs with --slow")
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: long test, runs with --slow")
+    config.option.loadscopereorder = False              # xdist would begin with the files of most tests
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config): # what `-n auto` means
@@ -54,13 +58,16 @@ def pytest_runtest_protocol(item, nextitem):
     if not getattr(room, "by_itself", False): enter(alone(item.nodeid))
     try: return (yield)
     finally:
+        if not (nextitem and nextitem.path == item.path): gc.collect(); gc.freeze()
         if not (room.by_itself and nextitem and alone(nextitem.nodeid)): room.close(); room.by_itself = False
 
 def pytest_collection_modifyitems(config, items):
-    items.sort(key=lambda item: not item.nodeid.startswith(LONG))
+    items.sort(key=lambda item: next((i for i, name in enumerate(LONG) if item.nodeid.startswith(name)), len(LONG)))
     if config.getoption("--slow"): return
     for item in items:
         if "slow" in item.keywords: item.add_marker(pytest.mark.skip(reason="long: run with --slow"))
+
+def pytest_collection_finish(session): gc.collect(); gc.freeze()     # what was imported is not looked through again and again
 
 def pytest_collect_file(file_path, parent):
     if file_path.suffix == ".ipynb" and file_path.parent.name == "nbs": return Chapter.from_parent(parent, path=file_path)

@@ -20,9 +20,9 @@ from .core import DistInfo, dist_info, load_imports
 
 # %% ../nbs/41_launch.ipynb #how
 def _context():
-    "How ranks start: without a GPU forked from a server that has imported torch and done nothing else"
+    "How ranks start: without a GPU forked from a server that has imported what they all need, and done nothing else"
     if sys.platform != 'linux' or torch.cuda.device_count(): return mp.get_context('spawn')
-    ctx = mp.get_context('forkserver'); ctx.set_forkserver_preload(['torch'])
+    ctx = mp.get_context('forkserver'); ctx.set_forkserver_preload(['torch', 'torch.distributed.checkpoint', 'pyarrow.parquet'])
     return ctx
 
 # %% ../nbs/41_launch.ipynb #counts

@@ -1,6 +1,6 @@
-"""Fresh Python processes that need not import torch first: `fresh.Popen` and `fresh.run` are those of subprocess, for a Python with `-c`, `-m` or a file.
+"""Fresh Python processes that need not import torch, papermill and the like first: `fresh.Popen` and `fresh.run` are those of subprocess, for a Python with `-c`, `-m` or a file.
 
-A server imports torch once, and nothing of the package, and forks itself for each of them. What is set before a process begins it cannot change, so a
+A server imports these once, and nothing of the package, and forks itself for each of them. What is set before a process begins it cannot change, so a
 process that wants other such settings than the server has is started as usual; NO_FORK=1 starts all as usual (`make weekly`), and so do
 other systems and other versions of Python, whose private methods may be others."""
 import atexit, gc, json, os, runpy, select, signal, socket, subprocess, sys, threading, types
@@ -63,7 +63,7 @@ def run(args, *, capture_output=False, timeout=None, **kw):
 
 def serve(fd:int):
     "Fork for each request that comes; a copy of this process leaves the loop with what it is to run"
-    import numpy, pyarrow.parquet, torch, torch._dynamo
+    import numpy, papermill.execute, pyarrow.parquet, torch, torch._dynamo, torch.distributed.checkpoint
     gc.collect(); gc.freeze()
     ask, links = socket.socket(fileno=fd), {}
     heard, wakes = socket.socketpair(); heard.setblocking(False); wakes.setblocking(False)

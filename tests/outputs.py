@@ -103,7 +103,7 @@ def recorded():
             return super()._run(code + '\n#' if code.rstrip().endswith(';') else code, *args, **kw)
     def drawn(self, *args, **kw):
         if max(len(t.split()) for t in titles(self.figure)) < 3: Recorder.untitled.append(Recorder.now)
-        return draw(self, *args, **kw)
+        return draw(self, *args, **kw | dict(bbox_inches=None))                    # drawn once; 'tight' draws twice, to measure first
     draw, FigureCanvasBase.print_figure, nbdev.test.CaptureShell = FigureCanvasBase.print_figure, drawn, Recorder
     try: yield Recorder
     finally: FigureCanvasBase.print_figure, nbdev.test.CaptureShell = draw, CaptureShell

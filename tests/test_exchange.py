@@ -1,5 +1,6 @@
 "What comes in and goes out: nanochat's versions, transformers in a process without this package, lm-evaluation-harness, files of others."
 import json, os, pickle, subprocess, sys
+from functools import lru_cache
 from pathlib import Path
 import numpy as np, pytest, tiktoken, torch
 import make_reference as ref, make_reference_versions as versions
@@ -109,6 +110,7 @@ def passages():
     from nano_dh.core import package_data
     return pq.read_table(package_data('sample_val.parquet'), columns=['text'])['text'].to_pylist()[:40]
 
+@lru_cache
 def trained(**kw): # a small model after a few steps, and its tokenizer
     from nano_dh.hybrid_model import HybridConfig, HybridModel
     texts = passages(); tok = Tokenizer.train(texts, 700, name='t')

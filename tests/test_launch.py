@@ -1,5 +1,6 @@
 "Ranks as processes: who is left when the notebook goes, what its standard output holds, how an error and an interrupt end."
 import os, signal, subprocess, sys, time
+from concurrent.futures import ThreadPoolExecutor
 import fresh, pytest
 from tiny_run import PY, environ
 
@@ -120,19 +121,48 @@ if __name__ == '__main__':
     except Exception as e: print(type(e).__name__, time.time() - t, e, sep='|')
 '''
 
-def hang(tmp_path, job, cfg, slow=0, **kw):
-    (tmp_path/'hangs.py').write_text(HANGS)
-    p = fresh.run([PY, '-c', HANG_SCRIPT.format(folder=str(tmp_path), job=job, cfg=cfg, kw=kw, slow=slow)], capture_output=True, text=True, timeout=150, env=environ(tmp_path))
+def hang(folder, job, cfg, slow=0): # what the notebook prints
+    (folder/'hangs.py').write_text(HANGS)
+    p = fresh.run([PY, '-c', HANG_SCRIPT.format(folder=str(folder), job=job, cfg=cfg, kw=dict(step=2), slow=slow)], capture_output=True, text=True, timeout=150, env=environ(folder))
     assert not p.stderr.strip() or 'Error' not in p.stderr, p.stderr
     return p.stdout
+
+def never_arrives(folder):
+    "It hangs while its module is imported, on one rank only"
+    (folder/'late.py').write_text("import os, time\nif os.path.exists('%s'): time.sleep(90)\nelse: open('%s', 'w')\ndef job(cfg, emit): pass" % ((folder/'flag',)*2))
+    (folder/'s.py').write_text(f'''
+import sys; sys.path.insert(0, {str(folder)!r})
+from nano_dh.launch import run_ranks
+if __name__ == '__main__':
+    import os, late; os.remove({str(folder/'flag')!r})
+    try: list(run_ranks(late.job, None, nproc=2, device='cpu', start=12))
+    except Exception as e: print(type(e).__name__, e)
+''')
+    p = fresh.run([PY, folder/'s.py'], capture_output=True, text=True, timeout=150, env=environ(folder))
+    return p.stdout + p.stderr
+
+@pytest.fixture(scope='module')
+def said(request, tmp_path_factory): # test's name -> future of what its notebook prints; four of them wait at a time
+    pool, told, fresh_one = ThreadPoolExecutor(4), {}, lambda: tmp_path_factory.mktemp('hangs')
+    for item in request.session.items:
+        if getattr(item, 'module', None) is not request.module or 'said' not in item.fixturenames or item.get_closest_marker('skip'): continue
+        given = item.callspec.params if hasattr(item, 'callspec') else {}
+        told[item.name] = pool.submit(item.function.job, fresh_one(), **given)
+    yield told
+    pool.shutdown(cancel_futures=True)
+
+def of_notebook(job): # a test of what that job's notebook prints
+    def mark(test): test.job = job; return test
+    return mark
 
 slow = lambda *a: pytest.param(*a, marks=pytest.mark.slow)
 
 @pytest.mark.parametrize('job,who', [('lock', 0), ('loop', 1), slow('stopped', 1), ('held', 1), slow('lock', 1), slow('loop', 0), slow('stopped', 0), slow('held', 0),
                                      slow('pipe', 0), slow('pipe', 1), slow('early', 0), slow('early', 1)])
-def test_the_rank_that_hangs_is_named(tmp_path, job, who):
+@of_notebook(lambda folder, job, who: hang(folder, job, who))
+def test_the_rank_that_hangs_is_named(request, said, job, who):
     "Not the one that waits for it; with the stacks of both, within seconds of the limit"
-    out = hang(tmp_path, job, who, step=2); first = out.splitlines()[0]
+    out = said[request.node.name].result(); first = out.splitlines()[0]
     assert first.startswith('RankError|') and f'a rank hangs: rank {who} of 2 ' in first and f'rank {1 - who} of 2' not in first, out
     assert 'step=2 seconds' in first and 'rank 0:' in out and 'rank 1:' in out
     waits = out.split(f'rank {1 - who}:\n')[1].split('\n\nrank')[0]
@@ -140,25 +170,18 @@ def test_the_rank_that_hangs_is_named(tmp_path, job, who):
     mine = out.split(f'rank {who}:\n')[1].split('\n\nrank')[0]
     assert 'no answer' in mine if job == 'stopped' else f'in {job}' in mine, out
 
-def test_two_that_wait_for_each_other_are_both_named(tmp_path):
-    out = hang(tmp_path, 'other', 0, step=2)
+@of_notebook(lambda folder: hang(folder, 'other', 0))
+def test_two_that_wait_for_each_other_are_both_named(request, said):
+    out = said[request.node.name].result()
     assert 'rank 0 of 2 has been in other' in out and 'rank 1 of 2 has been in other' in out, out
 
-def test_a_rank_that_never_arrives_is_named(tmp_path):
-    "It hangs while its module is imported, on one rank only"
-    (tmp_path/'late.py').write_text("import os, time\nif os.path.exists('%s'): time.sleep(90)\nelse: open('%s', 'w')\ndef job(cfg, emit): pass" % ((tmp_path/'flag',)*2))
-    (tmp_path/'s.py').write_text(f'''
-import sys; sys.path.insert(0, {str(tmp_path)!r})
-from nano_dh.launch import run_ranks
-if __name__ == '__main__':
-    import os, late; os.remove({str(tmp_path/'flag')!r})
-    try: list(run_ranks(late.job, None, nproc=2, device='cpu', start=12))
-    except Exception as e: print(type(e).__name__, e)
-''')
-    p = fresh.run([PY, tmp_path/'s.py'], capture_output=True, text=True, timeout=150, env=environ(tmp_path))
-    assert p.stdout.startswith('RankError a rank hangs: rank ') and 'has not joined the others within 12 s' in p.stdout, p.stdout + p.stderr
+@of_notebook(never_arrives)
+def test_a_rank_that_never_arrives_is_named(request, said):
+    out = said[request.node.name].result()
+    assert out.startswith('RankError a rank hangs: rank ') and 'has not joined the others within 12 s' in out, out
 
 @pytest.mark.parametrize('job,cfg,slow', [slow('busy', 0, 0), slow('busy', 0, 3), ('big', 2500, 0)])
-def test_slow_is_not_hanging(tmp_path, job, cfg, slow):
+@of_notebook(hang)
+def test_slow_is_not_hanging(request, said, job, cfg, slow):
     "Work longer than the limit, one long call, and a reader who does something else for longer than the limit"
-    assert hang(tmp_path, job, cfg, slow, step=2) == 'done\n'
+    assert said[request.node.name].result() == 'done\n'

@@ -1,7 +1,7 @@
 "The run notebook as papermill and Jupyter run it."
 import json, os, re, signal, subprocess, time
 from pathlib import Path
-import nbformat, pytest
+import fresh, nbformat, pytest
 from tiny_run import PAPERMILL, PY, ROOT, TINY, environ, parameters, tiny_data
 
 NB = ROOT/'runs'/'pretrain.ipynb'
@@ -34,16 +34,21 @@ def test_help_lists_every_parameter(tmp_path):
     out = papermill(tmp_path, '--help-notebook', NB).output
     for f in fields(PretrainConfig): assert re.search(rf'^  {f.name}: {f.type.__name__} \(default', out, re.M), f.name
 
-def test_a_tiny_run_and_its_report(base, data, tmp_path):
-    r = papermill(base, NB, tmp_path/'o.ipynb', *parameters(**SMALL, data=data, run='tiny'))
-    assert r.exit_code == 0, r.output
-    out = outputs(nbformat.read(tmp_path/'o.ipynb', 4))
+@pytest.fixture(scope='module')
+def ran(base, data, tmp_path_factory): # a command and how it ended; the notebook that it wrote
+    file = tmp_path_factory.mktemp('ran')/'o.ipynb'
+    cmd, kw = dh_run(base, 'pretrain', '-o', file, *parameters(**SMALL, data=data, run='007'), capture_output=True)
+    return cmd, kw, fresh.run(cmd, **kw), file
+
+def test_a_tiny_run_and_its_report(base, ran):
+    *_, r, file = ran; assert r.returncode == 0, r.stderr
+    out = outputs(nbformat.read(file, 4))
     assert 'parameters (' in text(out['plan']) and 'documents start at [0' in text(out['batch'])
     assert text(out['run']).count('val bpb') == 2 and 'step     6/6' in text(out['run'])
     assert sum('image/png' in o.get('data', {}) for o in out['run']) == 1          # the live curve, updated in place
     assert any('image/png' in o.get('data', {}) for o in out['curves'])
     assert '[The ]' in text(out['samples']) and '| val bpb |' in text(out['table']) and 'load_model(' in text(out['next'])
-    assert (base/'runs'/'tiny'/'000006'/'manifest.json').exists()
+    assert (base/'runs'/'007'/'000006'/'manifest.json').exists()     # text, though it looks like a number
 
 @pytest.mark.slow # two ranks from a notebook: test_ctrl_c below
 def test_redirected_output_is_a_notebook_even_with_two_ranks(base, data, tmp_path):
@@ -127,22 +132,20 @@ def test_interrupted_in_jupyter(base, data):
 
 def dh_run(base, *args, **kw): return [PY, '-c', 'from nano_dh.terminal import dh_run; dh_run()', *map(str, args)], dict(env=environ(base), text=True, stdin=subprocess.DEVNULL, **kw)
 
-def test_dh_run_shows_the_log_and_names_its_output(base, data, tmp_path):
-    cmd, kw = dh_run(base, 'pretrain', '-o', tmp_path/'o.ipynb', *parameters(**SMALL, data=data, run='007'), capture_output=True)
-    r = subprocess.run(cmd, **kw)
+def test_dh_run_shows_the_log_and_names_its_output(ran):
+    cmd, kw, r, file = ran
     assert r.returncode == 0, r.stderr
-    assert 'step     6/6' in r.stdout and Path(re.search('done; the executed notebook: (.*)', r.stdout)[1]).resolve() == (tmp_path/'o.ipynb').resolve()
+    assert 'step     6/6' in r.stdout and Path(re.search('done; the executed notebook: (.*)', r.stdout)[1]).resolve() == file.resolve()
     assert re.search(r'^nano_dh [\d.]+, commit \w+.*, Python 3.*, torch 2.*, \d+ cores? of ', r.stdout, re.M)
     assert 'Executing' not in r.stdout and 'Executing' not in r.stderr and '\n\n\n' not in r.stdout
-    assert (base/'runs'/'007'/'000006').is_dir()                    # text, though it looks like a number
-    again = subprocess.run(cmd, **kw)
+    again = fresh.run(cmd, **kw)
     assert again.returncode == 1 and again.stderr.startswith('dh_run: ') and 'exists; give another name' in again.stderr
 
 @pytest.mark.parametrize('args, said', [(['pretrian'], "did you mean 'pretrain'?"), (['pretrain', '-p', 'depht', '4'], "did you mean 'depth'?"),
                                         (['pretrain', '-p', 'depth', 'six'], 'int expected')])
 def test_dh_run_refuses_in_one_line(base, args, said):
     cmd, kw = dh_run(base, *args, capture_output=True)
-    r = subprocess.run(cmd, **kw)
+    r = fresh.run(cmd, **kw)
     assert r.returncode == 1 and said in r.stderr and r.stderr.count('\n') == 1, r.stderr
 
 def test_one_rate_and_no_texts(base, tmp_path):
