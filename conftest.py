@@ -67,7 +67,8 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if "slow" in item.keywords: item.add_marker(pytest.mark.skip(reason="long: run with --slow"))
 
-def pytest_collection_finish(session): gc.collect(); gc.freeze()     # what was imported is not looked through again and again
+def pytest_collection_finish(session): # what was imported is not looked through again and again
+    gc.collect(); gc.freeze(); gc.set_threshold(20_000, 20, 20)
 
 def pytest_collect_file(file_path, parent):
     if file_path.suffix == ".ipynb" and file_path.parent.name == "nbs": return Chapter.from_parent(parent, path=file_path)

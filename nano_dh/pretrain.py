@@ -120,10 +120,13 @@ class RankTrainer(Trainer):
 
     def loop(self):
         "As in volume 1, without pauses of the interpreter"
+        held = gc.get_freeze_count()                      # by whoever called us: that stays
         gc.collect(); gc.freeze(); gc.disable(); self.asked = Leave()
         patience = sys.getswitchinterval(); sys.setswitchinterval(1e-4)
         try: super().loop()
-        finally: gc.enable(); gc.unfreeze(); sys.setswitchinterval(patience)
+        finally:
+            gc.enable(); sys.setswitchinterval(patience)
+            if not held: gc.unfreeze()
 
 # %% ../nbs/43_pretrain.ipynb #stuck
 @patch
