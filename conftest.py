@@ -9,8 +9,8 @@ sys.path.insert(0, str(Path(__file__).parent/"tests"))      # outputs.py
 ALONE = ("nbs/65_serve_limits", "nbs/66_serve_load") + tuple("tests/test_" + t for t in """
     engine.py::test_long_streams sandbox.py::test_hostile sandbox.py::test_all_hostile
     serve.py::test_heavy_bodies serve.py::test_silent_connections serve.py::test_leaving serve.py::test_key_queue
-    serve.py::test_two_hundred serve.py::test_kill_and_start_again""".split())
-LONG = tuple("""tests/test_serve tests/test_engine tests/test_papermill tests/test_train tests/test_launch tests/test_model tests/test_web nbs/71 tests/test_kernels
+    serve.py::test_two_hundred serve.py::test_kill_and_start_again web.py""".split())
+LONG = tuple("""tests/test_serve tests/test_engine tests/test_papermill tests/test_train tests/test_launch tests/test_model nbs/71 tests/test_kernels
     tests/test_ranks_optim tests/test_data tests/test_seams nbs/79 tests/test_exchange nbs/26 nbs/13 tests/test_delta tests/test_loader nbs/60 tests/test_mechanisms nbs/68
     nbs/70 nbs/77 nbs/69 tests/test_rl nbs/05 tests/test_chat tests/test_eval nbs/09 nbs/78 nbs/43 nbs/67 nbs/52 nbs/41""".split())   # begin first, so that none ends alone
 alone = lambda nodeid: nodeid.startswith(ALONE)
@@ -54,12 +54,11 @@ def enter(by_itself:bool):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item, nextitem):
-    if not WORKERS: return (yield)
-    if not getattr(room, "by_itself", False): enter(alone(item.nodeid))
+    if WORKERS and not getattr(room, "by_itself", False): enter(alone(item.nodeid))
     try: return (yield)
     finally:
-        if not (nextitem and nextitem.path == item.path): gc.collect(); gc.freeze()
-        if not (room.by_itself and nextitem and alone(nextitem.nodeid)): room.close(); room.by_itself = False
+        if not (nextitem and nextitem.path == item.path): gc.collect(); gc.freeze()      # the next file looks at its own objects alone
+        if WORKERS and not (room.by_itself and nextitem and alone(nextitem.nodeid)): room.close(); room.by_itself = False
 
 def pytest_collection_modifyitems(config, items):
     items.sort(key=lambda item: next((i for i, name in enumerate(LONG) if item.nodeid.startswith(name)), len(LONG)))
@@ -107,7 +106,7 @@ class ChapterItem(pytest.Item):
             with recorded() as run:
                 ok, _ = test_nb(self.path, skip_flags=cfg.tst_flags.split(), basepath=cfg.config_path,
                                 force_flags=self.config.getoption("flags").split())
-        finally: os.chdir(cwd); restore(classes, functions); gc.collect(); gc.freeze()   # the next chapter looks at its own objects alone
+        finally: os.chdir(cwd); restore(classes, functions)
         if not ok: pytest.fail(f"{self.path.name}: the failing cell's traceback is in captured stderr", pytrace=False)
         if wrong := faults(self.path, run): pytest.fail('\n'.join(wrong), pytrace=False)
     def reportinfo(self): return self.path, 0, self.path.name

@@ -563,7 +563,7 @@ def journey(seed, kind, waits):
         if s.state: assert s.state.n == (s.request.state.n if s.request.state else 0) + len(s.request.prompt) + len(s.tokens)
     return sum(s.reason in ('stop', 'length') for s, *_ in streams)
 
-@pytest.mark.parametrize('kind', ['G', pytest.param('GL', marks=pytest.mark.slow), 'full', 'nanochat'])     # full: GL again, all channels of whose queries rotate
+@pytest.mark.parametrize('kind', ['G', 'GL', 'full', 'nanochat'])
 def test_journeys(kind):
     waits = []; assert sum(journey(i, kind, waits) for i in range(8)) > 20 and sum(map(bool, waits)) > 3, waits
 @pytest.mark.slow

@@ -61,6 +61,10 @@ def test_pages_hide_what_is_hidden_and_link_to_pages(site):
         dead = [to for to in re.findall(r'\]\(([^)\s]+\.ipynb)', re.sub(r'`[^`\n]*`', '', bare)) if '/' in to and ':' not in to]
         assert not dead, (p.at, dead)
 
+def test_links_say_the_number_of_the_chapter_they_lead_to():
+    for f in (ROOT/'nbs').glob('*.ipynb'):
+        for said, number in re.findall(r'[Cc]hapter (\d+b?)\]\((\d+b?)_', f.read_text()): assert said == number, f'{f.name}: chapter {said} leads to {number}'
+
 def test_names_of_the_book_are_links(site):
     linked = sum(len(re.findall(r'\[`[^`]+`\]\([^)]*api/', site.text(p.at))) for p in site.chapters)
     assert linked > 40

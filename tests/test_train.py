@@ -1,5 +1,5 @@
 "Training as processes: killed and continued, one rank against two, started from a notebook or by torchrun, stopped when the loss is lost."
-import json, os, shutil, signal, subprocess, time
+import gc, json, os, shutil, signal, subprocess, time
 from dataclasses import replace
 from pathlib import Path
 import fresh, pytest, torch
@@ -204,7 +204,9 @@ def test_one_process_trains_a_run(base, data, monkeypatch):
     p.kill(); p.wait()
     def stop(rec):
         if 'loss' in rec: raise KeyboardInterrupt
+    gc.freeze(); held = gc.get_freeze_count()
     with pytest.raises(KeyboardInterrupt): T.pretrain(again, stop)
+    assert gc.get_freeze_count() >= held and gc.isenabled()      # what others have frozen stays so
     assert list(losses(base, 'mine')) == list(range(1, len(losses(base, 'mine')) + 1))
 
 def test_a_full_disk_is_one_line(tmp_path, monkeypatch):

@@ -12,7 +12,6 @@ try: from playwright.sync_api import expect, sync_playwright
 except ImportError: sync_playwright = None
 browsing = pytest.mark.skipif(not (CHROMIUM and sync_playwright), reason='needs chromium and the playwright package')
 LONG = 4000     # tokens of an answer that is left in the middle
-PATIENCE = 40   # seconds until the page shows what it is to show: other tests run beside
 MARKUP = 'x <img src=x onerror="window.hacked=1"> <script>window.hacked=2</script> <b onmouseover=alert(1)>bold</b> &amp;'
 
 # ---- the file itself
@@ -83,7 +82,6 @@ def url(base):
 @pytest.fixture(scope='module')
 def browser():
     with sync_playwright() as p:
-        expect.set_options(timeout=1000*PATIENCE)
         b = p.chromium.launch(executable_path=CHROMIUM, args=['--no-sandbox'])
         yield b
         b.close()
@@ -91,7 +89,7 @@ def browser():
 @pytest.fixture
 def page(browser, url): # whatever goes wrong in the page fails the test
     context = browser.new_context(viewport=dict(width=1280, height=800), reduced_motion='reduce')
-    context.set_default_timeout(1000*PATIENCE)
+    context.set_default_timeout(8000)
     p, wrong = context.new_page(), []
     p.on('pageerror', lambda e: wrong.append(str(e)))
     p.on('dialog', lambda d: (wrong.append(f'dialog {d.message}'), d.dismiss()))
@@ -117,8 +115,7 @@ def sample(page, system=None, **kw):
     for k, v in kw.items(): page.locator(f'[name={k}]').fill(str(v))
     page.keyboard.press('Escape')
 def until(page, ok):
-    end = time.time() + PATIENCE
-    while time.time() < end:
+    for _ in range(300):
         if ok(): return
         page.wait_for_timeout(20)
     pytest.fail('waited in vain')
