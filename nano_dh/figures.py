@@ -11,8 +11,9 @@ __all__ = ['HEAD', 'RECORDS', 'BLOCKS', 'BRIEF', 'PICTURES', 'ORDER', 'SIZE', 'P
            'chat', 'held_out', 'rl', 'inference', 'mechanisms', 'serve', 'learning_short', 'speed_short',
            'inference_short', 'long_short', 'scaling_short', 'picture', 'digest', 'draw_picture', 'drawn_from',
            'stretches', 'plain', 'draw_learning', 'draw_pretrain', 'draw_rl', 'draw_long', 'draw_needles',
-           'measured_at', 'memory', 'draw_memory', 'miniseries', 'draw_miniseries', 'scaling', 'draw_scaling',
-           'draw_worth', 'pages', 'places', 'drawn_for', 'fill', 'draw_all', 'loose', 'check', 'main']
+           'measured_at', 'memory', 'draw_memory', 'variants', 'draw_variants', 'miniseries', 'draw_miniseries',
+           'scaling', 'draw_scaling', 'draw_worth', 'pages', 'places', 'drawn_for', 'fill', 'draw_all', 'loose',
+           'check', 'main']
 
 # %% ../nbs/70_figures.ipynb #imp
 import hashlib, io, json, math, os, re, sys, time
@@ -658,6 +659,55 @@ def draw_memory(fig, rec:dict):
         told.append(f'{share:.0%} in {plain(pattern)} ({best})')
     fig.suptitle(f"The best way leaves of the peak {', '.join(told)}", fontsize=10)
 
+# %% ../nbs/70_figures.ipynb #variants
+def _off_first(rows, model, depth): # differences to the first variant, a seed each
+    return paired(of(rows, depth=depth, rate=1), model, rows[0]['model'])
+
+def _variants(rec): # rows with models, and these, the best first
+    rows = [row | dict(model=row['mixers']) for row in rec['rows']]
+    def off(model): return mean([gap for depth in values(rows, 'depth')
+                                 for gap in _off_first(rows, model, depth)] or [0.])
+    return rows, sorted(values(rows, 'model'), key=off)
+
+@block('mixers')
+def variants(rec:dict) -> str: # rows of chapter 80: mixers, depth, seed, rate, val_bpb
+    "A line a variant, the best first"
+    (rows, models), lines = _variants(rec), []
+    rates = [rate for rate in values(rows, 'rate') if rate != 1]
+    depths = [(depth, any(row['depth'] == depth and row['rate'] != 1 for row in rows))
+              for depth in values(rows, 'depth')]
+    def cells(model, depth, tried):
+        mine = of(rows, model=model, depth=depth); at = by(mine, 'rate', 'seed')
+        gap = mean_se(_off_first(rows, model, depth), '+.4f')
+        other = [at[rate, 0]['val_bpb'] - at[1, 0]['val_bpb'] if (rate, 0) in at else None
+                 for rate in rates]
+        return [mean_se(row['val_bpb'] for row in of(mine, rate=1))[0], ' +- '.join(filter(None, gap)),
+                *[' / '.join(show(x, '+.4f') for x in other)]*tried]
+    words = ' / '.join(f'{rate:g}' for rate in rates)
+    head = [f'depth {depth}: val bpb|against {rows[0]["model"]}' + f'|rates x {words}'*tried
+            for depth, tried in depths]
+    for model in models:
+        lines.append((title(model), *[cell for one in depths for cell in cells(model, *one)]))
+    return table('|'.join(['variant', *head]), lines)
+
+# %% ../nbs/70_figures.ipynb #variants-pic
+@picture('mixers.png', 'mixers', 'val_bpb')
+def draw_variants(fig, rec:dict): # as above
+    "Differences to the first variant with their standard errors, a panel a depth"
+    rows, models = _variants(rec); depths = values(rows, 'depth')
+    fig.set_size_inches(4 + 3*len(depths), 1 + .25*len(models))
+    for ax, depth in zip(fig.subplots(1, len(depths), sharey=True, squeeze=False)[0], depths):
+        for place, model in enumerate(models):
+            if not (gaps := _off_first(rows, model, depth)): continue
+            error = stdev(gaps)/len(gaps)**.5 if len(gaps) > 1 else 0
+            color = 'C0' if mean(gaps) < 0 else 'C3'
+            ax.errorbar(mean(gaps), place, xerr=error, fmt='o', color=color, capsize=2)
+        ax.axvline(0, color='grey', lw=.8); ax.grid(axis='x', alpha=.3); ax.locator_params(axis='x', nbins=5)
+        ax.set_yticks(range(len(models)), [*map(plain, models)])
+        ax.set(xlabel=f'bits per byte against {rows[0]["model"]}', title=f'depth {depth}')
+    fig.axes[0].set_ylim(len(models) - .5, -.5); first = rows[0]['model']
+    fig.suptitle(f'{models.index(first)} of {len(models) - 1} variants did better than {plain(first)}', fontsize=10)
+
 # %% ../nbs/70_figures.ipynb #mini
 def _goal(answer): # of `answers`
     goal = f"CORE {answer['goal']:.3f}" if answer['what'] == 'core' else \
@@ -858,6 +908,8 @@ def fill(text:str, folder:Path, page:str='README.md') -> str:
     return PLACE.sub(draw, text)
 
 # %% ../nbs/70_figures.ipynb #draw-all
+_DRAWN = {} # function, record -> bytes: what this process drew
+
 def draw_all(root:str|Path) -> list: # paths that changed
     "Draw the pictures and the blocks of all pages from the records"
     root = Path(root); folder, changed = root/RECORDS, []
@@ -865,8 +917,10 @@ def draw_all(root:str|Path) -> list: # paths that changed
         rec = read_record(folder/file) if (folder/file).exists() else None
         for drawn in pictures_of(name, rec) if rec else ():
             was = (folder/drawn).read_bytes() if (folder/drawn).exists() else b''
-            if draw_picture(drawn, rec, folder).read_bytes() != was:
-                changed.append(f'{RECORDS}/{drawn}')
+            key = PICTURES[drawn][0], json.dumps(rec)
+            if was and _DRAWN.get(key) == was: continue    # it lies there as it was drawn
+            _DRAWN[key] = draw_picture(drawn, rec, folder).read_bytes()
+            if _DRAWN[key] != was: changed.append(f'{RECORDS}/{drawn}')
     for page, text in pages(root).items():
         new = fill(text, folder, page)
         if new != text: atomic_write(root/page, new); changed.append(page)

@@ -227,7 +227,7 @@ for _letter, _mixer in LETTERS.items():
 # %% ../nbs/79_mixers.ipynb #variants
 def mixer_variants() -> str: # variants for runs/compare.ipynb
     "The default, ratios of the hybrid, other mixers, then one field of the default at a time"
-    fields = ('pos:partial pos:full attn_gate:none z_gate:silu neg_eigval:True conv_size:1 '
-              'value_embeds:False')
-    patterns = 'GGGL GL GGGGGGGL G KKKL DDDL MMML'
+    patterns = 'GGGL L GL GGGGGGGL GGGGGGLL G KKKL DDDL DDDL+neg_eigval:True MMML'
+    fields = ('neg_eigval:True pos:partial pos:full attn_gate:none attn_gate:elementwise z_gate:silu '
+              'conv_size:1 value_embeds:False kv_group:2')
     return ' '.join([patterns, *(f'GGGL+{field}' for field in fields.split())])

@@ -86,14 +86,16 @@ def serve(fd:int):
         link = socket.socket(fileno=link); pid = os.fork()
         if not pid: break
         for f in std: os.close(f)
-        link.send(str(pid).encode()); links[pid] = link
+        links[pid] = link
     signal.set_wakeup_fd(-1); signal.signal(signal.SIGCHLD, signal.SIG_DFL); signal.signal(signal.SIGINT, signal.default_int_handler)
+    job = json.loads(job)
+    if job['session']: os.setsid()                         # before anybody may ask for its group
+    link.send(str(os.getpid()).encode())
     for s in (ask, heard, wakes, link, *links.values()): s.close()
-    begin(json.loads(job), std)
+    begin(job, std)
 
 def begin(job, std):
     "As `python -c CODE ...`, `python -m MODULE ...` or `python FILE ...` would"
-    if job['session']: os.setsid()
     for own, given in enumerate(std): os.dup2(given, own); os.close(given)
     if how := job['env'].get('PYTHONIOENCODING'):
         encoding, _, errors = how.partition(':')

@@ -9,7 +9,17 @@ from nano_dh.short_conv import conv_split_norm
 
 ROOT = Path(__file__).resolve().parent.parent
 
+PREPARED = '''
+import triton.runtime.interpreter as I
+def prepare(fn, now=I._patch_lang, seen=set()): # the language, once for all functions of a module that a kernel calls
+    if I.tl.core.is_builtin(I.tl.load): seen.clear()                             # a kernel begins
+    if id(fn.__globals__) in seen: return I._LangPatchScope()
+    seen.add(id(fn.__globals__)); return now(fn)
+I._patch_lang = prepare
+'''
+
 def python(code, **env):
+    if 'TRITON_INTERPRET' in env: code = PREPARED + code
     env = {**os.environ, 'PYTHONPATH': os.pathsep.join(filter(None, (str(ROOT), os.environ.get('PYTHONPATH')))), 'OMP_NUM_THREADS': '1', **env}
     return fresh.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
 

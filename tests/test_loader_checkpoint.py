@@ -62,8 +62,8 @@ def whole(opt): # every state tensor in one piece, gathered from the slices of a
             w[tuple(slice(o, o + n) for o, n in zip(off, t.shape))] = t.to(w.dtype)
     return out
 
-def group(rank, world, fn, folder, name): # one rank of a gloo group
-    torch.set_num_threads(1)
+def group(rank, world, fn, folder, name, env): # one rank of a gloo group; its server began under whatever environment an earlier test had set
+    os.environ.clear(); os.environ.update(env); torch.set_num_threads(1)
     dist.init_process_group('gloo', init_method=f'file://{folder}/{name}', rank=rank, world_size=world)
     fn(rank, world, Path(folder)); dist.barrier(); dist.destroy_process_group()
 
@@ -97,7 +97,7 @@ def test_one_rank_becomes_two_becomes_one(tmp_path):
     save_checkpoint(d/'run', 3, m, opt, TOK(), l.state_dict())
     torch.save(dict(model=m.state_dict(), optim=whole(opt)), d/'ref.pt')
     straight = [next(l).x for _ in range(6)]; l.close()
-    _context(); mp.start_processes(group, (2, two_ranks, str(d), 'rendezvous'), 2, start_method='forkserver')
+    _context(); mp.start_processes(group, (2, two_ranks, str(d), 'rendezvous', dict(os.environ)), 2, start_method='forkserver')
     ref = torch.load(d/'ref2.pt'); m, opt = model(7); meta = load_checkpoint(d/'run', m, opt)
     assert (meta['mark'], meta['step'], meta['world_size']) == (0, 6, 2)
     same(m, opt, ref)

@@ -120,7 +120,8 @@ def test_sizes_match_and_the_list_can_be_compared(depth):
     base = on_meta('GGGL').param_counts()['scaling']
     for word in words:
         pattern, *fields = word.split('+')
-        assert abs(on_meta(pattern, **_overrides(' '.join(fields))).param_counts()['scaling']/base - 1) < .02, word
+        most = .021 if 'elementwise' in word or 'kv_group' in word else .02 # a matrix more, or half of two less
+        assert abs(on_meta(pattern, **_overrides(' '.join(fields))).param_counts()['scaling']/base - 1) < most, word
 
 def test_the_same_numbers_wherever_a_layer_is_built():
     cfg = hm.HybridConfig.from_depth(4, 'KKKL', vocab_size=64, d_model=64, head_dim=16, head_k_dim=16, head_v_dim=16)

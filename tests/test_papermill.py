@@ -1,7 +1,7 @@
 "The run notebook as papermill and Jupyter run it."
 import json, os, re, signal, subprocess, time
 from pathlib import Path
-import fresh, nbformat, pytest
+import fresh, nbformat, pytest, tiny_run
 from tiny_run import PAPERMILL, PY, ROOT, TINY, environ, parameters, tiny_data
 
 NB = ROOT/'runs'/'pretrain.ipynb'
@@ -12,12 +12,7 @@ def data(tmp_path_factory): return tiny_data(tmp_path_factory.mktemp('data')/'bo
 @pytest.fixture(scope='module')
 def base(tmp_path_factory): return tmp_path_factory.mktemp('base')
 
-def papermill(base, nb, *args):
-    "The command, in this process; its kernel is one of its own. What it raises is raised"
-    from click.testing import CliRunner
-    from papermill.cli import papermill as command
-    return CliRunner(env=environ(base)).invoke(command, [str(a) for a in ('--no-progress-bar', nb, *args)], catch_exceptions=False)
-
+def papermill(base, nb, *args): return tiny_run.papermill(environ(base), nb, *args)
 def outputs(nb): return {c['id']: c.get('outputs', []) for c in nb.cells if c.cell_type == 'code'}
 def text(outs): return ''.join(o.get('text') or str(o.get('data', {}).get('text/markdown', '')) for o in outs)
 
@@ -73,12 +68,12 @@ def test_misspelt_and_refused(base, tmp_path):
 def test_compare_takes_a_result_only_for_its_own_parameters(base, data, tmp_path):
     "Named alike, of another depth: an error, not the old result"
     from nano_dh.train import read_metrics
-    nb, kw = ROOT/'runs'/'compare.ipynb', dict(variants='GL', seeds=1, depth=2, tokens=1024, total_batch_size=256, max_seq_len=32, vocab_size=384,
-                                               eval_tokens=1024, data=data)
+    nb, kw = ROOT/'runs'/'compare.ipynb', dict(variants='GL', seeds=1, depths=2, tokens=1024, total_batch_size=256, max_seq_len=32, vocab_size=384,
+                                               eval_tokens=1024, data=data, out=tmp_path/'files')
     call = lambda **new: papermill(base, nb, tmp_path/'c.ipynb', *parameters(**kw | new))
     r = call(); assert r.exit_code == 0, r.output
-    assert read_metrics(base/'runs'/'compare-GL-s0')[-1].get('done') and 'val bpb' in text(outputs(nbformat.read(tmp_path/'c.ipynb', 4))['run'])
-    with pytest.raises(Exception, match='run compare-GL-s0 exists with depth 2, not 1; take another name, or remove'): call(depth=1)
+    assert read_metrics(base/'runs'/'compare-GL-d2-s0')[-1].get('done') and '| GL | ' in text(outputs(nbformat.read(tmp_path/'c.ipynb', 4))['table'])
+    with pytest.raises(Exception, match='run compare-GL-d2-s0 exists with num_iterations 4, not 8; take another name, or remove'): call(tokens=2048)
 
 def wait_for(f, cond, seconds=60):
     end = time.time() + seconds

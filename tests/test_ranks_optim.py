@@ -192,7 +192,7 @@ def test_a_model_that_stays_at_guessing_is_noticed(tmp_path, monkeypatch):
     monkeypatch.setenv('NANO_DH_BASE_DIR', str(tmp_path)); data = tiny_data(tmp_path/'d')
     off = dict.fromkeys(('matrix_lr', 'embedding_lr', 'unembedding_lr', 'scalar_lr'), 0.)
     for kw, want in ((off, 2), ({}, 0)):
-        recs = []; pretrain(PretrainConfig(**TINY, data=data, run=f'r{want}', num_iterations=60, warmup_steps=10, nproc=0, **kw), recs.append)
+        recs = []; pretrain(PretrainConfig(**TINY, data=data, run=f'r{want}', num_iterations=60, warmup_steps=10, nproc=0, save_every=0, eval_every=0, **kw), recs.append)
         notes = [r for r in recs if 'what guessing gives' in r.get('note', '')]
         assert [r['step'] for r in notes] == [50, 60][:want], notes
         assert not want or f'ln {TINY["vocab_size"]} = 5.951' in notes[0]['note']

@@ -1,7 +1,8 @@
 "A mixer, a task and a metric in a file of one's own: trained on two ranks, resumed, evaluated, talked to; no line of the package touched"
-import json, os, subprocess, sys
+import json, os, sys
 from pathlib import Path
-import fresh, pytest, torch
+from types import SimpleNamespace
+import fresh, pytest, tiny_run, torch
 
 HERE = Path(__file__).parent.parent
 KDA = '''
@@ -46,9 +47,11 @@ def work(tmp_path_factory):
 def papermill(work, notebook, name, **params):
     env = os.environ | dict(NANO_DH_BASE_DIR=str(work/'base'), OMP_NUM_THREADS='1', PYTHONPATH=str(HERE))
     words = [x for k, v in params.items() for x in ('-p', k, str(v))]
-    p = subprocess.run([sys.executable, '-m', 'papermill', '--no-progress-bar', '--cwd', str(work), str(HERE/'runs'/f'{notebook}.ipynb'),
-                        str(work/f'{name}.ipynb'), *words], capture_output=True, text=True, env=env, cwd=work, timeout=400)
-    cells = json.loads((work/f'{name}.ipynb').read_text())['cells']
+    out, p = work/f'{name}.ipynb', SimpleNamespace(returncode=0, stderr='')
+    try:
+        r = tiny_run.papermill(env, '--cwd', work, HERE/'runs'/f'{notebook}.ipynb', out, *words); p.returncode, p.stderr = r.exit_code, r.output
+    except Exception as e: p.returncode, p.stderr = 1, str(e)
+    cells = json.loads(out.read_text())['cells']
     said = ''.join(''.join(o.get('text', '')) for c in cells for o in c.get('outputs', []) if o.get('output_type') == 'stream')
     return p, said
 

@@ -90,14 +90,46 @@ def test_two_ranks_equal_one(request, base, data, monkeypatch, dtype, d_loss, d_
         assert list(two) == list(range(1, 21)) and max(abs(one[s] - two[s]) for s in one) <= d_loss
         assert max(((w1[k] - w2[k]).norm()/(w1[k].norm() + 1e-12)).item() for k in w1) <= d_weights
 
-def weights_of(base, run, dtype):
+def weights_of(base, run, dtype, step=20):
     "The weights in the format they were trained in"
     from nano_dh.checkpoint import load_checkpoint
     from nano_dh.hybrid_model import HybridConfig, HybridModel
-    d = base/'runs'/run/'000020'
+    d = base/'runs'/run/f'{step:06d}'
     m = HybridModel(HybridConfig.from_dict(json.loads((d/'meta.json').read_text())['model'])).to(getattr(torch, dtype))
     load_checkpoint(d, m, rng=False)
     return m.state_dict()
+
+def test_ranks_that_share_rows_equal_one(base, data, monkeypatch):
+    "Two ranks with a half of every row each, with document borders: the losses of one rank, and one rank goes on from them"
+    import pyarrow.parquet as pq
+    from nano_dh.launch import run_ranks
+    from nano_dh.sft import FinetuneConfig
+    from nano_dh.train import PretrainConfig, pretrain
+    size, short = 'd_model:64 head_dim:32 head_k_dim:32 head_v_dim:32', base/'short.jsonl'
+    texts = pq.read_table(Path(data)/'books_train.parquet')['text'].to_pylist(); pieces = [t[i:i + 60] for t in texts for i in range(0, 1200, 60)]
+    short.write_text('\n'.join(json.dumps(dict(text=t)) for t in pieces))
+    kw = dict(data=str(short), depth=4, model=size, num_iterations=8, save_every=4, eval_every=0, prompts='', doc_mask=True, max_seq_len=64)
+    monkeypatch.setenv('NANO_DH_DTYPE', 'float64')
+    for n, name, more in ((0, 'whole', {}), (2, 'shared', dict(context_parallel=2)), (0, 'blind', dict(doc_mask=False))): here(n, run=name, **kw | more)
+    whole, two, blind = (losses(base, name) for name in ('whole', 'shared', 'blind'))
+    assert list(two) == list(range(1, 9)) and max(abs(whole[s] - two[s]) for s in whole) < 1e-10
+    assert abs(whole[8] - blind[8]) > 1e-6                       # there are borders within rows
+    shutil.rmtree(base/'runs'/'shared'/'000008')
+    list(run_ranks(pretrain, PretrainConfig(run='shared', resume=True, nproc=0, device='cpu'), 0, 'cpu'))
+    assert max(abs(whole[s] - losses(base, 'shared')[s]) for s in whole) < 1e-10
+    w1, w2 = (weights_of(base, name, 'float64', 8) for name in ('whole', 'shared'))
+    assert max(((w1[k] - w2[k]).norm()/(w1[k].norm() + 1e-12)).item() for k in w1) < 1e-8
+    with pytest.raises(ValueError, match='in pretraining only'): FinetuneConfig(context_parallel=2, device='cpu').check()
+    with pytest.raises(ValueError, match='2 does not divide n_v_head 1, n_head 1; take 1'): PretrainConfig(**TINY | dict(nproc=2, context_parallel=2)).resolved()
+
+@pytest.mark.slow
+def test_a_compiled_model_of_shared_rows_is_checked(base, data, monkeypatch):
+    "Its gradients at the start, across the border of the ranks, and the losses of whole rows"
+    from nano_dh.train import read_metrics
+    kw = dict(data=data, depth=4, model='d_model:64 head_dim:32 head_k_dim:32 head_v_dim:32', num_iterations=3, save_every=0, eval_every=0, prompts='', max_seq_len=256, total_batch_size=1024, compile='on')
+    for n, name, more in ((0, 'compiled', {}), (2, 'compiled-2', dict(context_parallel=2))): here(n, run=name, **kw | more)
+    one, two = (losses(base, name) for name in ('compiled', 'compiled-2')); assert max(abs(one[s] - two[s]) for s in one) < 1e-5
+    assert [r for r in read_metrics(base/'runs'/'compiled-2') if 'gradients of' in r.get('note', '')]
 
 def test_a_lost_loss_stops_every_rank_and_names_the_checkpoint(base, data):
     from nano_dh.checkpoint import load_model
@@ -346,8 +378,8 @@ def test_a_cut_gradient_stops_a_compiled_run(base, data, monkeypatch):
     def cut(x): return Cut.apply(x) if torch.compiler.is_compiling() else right(x)
     monkeypatch.setattr(torch, 'compile', functools.partial(torch.compile, backend='eager'))
     go, seen = dict(TINY, data=data, nproc=0, compile='on', num_iterations=2, eval_every=0), []
-    pretrain(PretrainConfig(**go, run='whole'), seen.append)
-    assert any('parameters checked in' in r.get('note', '') for r in seen) and len(losses(base, 'whole')) == 2
+    pretrain(PretrainConfig(**go, run='uncut'), seen.append)
+    assert any('parameters checked in' in r.get('note', '') for r in seen) and len(losses(base, 'uncut')) == 2
     monkeypatch.setitem(hybrid_model.ACTIVATIONS, 'relu2', cut); torch._dynamo.reset()
     with pytest.raises(WrongGradient, match=r'c_fc.weight: no gradient'): pretrain(PretrainConfig(**go, run='cut'), seen.append)
     assert not losses(base, 'cut')

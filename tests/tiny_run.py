@@ -20,6 +20,16 @@ def environ(base, **kw):
     env = {**os.environ, 'NANO_DH_BASE_DIR': str(base), 'PYTHONPATH': os.pathsep.join(filter(None, (str(ROOT), os.environ.get('PYTHONPATH')))), 'OMP_NUM_THREADS': '1', **kw}
     return {k: v for k, v in env.items() if k not in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'NANO_DH_DATA')}
 
+def papermill(env, *args):
+    "The command, in this process; the notebook's kernel is a process of its own. What it raises is raised"
+    import fresh
+    from click.testing import CliRunner
+    from papermill.cli import papermill as command
+    from unittest.mock import patch
+    # a kernel whose ranks had a server would wait for that to end, to be ended itself after half this time
+    with patch('jupyter_client.launcher.Popen', fresh.Popen), patch('jupyter_client.manager.KernelManager.shutdown_wait_time', .5):
+        return CliRunner(env=env).invoke(command, [str(a) for a in ('--no-progress-bar', *args)], catch_exceptions=False)
+
 def talker(vocab_size, seed=0, sequence_len=1024):
     """A model of a moment that writes letters and never ends by itself: the letters' rows are opposite in pairs and long, so that one
     of them is always far more likely than the end, whose logit is 0"""
