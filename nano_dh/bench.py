@@ -20,7 +20,7 @@ from .cache import GRID, STRIDE
 from .dataset import open_data
 from .decode import Decoder, fits, inference_copy
 from .engine import Engine, Request
-from .hybrid_model import HybridConfig, HybridModel, PRESETS
+from .hybrid_model import HybridConfig, HybridModel, PRESETS, make_context
 from .kernels import HAS_TRITON, on_device
 from .speculate import speculate
 
@@ -373,7 +373,7 @@ def attending(model:HybridModel, # from `inference_copy`
     qkv = {i: [draw(1, 1, n, mixer.head_dim) for n in (mixer.n_head, *[mixer.n_kv_head]*2)]
            for i, mixer in mixers.items()}
     def step(): # without kernels: the forward's own attention to a cache
-        now = model._context(tok[:, None], state, None, None, None)
+        now = make_context(model, tok[:, None], state)
         for i, mixer in mixers.items(): mixer.recall(*qkv[i], now, state.layers[i])
     return step
 

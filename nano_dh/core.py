@@ -272,6 +272,7 @@ MORE, MANY = math.ulp(0.), math.inf            # the least number above 0; no li
 RATE, COUNT, EVERY, SHARE = (0, MANY), (1, 10**15), (0, 10**15), (0, 1)
 BOUNDS = dict( # field -> least and greatest value; for every stage that has the field
     depth=(1, 10_000), vocab_size=(1, 2**31 - 1), max_seq_len=(1, 2**31 - 1), nproc=(0, 65_536),
+    context_parallel=(1, 65_536),
     seed=(-2**63, 2**63 - 1), num_iterations=COUNT, target_flops=(MORE, MANY),
     target_param_data_ratio=(MORE, MANY), device_batch_size=COUNT, total_batch_size=COUNT,
     embedding_lr=RATE, unembedding_lr=RATE, matrix_lr=RATE, scalar_lr=RATE, lr_frac=RATE,

@@ -158,7 +158,9 @@ def check_gradients(model:HybridModel, # the model itself
                     x:Tensor, y:Tensor, # (B, T) a micro-batch and its targets, as in training
                     cu_seqlens:Tensor|None=None, cu_seqlens_cpu:Tensor|None=None, # its documents
                     rows:int=4,        # of the micro-batch that count, spread over it
-                    factor:float=2.    # times the noise that an error may have
+                    factor:float=2.,   # times the noise that an error may have
+                    tokens:int|None=None, # of a row that count; None: a quarter and 128
+                    summed=lambda found: found # adds gradients of ranks that share a row
                    ) -> GradientCheck:
     "Compare the compiled model's gradients with the true ones; weights stay as they are"
     (B, T), borders = x.shape, [None]*len(x)
@@ -168,7 +170,7 @@ def check_gradients(model:HybridModel, # the model itself
         borders = [torch.unique((cu - i*T).clamp(0, T)) for i in range(B)]
     counted, parts = torch.full_like(y, -1), []
     for i in some:
-        *span, inside = piece(T, T//4 + 128, borders[i])
+        *span, inside = piece(T, tokens or T//4 + 128, borders[i])
         span = slice(*span)
         counted[i, span] = y[i, span]
         parts += documents(x[i, span], y[i, span], inside)
@@ -176,7 +178,7 @@ def check_gradients(model:HybridModel, # the model itself
     if cu_seqlens is None: docs = {}
     with awake(model):
         got = gradients(model, fwd(x, targets=counted, reduction='sum', **docs))
-        got = {name: g.cpu() for name, g in got.items()}                 # room for the reference
+        got = {name: g.cpu() for name, g in summed(got).items()}                 # room for the reference
         began = time.perf_counter()
         true, noise = reference(model, parts)
         judged = compared(got, true, noise, factor)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MIXERS', 'ORDERED', 'SMEAR_CHANNELS', 'CHOICES', 'POSITIVE', 'PRESETS', 'ACTIVATIONS', 'ROLES', 'register_mixer',
            'HybridConfig', 'relu2', 'MLP', 'Block', 'smear', 'enter', 'layer', 'leave', 'as_it_is', 'softcapped',
-           'linear_cross_entropy', 'HybridModel', 'ModelState']
+           'linear_cross_entropy', 'HybridModel', 'make_context', 'ModelState']
 
 # %% ../nbs/05_hybrid_model.ipynb #imports
 import torch, torch.nn as nn, torch.nn.functional as F
@@ -208,6 +208,7 @@ class Block(nn.Module):
         return x + self.mlp(norm(x))
 
 # %% ../nbs/05_hybrid_model.ipynb #parts
+@Replaceable
 def smear(model, x:Tensor, ctx:Context, state=None # the normed embedding, (B, T, d); of the model
          ) -> Tensor: # (B, T, d)
     "Add a gated share of the previous token's embedding"
@@ -317,7 +318,7 @@ class HybridModel(nn.Module):
                part=as_it_is # what runs `enter`, `layer` and `leave`: the function, or it compiled
               ) -> Tensor: # (B, T, d) in the compute dtype, normed
         "From tokens to what the head reads"
-        cfg, ctx = self.cfg, self._context(idx, state, cu_seqlens, lengths, cu_seqlens_cpu)
+        cfg, ctx = self.cfg, make_context(self, idx, state, cu_seqlens, lengths, cu_seqlens_cpu)
         x0 = part(enter)(self, idx, ctx, state)
         x = mid = x0.view_as(x0)                   # another name: compiled, `layer` is one function
         mixes = [()]*cfg.n_layer
@@ -398,8 +399,11 @@ def _reach(self:HybridModel, need:int):
     if self.rope is None or need <= (have := self.rope.table.shape[1]): return
     with torch.inference_mode(False): self.rope._fill(max(need, 2*have))
 
-@patch
-def _context(self:HybridModel, idx, state, cu_seqlens, lengths, cu_seqlens_cpu):
+@Replaceable
+def make_context(model:HybridModel, idx:Tensor, state=None, cu_seqlens=None, lengths=None,
+                 cu_seqlens_cpu=None # all as of `forward`
+                ) -> Context:
+    "What all layers share"
     (B, T), used, doc_ids = idx.shape, 0, None
     pos = torch.arange(T, device=idx.device)[None]
     if cu_seqlens is not None:
@@ -409,10 +413,10 @@ def _context(self:HybridModel, idx, state, cu_seqlens, lengths, cu_seqlens_cpu):
     if state is not None:
         pos, used = state.pos[:, None] + pos, state.capacity if state.n is None else state.n + T
     ctx = Context(idx=idx, pos=pos, cu_seqlens=cu_seqlens, doc_ids=doc_ids, lengths=lengths,
-                  kv_len=used, cu_seqlens_cpu=cu_seqlens_cpu, exact=self.exact)
-    if self.rope is not None:
-        self._reach(max(used, T))
-        ctx.rope = tuple(table.to(self.dtype) for table in self.rope(pos, T))
+                  kv_len=used, cu_seqlens_cpu=cu_seqlens_cpu, exact=model.exact)
+    if model.rope is not None:
+        model._reach(max(used, T))
+        ctx.rope = tuple(table.to(model.dtype) for table in model.rope(pos, T))
     return ctx
 
 # %% ../nbs/05_hybrid_model.ipynb #state

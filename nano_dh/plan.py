@@ -19,6 +19,7 @@ from .dataloader import Loader, N_STREAMS
 from .checkpoint import checkpoints, latest_step, runs_dir
 from .compiled import KINDS
 from .safe_checkpoint import own_code
+from .context_parallel import check_shares
 from .launch import n_cores, n_gpus
 from .hybrid_model import HybridConfig
 from .train import (OptimConfig, PlanError, TrainConfig, _meta, _overrides, named,
@@ -30,13 +31,16 @@ class PretrainConfig(TrainConfig):
     "A pretraining run; -1 and '' mean: derive"
     wandb: str = ''             # Weights & Biases project; '' keeps wandb out
     nproc: int = -1            # ranks on this machine; -1: one a GPU, or 1; 0: inside this process
+    context_parallel: int = 1  # ranks that share each row, by its tokens and its heads
     compile: str = 'auto'       # 'on': a layer at a time, 'whole', 'off'; 'auto': on, with a GPU
     check_gradients: bool = True # compare a compiled model's with the true ones at the start
     max_hours: float = -1.      # refuse a plan that takes longer; -1: 3 on a CPU, 168 on GPUs
     gpu_hour_price: float = 3.  # dollars an hour of one GPU, for the plan's cost
     given = frozenset()         # names that the command line gave
     @property
-    def ranks(self) -> int: return max(1, self.nproc)      # 0 is this process
+    def processes(self) -> int: return max(1, self.nproc)  # 0 is this process
+    @property
+    def ranks(self) -> int: return max(1, self.processes//self.context_parallel) # with own rows
     def gpus(self) -> int: return n_gpus()
     def fits(self, rows:int) -> bool: # on the card, as estimated below; else the plan decides
         if self.device != 'cuda': return True
@@ -75,6 +79,9 @@ def check(self:PretrainConfig):
     have = dict(cuda=self.gpus() > 0, mps=torch.backends.mps.is_available())
     if not have.get(self.device, True):
         raise PlanError(f'device {self.device}, but this machine shows none; take device cpu')
+    if self.context_parallel > 1 and getattr(self, 'stage', 'base') != 'base':
+        raise ValueError(f'context_parallel {self.context_parallel}: ranks share rows in pretraining '
+                         'only; leave it out')
     if '/' in self.run or self.run in ('.', '..'):
         raise ValueError(f'run {self.run!r} is to name one folder in {runs_dir()}; '
                          'leave out the /')
@@ -104,8 +111,10 @@ def take_machine(self:PretrainConfig, gpu:bool): # is there one to train on?
 @patch
 def divide(self:PretrainConfig, most:int): # rows of a micro-batch, if that is left open
     "As for one process, for ranks that share the streams; a run that goes on may have other ranks"
+    if self.context_parallel > 1:
+        check_shares(self.model_config(), self.max_seq_len, self.processes, self.context_parallel)
     if N_STREAMS % self.ranks:
-        raise ValueError(f'nproc {self.ranks}: that many ranks cannot share the {N_STREAMS} '
+        raise ValueError(f'nproc {self.nproc}: that many ranks cannot share the {N_STREAMS} '
                          f'streams of the data evenly; take {2**int(math.log2(self.ranks))}')
     if self.resume and self.device_batch_size != -1:
         rows = self.total_batch_size//(self.max_seq_len*self.ranks)
@@ -115,7 +124,7 @@ def divide(self:PretrainConfig, most:int): # rows of a micro-batch, if that is l
 # %% ../nbs/42_plan.ipynb #continued
 FROZEN = ('depth', 'pattern', 'preset', 'model', 'data', 'tokenizer', 'vocab_size', 'max_seq_len',
           'doc_mask', 'total_batch_size', 'seed')
-LOCAL = ('resume', 'nproc', 'device', 'compile', 'check_gradients', 'max_hours',
+LOCAL = ('resume', 'nproc', 'context_parallel', 'device', 'compile', 'check_gradients', 'max_hours',
          'gpu_hour_price', 'imports')                            # of the machine
 
 @patch
@@ -225,15 +234,15 @@ GPU_BYTES = 32            # kept a token, layer and channel by a compiled model
 @patch(as_prop=True)
 def memory(self:PretrainConfig) -> int: # bytes of one rank
     "Weights, gradients, this rank's part of the optimizer's state, activations of a micro-batch"
-    counted = _meta(self).weight_bytes()
+    counted, shares = _meta(self).weight_bytes(), self.context_parallel
     fixed = counted['weights'] + counted['gradients'] + counted['optimizer']//max(1, self.nproc)
-    rows, shape = self.device_batch_size*self.max_seq_len, self.model_config()
+    rows, shape = self.device_batch_size*self.max_seq_len//shares, self.model_config()
     fused = rows*shape.n_layer*shape.d_model*GPU_BYTES + min(rows, 4096)*shape.vocab_size*12
     if self.device == 'cuda': return fixed + fused
     kinds = dict(L=4, S=2) if self.doc_mask else {}          # bytes a pair of tokens, see above
     masks = [kinds[k] for k in shape.layer_types if k in kinds]
     pairs = (sum(masks) + 3*bool(masks))*rows*self.max_seq_len
-    kept = _kept(_meta(self), self.device_batch_size, self.max_seq_len)
+    kept = _kept(_meta(self), self.device_batch_size, self.max_seq_len)//shares
     return fixed + kept + pairs + 500_000_000         # for PyTorch itself
 
 @patch(as_prop=True)
@@ -246,7 +255,7 @@ def _kept(model, *args): return model.activation_bytes(*args)
 def _too_much(found):
     "Why this machine cannot, as text; one reason at a time"
     cfg, have = found.cfg, found.machine['memory']
-    if cfg.device != 'cuda': have /= cfg.ranks
+    if cfg.device != 'cuda': have /= cfg.processes
     if found.seconds > cfg.max_hours*3600:
         time = duration(found.seconds, about=True)
         yield f'would take about {time} (max_hours is {cfg.max_hours:g})'
@@ -302,7 +311,9 @@ def _goes_on(found): # what a run that is resumed should say
 def __str__(self:Plan):
     cfg, counts, have = self.cfg, self.params, self.machine
     parts = [f'{human(n)} {kind}' for kind, n in counts.items() if n and kind not in ('total', 'scaling')]
-    gpus = f'{cfg.ranks} x ' if cfg.device == 'cuda' else ''
+    gpus = f'{cfg.processes} x ' if cfg.device == 'cuda' else ''
+    ranks = f'{cfg.ranks} ranks' if cfg.context_parallel == 1 else (
+        f'{cfg.ranks} groups of {cfg.context_parallel} ranks')
     data = cfg.data or os.environ.get('NANO_DH_DATA') or 'the shipped sample'
     return '\n'.join(f'{name:9}{value}' for name, value in dict(
         run=f'{cfg.run_dir}' + (_goes_on(self) if cfg.resume else ''),
@@ -310,7 +321,7 @@ def __str__(self:Plan):
               f'({", ".join(parts)})',
         data=f'{data}: {human(cfg.total_tokens)} tokens, {self.epochs:.2g} epochs, '
              f"{cfg.total_tokens/counts['scaling']:.3g} tokens a parameter of matrices and head",
-        steps=f'{cfg.num_iterations:,} of {cfg.total_batch_size:,} tokens: {cfg.ranks} ranks x '
+        steps=f'{cfg.num_iterations:,} of {cfg.total_batch_size:,} tokens: {ranks} x '
               f'{cfg.grad_accum_steps} micro-batches x {cfg.device_batch_size} rows x '
               f'{cfg.max_seq_len}',
         compute=f"{self.flops:.2e} FLOPs on {gpus}{have['name']} at about {MFU[cfg.device]:.0%} "

@@ -19,6 +19,7 @@ from .kernels import (Ahead, choose_backend, compile_ahead, current_backend, idl
 from .dataloader import Loader
 from .compiled import compiled
 from .gradient_check import check_gradients
+from .context_parallel import own_heads, share_rows, shared
 from .launch import Leave
 from .plan import PlanError, PretrainConfig
 from .train import Diverged, Trainer
@@ -48,7 +49,7 @@ def memory_advice(cfg:PretrainConfig): # resolved
     "Turn the device's out-of-memory error into one line"
     try: yield
     except torch.OutOfMemoryError as error:
-        rows = cfg.total_batch_size//cfg.max_seq_len//max(1, cfg.nproc)
+        rows = cfg.batch_rows//cfg.ranks
         less = [size for size in range(1, cfg.device_batch_size) if rows % size == 0]
         best = max([size for size in less if cfg.fits(size)] or less[:1] or [0])
         way = (f'-p device_batch_size {best}, the same steps in more pieces' if best else
@@ -66,6 +67,7 @@ class RankTrainer(Trainer):
     "The loop of volume 1 as one of several ranks, with a compiled model"
     def __init__(self, cfg:PretrainConfig, # resolved, the same on all ranks
                  emit):                    # takes a record (dict of plain values)
+        size = cfg.context_parallel; self.share = share_rows(size) if size > 1 else None
         super().__init__(cfg, emit)
         self.fwd, self.wb = compiled(self.model, cfg.compile), None
         self.waiting, self.pace = [], []      # steps under way; seconds of the last ones
@@ -93,7 +95,17 @@ class RankTrainer(Trainer):
     def train_step(self, batch):
         with memory_advice(self.cfg):
             if self.began: self.check_first(batch)
-            return super().train_step(batch)
+            with shared(self.share): return super().train_step(batch)
+
+    def make_loader(self, split, rows, **how):
+        size = self.cfg.context_parallel if split == 'train' else 1
+        me = dict(rank=self.rank//size, world_size=self.world//size)
+        return super().make_loader(split, rows, **me | how)
+
+    def pieces(self, batch): # those of this rank
+        for piece in super().pieces(batch):
+            if self.share: piece.x, piece.y = self.share.cut(piece.x), self.share.cut(piece.y)
+            yield piece
 
     def mark(self): return Late(torch.zeros(1, device=self.device)) # now, on the device's clock
 
@@ -193,7 +205,8 @@ def owned(cfg:PretrainConfig): # resolved
 def _asked(cfg): # resolved -> arguments of `choose_backend`; {} where there is no choice
     shape = cfg.model_config()
     if cfg.device != 'cuda' or not {'G', 'D'} & {*shape.layer_types}: return {}
-    return dict(device=get_device('cuda'), n_qk_head=shape.n_qk_head, n_v_head=shape.n_v_head,
+    heads = own_heads(shape, cfg.context_parallel)
+    return dict(device=get_device('cuda'), **heads,
                 head_k_dim=shape.head_k_dim, head_v_dim=shape.head_v_dim, seq_len=cfg.max_seq_len,
                 batch=cfg.device_batch_size, uses=('docs',) if cfg.doc_mask else ('rows',))
 
@@ -220,8 +233,7 @@ def timing(spent:dict, what:str): # seconds, and of what
 def warm(self:RankTrainer):
     "Compile model and optimizer by a step that moves nothing and is forgotten"
     at = self.loader.state_dict(); batch = next(self.loader); self.loader.load_state_dict(at)
-    piece = next(iter(batch.micro(self.cfg.device_batch_size)))
-    self.fwd(piece.x, targets=piece.y, reduction='sum', **self.borders(piece)).backward()
+    with shared(self.share): self.loss(next(iter(self.pieces(batch)))).backward()
     for weight in self.model.parameters(): weight.grad = torch.randn_like(weight)  # it left no numbers
     for group in self.opt.param_groups: group['lr'] = 0.
     self.opt.step(); self.opt = None; self.opt = self.make_optimizer(); self.opt.zero_grad()
@@ -242,9 +254,10 @@ def check_first(self:RankTrainer, batch):
     "Refuse to train a compiled model that computes other gradients than the model"
     cfg = self.cfg
     if cfg.compile == 'off' or not cfg.check_gradients: return
-    piece = next(iter(batch.micro(cfg.device_batch_size)))
+    piece, share = next(iter(batch.micro(cfg.device_batch_size))), self.share
+    how = share.check(self.fwd, cfg.max_seq_len) if share else dict(fwd=self.fwd)
     with timing(self.spent, 'check'):
-        seen = check_gradients(self.model, self.fwd, piece.x, piece.y, **self.borders(piece))
+        seen = check_gradients(self.model, x=piece.x, y=piece.y, **how, **self.borders(piece))
     seen.refuse(); self.log(note=str(seen))
     if self.device.type == 'cuda':                            # `memory` is to be that of training
         torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats(self.device)

@@ -372,9 +372,11 @@ class Trainer(Logbook):
 
     def make_loader(self, split, rows, **how): # of `Loader`
         cfg = self.cfg
+        how = dict(rank=self.rank, world_size=self.world) | how
         return Loader(self.mixture, self.tok, split, rows, cfg.max_seq_len, seed=cfg.seed,
-                      rank=self.rank, world_size=self.world, device=self.device,
-                      documents=cfg.doc_mask, **how)
+                      device=self.device, documents=cfg.doc_mask, **how)
+
+    def pieces(self, batch): return batch.micro(self.cfg.device_batch_size)  # that fit into memory
 
     def borders(self, piece) -> dict: # of its documents, as the model takes them
         if not self.cfg.doc_mask: return {}
@@ -390,7 +392,7 @@ class Trainer(Logbook):
         "One optimizer step on one batch, in pieces that fit into memory"
         kind = torch.float32 if self.device.type == 'mps' else torch.float64
         total, divisor = torch.zeros(2, device=self.device, dtype=kind), self.divisor(batch)
-        for piece in batch.micro(self.cfg.device_batch_size):
+        for piece in self.pieces(batch):
             loss = self.loss(piece)
             (loss/divisor).backward()
             total += torch.stack([loss.detach(), (piece.y >= 0).sum()])

@@ -25,6 +25,7 @@ REPLACING = ( # modules that put a version of theirs in the place of one of volu
     'eval_records',
     'prefetch',
     'ranks',
+    'context_parallel',
     'mixers',                                         # more letters of the pattern string
 )
 
