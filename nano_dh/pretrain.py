@@ -206,8 +206,7 @@ def _asked(cfg): # resolved -> arguments of `choose_backend`; {} where there is 
     shape = cfg.model_config()
     if cfg.device != 'cuda' or not {'G', 'D'} & {*shape.layer_types}: return {}
     heads = own_heads(shape, cfg.context_parallel)
-    return dict(device=get_device('cuda'), **heads,
-                head_k_dim=shape.head_k_dim, head_v_dim=shape.head_v_dim, seq_len=cfg.max_seq_len,
+    return dict(device=get_device('cuda'), **heads, seq_len=cfg.max_seq_len,
                 batch=cfg.device_batch_size, uses=('docs',) if cfg.doc_mask else ('rows',))
 
 def settle_backend(cfg:PretrainConfig): # resolved

@@ -1,5 +1,5 @@
 "Training as processes: killed and continued, one rank against two, started from a notebook or by torchrun, stopped when the loss is lost."
-import gc, json, os, shutil, signal, subprocess, time
+import gc, inspect, json, os, shutil, signal, subprocess, time
 from dataclasses import replace
 from pathlib import Path
 import fresh, pytest, torch
@@ -44,6 +44,18 @@ def loader(base, run, step): return json.loads((base/'runs'/run/f'{step:06d}'/'l
 def straight(base, data):
     here(data=data, run='straight', num_iterations=40, save_every=20, keep=0, eval_every=0)
     return losses(base, 'straight')
+
+@pytest.mark.parametrize('shared', [1, 2])
+def test_what_a_gpu_run_asks_of_its_kernels(base, data, monkeypatch, shared): # without one: only that the question is understood
+    from nano_dh import pretrain
+    from nano_dh.train import PretrainConfig
+    monkeypatch.setattr(pretrain, 'get_device', torch.device)
+    given = TINY | dict(data=data, run='asked', depth=4)
+    cfg = replace(PretrainConfig(**given).resolved(), device='cuda', context_parallel=shared)
+    asked = inspect.signature(pretrain.choose_backend).bind(**pretrain._asked(cfg)).arguments
+    shape = cfg.model_config()
+    assert [asked['n_v_head']*shared, asked['head_k_dim'], asked['head_v_dim']] == [shape.n_v_head, shape.head_k_dim, shape.head_v_dim]
+    assert pretrain._asked(replace(cfg, pattern='L')) == {}
 
 def test_killed_and_resumed_is_bitwise_the_same(base, data, straight):
     cmd = [PY, '-m', 'nano_dh.train', *options(**TINY | dict(data=data, run='killed', num_iterations=40, save_every=20, keep=0, eval_every=0))]
