@@ -532,7 +532,7 @@ def do_on_all_cards(runs:list, folder:str|Path, text_tokens:float=math.inf, # as
     cards = (os.environ.get('CUDA_VISIBLE_DEVICES') or ','.join(map(str, range(n)))).split(',')
     def own(i):
         place = dict(CUDA_VISIBLE_DEVICES=cards[i % n]) if n else {}
-        if not n and each > 1: place = dict(OMP_NUM_THREADS=str(max(1, n_cores()//each)))
+        if share > 1: place |= dict(OMP_NUM_THREADS=str(max(1, n_cores()//share)))
         return os.environ | place | dict(SHARE=f'{i}/{share}')
     started = [subprocess.Popen(command, env=own(i)) for i in range(share)]
     codes = [process.wait() for process in started]

@@ -1,8 +1,8 @@
 """Fresh Python processes that need not import torch, papermill and the like first: `fresh.Popen` and `fresh.run` are those of subprocess, for a Python with `-c`, `-m` or a file.
 
-A server imports these once, and nothing of the package, and forks itself for each of them. What is set before a process begins it cannot change, so a
-process that wants other such settings than the server has is started as usual; NO_FORK=1 starts all as usual (`make weekly`), and so do
-other systems and other versions of Python, whose private methods may be others."""
+A server imports these once, and nothing of the package, and forks itself for each of them. What is set before a process begins it cannot change: those
+that want Triton's interpreter have a server of their own, and one that wants other such settings than a server has is started as usual. NO_FORK=1
+starts all as usual (`make weekly`), and so do other systems and other versions of Python, whose private methods may be others."""
 import atexit, gc, json, os, runpy, select, signal, socket, subprocess, sys, threading, types
 
 EARLY = 'PYTHON', 'MALLOC', 'LD_', 'OMP', 'MKL', 'TRITON_INTERPRET'       # variables that a process reads as it begins
@@ -12,23 +12,28 @@ TRIED = sys.platform == 'linux' and sys.version_info[:2] == (3, 11)
 
 class Server:
     "Of one test process, started when it is wanted first"
-    now = None
-    def __init__(self):
-        self.pid, self.env = os.getpid(), os.environ | dict(OMP_NUM_THREADS='1')
+    running = {}        # test process, with Triton's interpreter or without -> its server
+    def __init__(self, env):
+        self.env = env
         self.ask, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         code = f'import sys; sys.path.insert(0, {os.path.dirname(os.path.abspath(__file__))!r}); import fresh; fresh.serve({theirs.fileno()})'
-        self.process = subprocess.Popen([sys.executable, '-c', code], env=self.env, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL); theirs.close()
+        self.process = subprocess.Popen([sys.executable, '-c', code], env=env, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL); theirs.close()
     @classmethod
-    def here(cls):
-        if cls.now is None or cls.now.pid != os.getpid() or cls.now.process.poll() is not None: cls.now = cls()
-        return cls.now
+    def for_(cls, wanted): # the environment of a process -> what can start it, or None
+        own, key = {'TRITON_INTERPRET': '1'} if wanted.get('TRITON_INTERPRET') == '1' else {}, (os.getpid(), 'TRITON_INTERPRET' in wanted)
+        server = cls.running.get(key)
+        if server is None or server.process.poll() is not None:
+            env = os.environ | dict(OMP_NUM_THREADS='1') | own
+            if early(wanted) != early(env): return None
+            server = cls.running[key] = cls(env)
+        return server if early(wanted) == early(server.env) else None
 
 class Popen(subprocess.Popen):
     def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest):
         args = [os.fspath(a) for a in args] if not isinstance(args, str) else args
         ours = TRIED and 'NO_FORK' not in os.environ and args[0] == sys.executable and preexec_fn is None and not pass_fds
-        server = Server.here() if ours else None
-        if not ours or early(os.environ if env is None else env) != early(server.env):
+        server = Server.for_(os.environ if env is None else env) if ours else None
+        if server is None:
             self.link = None; return super()._execute_child(args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest)
         p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite = rest[3:9]
         self.link, theirs = socket.socketpair()
